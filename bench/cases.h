@@ -1,0 +1,15 @@
+#pragma once
+
+#include "device.h"
+#include "suite.h"
+
+// What main registers: one function a source file. `device` outlives the suite.
+namespace posenc::bench {
+
+/// RoPE: rotary_embedding.cpp.
+void add_rotary_embedding(Suite& suite, Device& device, Protocol protocol);
+
+/// Host time of single calls on tensors so small that nothing else counts: host_cost.cpp.
+void add_host_cost(Suite& suite, Device& device);
+
+}  // namespace posenc::bench

@@ -1,0 +1,49 @@
+#pragma once
+
+#include <c10/core/Device.h>
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+
+// Where the benchmark runs and how time is taken there. The only place of the benchmark that knows CUDA.
+namespace posenc::bench {
+
+/// Something to be timed. On a GPU it enqueues to the current stream and must not wait for it.
+using Work = std::function<void()>;
+
+class Device {
+ public:
+  virtual ~Device() = default;
+
+  /// Where the tensors of the benchmark live.
+  virtual c10::Device torch_device() const = 0;
+
+  /// The device, its driver and its run time, in one line.
+  virtual std::string description() const = 0;
+
+  /// How `time` measures, in words.
+  virtual std::string clock_description() const = 0;
+
+  /// Waits until everything that was enqueued is done.
+  virtual void synchronize() = 0;
+
+  /// Seconds that the device spends on `work`, starting with cold caches where the device can be made to.
+  virtual double time(const Work& work) = 0;
+
+  /// One contiguous copy of `bytes` bytes from one buffer to another, both on the device: the speed that no operator
+  /// which reads and writes as much can be expected to exceed.
+  virtual Work make_copy(int64_t bytes) = 0;
+
+  /// Returns memory that is cached but not in use, so that one case does not take it from the next.
+  virtual void release_memory() = 0;
+};
+
+/// Seconds on the host's clock from the start of `work`, with an idle device, until the device is idle again.
+double wall_time(Device& device, const Work& work);
+
+/// The current CUDA device where there is one and posenc was built with CUDA, otherwise the CPU.
+std::unique_ptr<Device> make_device();
+
+}  // namespace posenc::bench

@@ -1,0 +1,72 @@
+#pragma once
+
+#include "suite.h"
+
+#include <benchmark/benchmark.h>
+
+#include <array>
+#include <map>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace posenc::bench {
+
+/// Prints runs as Markdown: a table per configuration as soon as its cases are done, then the host's costs, then a
+/// summary per encoding. What a filter left out is printed as "-".
+class MarkdownReporter final : public benchmark::BenchmarkReporter {
+ public:
+  /// @param suite  what the runs stand for; outlives the reporter.
+  /// @param preamble  printed before everything else.
+  MarkdownReporter(const Suite& suite, std::string preamble);
+
+  bool ReportContext(const Context& context) override;
+  void ReportRuns(const std::vector<Run>& runs) override;
+  void Finalize() override;
+
+  /// Whether a case could not be measured.
+  bool failed() const { return failed_; }
+
+ private:
+  /// A value for each of `Pass`.
+  template <typename T>
+  using PerPass = std::array<std::optional<T>, 3>;
+
+  /// Measured seconds of the passes of one implementation; the total is their sum where it was not measured itself.
+  using Seconds = PerPass<double>;
+
+  struct Configuration {
+    std::string encoding;
+    std::string label;
+    std::string title;
+    /// By implementation, in the order of the runs.
+    std::vector<std::pair<std::string, Seconds>> measured;
+    PerPass<double> bytes;
+  };
+
+  /// Speedups of all configurations of an encoding so far.
+  using Speedups = std::array<std::vector<double>, 3>;
+
+  void record(const Case& benchmark_case, double seconds);
+  void report_configuration();
+  void print_table(const Configuration& configuration, const Seconds& libtorch);
+  void print_copy_ratios(const Seconds& posenc, const Seconds& copy);
+  void report_host_costs();
+  void report_summary();
+
+  static Seconds find(const Configuration& configuration, const std::string& implementation);
+  /// The formulation with the smallest total, or of what the filter left; its name is empty where none was run.
+  static std::pair<std::string, Seconds> fastest_formulation(const Configuration& configuration);
+
+  const Suite& suite_;
+  std::string preamble_;
+  /// The configuration whose runs are coming in.
+  std::optional<Configuration> current_;
+  /// Encodings in the order of their first run.
+  std::vector<std::pair<std::string, Speedups>> speedups_;
+  std::vector<std::pair<HostCall, double>> host_costs_;
+  bool failed_ = false;
+};
+
+}  // namespace posenc::bench

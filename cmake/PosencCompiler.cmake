@@ -1,0 +1,48 @@
+# Language level, warnings, sanitizers and the compiler cache.
+
+# 17 for both languages, before find_package(Torch) enables CUDA: CMake 3.25 knows no CUDA 20 for nvcc 13, and
+# LibTorch 2.11 accepts 17.
+set(CMAKE_CXX_STANDARD 17)
+set(CMAKE_CXX_STANDARD_REQUIRED ON)
+set(CMAKE_CXX_EXTENSIONS OFF)
+set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+
+if(PROJECT_IS_TOP_LEVEL)
+  set(CMAKE_EXPORT_COMPILE_COMMANDS ON)
+  find_program(CCACHE_PROGRAM ccache)
+  mark_as_advanced(CCACHE_PROGRAM)
+  foreach(language CXX CUDA)
+    if(CCACHE_PROGRAM AND NOT DEFINED CMAKE_${language}_COMPILER_LAUNCHER)
+      set(CMAKE_${language}_COMPILER_LAUNCHER "${CCACHE_PROGRAM}")
+    endif()
+  endforeach()
+endif()
+
+# Warnings for code of this repository; headers of LibTorch are system headers.
+function(posenc_warnings target)
+  set(cxx -Wall -Wextra -Wpedantic -Wshadow -Wnon-virtual-dtor -Woverloaded-virtual -Wextra-semi -Wcast-align)
+  # No -Wpedantic and no -Wshadow for CUDA: the code that nvcc generates around kernels passes neither.
+  set(cuda -Xcompiler=-Wall,-Wextra)
+  if(POSENC_WERROR)
+    list(APPEND cxx -Werror)
+    list(APPEND cuda -Xcompiler=-Werror -Werror=cross-execution-space-call,reorder,deprecated-declarations)
+  endif()
+  target_compile_options(${target} PRIVATE "$<$<COMPILE_LANGUAGE:CXX>:${cxx}>" "$<$<COMPILE_LANGUAGE:CUDA>:${cuda}>")
+endfunction()
+
+if(POSENC_SANITIZE STREQUAL "address")
+  set(sanitize -fsanitize=address)
+elseif(POSENC_SANITIZE STREQUAL "undefined")
+  # Without vptr: it needs type information that LibTorch keeps to itself.
+  set(sanitize -fsanitize=undefined -fno-sanitize=vptr -fno-sanitize-recover=all)
+elseif(POSENC_SANITIZE)
+  message(FATAL_ERROR "POSENC_SANITIZE is '${POSENC_SANITIZE}'; expected empty, address or undefined")
+endif()
+if(POSENC_SANITIZE)
+  if(POSENC_CUDA)
+    message(FATAL_ERROR "POSENC_SANITIZE needs POSENC_CUDA=OFF; compute-sanitizer is the tool for CUDA code")
+  endif()
+  add_compile_options(${sanitize} -fno-omit-frame-pointer)
+  add_link_options(${sanitize})
+endif()

@@ -1,0 +1,14 @@
+#pragma once
+
+// Visibility of the public symbols of libposenc. The library is built with hidden visibility; what is
+// marked POSENC_API is its interface. The build system defines POSENC_BUILDING while compiling the library.
+
+#if defined(_WIN32)
+#if defined(POSENC_BUILDING)
+#define POSENC_API __declspec(dllexport)
+#else
+#define POSENC_API __declspec(dllimport)
+#endif
+#else
+#define POSENC_API __attribute__((visibility("default")))
+#endif

@@ -1,0 +1,10 @@
+#pragma once
+
+// Everything: the operators, the modules, the reference versions.
+
+#include <posenc/frequencies.h>
+#include <posenc/logging.h>
+#include <posenc/modules/rotary_embedding.h>
+#include <posenc/reference.h>
+#include <posenc/rotary_embedding.h>
+#include <posenc/version.h>

@@ -1,0 +1,80 @@
+#pragma once
+
+#include <posenc/export.h>
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+
+/// Rotary position embedding (RoFormer, Su et al. 2021, https://arxiv.org/abs/2104.09864, eq. 34) as
+/// dispatcher operators: `posenc::rotary_embedding` and `posenc::rotary_embedding_qk`, with kernels for CPU,
+/// CUDA and Meta, and derivatives of any order.
+namespace posenc {
+
+/// Rotates the first `R = 2 * cos.size(-1)` channels of every head of `x` by the angle of its token.
+///
+/// With pair `(x1, x2)` of one head and the table row of its token,
+///
+///     y1 = x1 cos - x2 sin,    y2 = x1 sin + x2 cos;
+///
+/// channels `R` to `D - 1` pass through. Narrow dtypes are computed in float32 and rounded once.
+///
+/// @param x  `[B, S, H, D]`, or `[T, H, D]` for packed sequences: float16, bfloat16, float32 or float64, any
+///   strides (also 0) without a copy. Other layouts are views of these, made with `transpose`.
+/// @param cos,sin  `[P, R/2]`: looked up by position, or row s for token s where `positions` is absent
+///   (`P >= S`). Or `[B, S, R/2]` (B may be 1), one row a token, for `x` of four dimensions and without `positions`.
+///   float32, or float64 when `x` is float64. Any strides; dense rows are fastest.
+/// @param positions  `[S]` or `[B, S]` (`[T]` for packed `x`), int32 or int64, on the device of `x`. A position
+///   outside `[0, P)` gives NaN for its token: the host cannot see it without waiting for the device (see
+///   `set_position_check`).
+/// @param interleaved  false: pairs are channels `(i, i + R/2)` (GPT-NeoX, Llama in Hugging Face's layout);
+///   true: `(2i, 2i + 1)` (RoFormer, GPT-J, Llama's own layout).
+/// @param conjugate  rotate backwards, which undoes the rotation; the backward pass is this operator with the
+///   flag flipped.
+/// @return a new tensor of the shape and dtype of `x`, in its memory layout where that is dense.
+/// @throws c10::Error  naming the argument, what was expected and what came, before anything is launched.
+///
+/// Differentiable with respect to `x`, `cos` and `sin`, any number of times; deterministic.
+///
+/// Example:
+/// ```
+/// auto [cos, sin] = posenc::rotary_tables(posenc::rotary_inv_freq(/*rotary_dim=*/128), /*length=*/4096);
+/// auto y = posenc::rotary_embedding(x, cos.to(x.device()), sin.to(x.device()));
+/// ```
+POSENC_API at::Tensor rotary_embedding(
+    const at::Tensor& x,
+    const at::Tensor& cos,
+    const at::Tensor& sin,
+    const std::optional<at::Tensor>& positions = std::nullopt,
+    bool interleaved = false,
+    bool conjugate = false);
+
+/// Rotates queries and keys of one attention layer in one launch; everything else as `rotary_embedding`.
+///
+/// @param q,k  `[B, S, Hq, D]` and `[B, S, Hk, D]`, or `[T, Hq, D]` and `[T, Hk, D]`: same dtype, device and
+///   sizes but for the number of heads.
+/// @return the rotated pair `(q', k')`.
+///
+/// Example:
+/// ```
+/// auto [q_rotated, k_rotated] = posenc::rotary_embedding_qk(q, k, cos, sin);
+/// ```
+POSENC_API std::tuple<at::Tensor, at::Tensor> rotary_embedding_qk(
+    const at::Tensor& q,
+    const at::Tensor& k,
+    const at::Tensor& cos,
+    const at::Tensor& sin,
+    const std::optional<at::Tensor>& positions = std::nullopt,
+    bool interleaved = false,
+    bool conjugate = false);
+
+/// Turns the check of `positions` against the tables on or off (default off; on at start when the environment
+/// variable `POSENC_CHECK_POSITIONS` is set to something other than 0). While it is on, a position outside
+/// the tables is an error instead of NaN, at the price of waiting for the device in every call with positions.
+POSENC_API void set_position_check(bool enabled);
+
+/// Whether positions are checked; see `set_position_check`.
+POSENC_API bool position_check();
+
+}  // namespace posenc

@@ -1,0 +1,197 @@
+#include <posenc/modules/rotary_embedding.h>
+
+#include <posenc/frequencies.h>
+#include <posenc/logging.h>
+#include <posenc/rotary_embedding.h>
+
+#include <torch/utils.h>
+
+#include <algorithm>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+namespace posenc {
+
+using torch::Tensor;
+
+/// The tables of one set of frequencies, by device and dtype. Tables are never replaced in place nor freed before
+/// this object is: kernels in flight on other streams and captured graphs may still read the shorter ones. As the
+/// length at least doubles, all of them together hold less than two of the last.
+class RotaryEmbeddingImpl::Tables {
+ public:
+  struct Table {
+    torch::Device device;
+    torch::Dtype dtype;
+    Tensor cos, sin;
+
+    int64_t length() const {
+      return cos.size(0);
+    }
+  };
+
+  Tables(int64_t rotary_dim, double base, int64_t initial_length)
+      : inv_freq_(rotary_inv_freq(rotary_dim, base)), initial_length_(initial_length) {}
+
+  /// `cos` and `sin` of at least `length` rows.
+  std::tuple<Tensor, Tensor> get(int64_t length, const torch::Device& device, torch::Dtype dtype) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const Table* table = find(device, dtype);
+    if (table == nullptr || table->length() < length) {
+      const int64_t doubled = table == nullptr ? initial_length_ : 2 * table->length();
+      table = &built_.emplace_back(build(std::max(length, doubled), device, dtype));
+    }
+    return {table->cos, table->sin};
+  }
+
+  int64_t length(const torch::Device& device, torch::Dtype dtype) const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const Table* table = find(device, dtype);
+    return table == nullptr ? 0 : table->length();
+  }
+
+ private:
+  /// The last one built, which is the longest. There are a handful at most.
+  const Table* find(const torch::Device& device, torch::Dtype dtype) const {
+    const auto found = std::find_if(built_.rbegin(), built_.rend(), [&](const Table& table) {
+      return table.device == device && table.dtype == dtype;
+    });
+    return found == built_.rend() ? nullptr : &*found;
+  }
+
+  /// Built on the CPU, so that every device has the same bits, and copied with a wait, so that no other stream
+  /// reads a table before it is there. Not under the caller's inference mode: a training step may use it next.
+  Table build(int64_t length, const torch::Device& device, torch::Dtype dtype) const {
+    const torch::InferenceMode no_inference(false);
+    const torch::NoGradGuard no_grad;
+    const auto [cos, sin] = rotary_tables(inv_freq_, length, dtype);
+    if (log_level() <= LogLevel::debug) {
+      log(LogLevel::debug,
+          c10::str("RotaryEmbedding: built ", dtype, " tables of ", length, " positions on ", device));
+    }
+    return {device, dtype, cos.to(device), sin.to(device)};
+  }
+
+  Tensor inv_freq_;
+  int64_t initial_length_;
+  mutable std::mutex mutex_;
+  std::vector<Table> built_;
+};
+
+namespace {
+
+const char* name_of(Layout layout) {
+  switch (layout) {
+    case Layout::bshd:
+      return "bshd";
+    case Layout::sbhd:
+      return "sbhd";
+    case Layout::bhsd:
+      return "bhsd";
+    case Layout::thd:
+      return "thd";
+  }
+  return "unknown";
+}
+
+/// A view in the operators' order of dimensions. It is its own inverse.
+Tensor reordered(const Tensor& x, Layout layout) {
+  switch (layout) {
+    case Layout::sbhd:
+      return x.transpose(0, 1);
+    case Layout::bhsd:
+      return x.transpose(1, 2);
+    default:
+      return x;
+  }
+}
+
+/// A device as tensors report it: `cuda` is the current one.
+torch::Device resolved(const torch::Device& device) {
+  return device.has_index() || device.is_cpu() ? device : torch::empty({0}, device).device();
+}
+
+void check_input(const char* name, const Tensor& x, const RotaryEmbeddingOptions& options) {
+  TORCH_CHECK(x.defined(), "posenc::RotaryEmbedding: expected ", name, " to be a tensor, got an undefined one");
+  const int64_t dims = options.layout() == Layout::thd ? 3 : 4;
+  TORCH_CHECK(
+      x.dim() == dims && x.size(-1) == options.head_dim(),
+      "posenc::RotaryEmbedding: expected ", name, " in layout ", name_of(options.layout()), " with ", dims,
+      " dimensions and a head size of ", options.head_dim(), ", got ", x.sizes());
+}
+
+/// Rows that the tables must have. Positions on an accelerator cannot be read without waiting for it.
+int64_t needed_length(const Tensor& x, const std::optional<Tensor>& positions) {
+  if (!positions.has_value()) {
+    return x.size(-3);
+  }
+  const bool readable = positions->defined() && positions->is_cpu() && positions->numel() > 0 &&
+      !positions->is_floating_point();
+  return readable ? positions->max().item<int64_t>() + 1 : 0;
+}
+
+}  // namespace
+
+RotaryEmbeddingOptions::RotaryEmbeddingOptions(int64_t head_dim) : head_dim_(head_dim) {}
+
+RotaryEmbeddingImpl::RotaryEmbeddingImpl(RotaryEmbeddingOptions options_) : options(std::move(options_)) {
+  // NOLINTNEXTLINE(clang-analyzer-optin.cplusplus.VirtualCall): as LibTorch's own modules do
+  reset();
+}
+
+void RotaryEmbeddingImpl::reset() {
+  const int64_t rotary_dim = options.rotary_dim().value_or(options.head_dim());
+  TORCH_CHECK(
+      options.head_dim() > 0, "posenc::RotaryEmbedding: expected a positive head_dim, got ", options.head_dim());
+  TORCH_CHECK(
+      rotary_dim > 0 && rotary_dim % 2 == 0 && rotary_dim <= options.head_dim(),
+      "posenc::RotaryEmbedding: expected an even rotary_dim of 2 to head_dim = ", options.head_dim(), ", got ",
+      rotary_dim);
+  TORCH_CHECK(options.base() > 0, "posenc::RotaryEmbedding: expected a positive base, got ", options.base());
+  TORCH_CHECK(
+      options.max_position_embeddings() > 0,
+      "posenc::RotaryEmbedding: expected a positive max_position_embeddings, got ",
+      options.max_position_embeddings());
+  tables_ = std::make_shared<Tables>(rotary_dim, options.base(), options.max_position_embeddings());
+}
+
+std::tuple<Tensor, Tensor> RotaryEmbeddingImpl::forward(
+    const Tensor& q,
+    const Tensor& k,
+    const std::optional<Tensor>& positions) {
+  check_input("q", q, options);
+  check_input("k", k, options);
+  const Layout layout = options.layout();
+  const Tensor q_view = reordered(q, layout);
+  const auto [cos, sin] =
+      tables_->get(needed_length(q_view, positions), q.device(), rotary_table_dtype(q.scalar_type()));
+  auto [q_out, k_out] =
+      rotary_embedding_qk(q_view, reordered(k, layout), cos, sin, positions, options.interleaved());
+  return {reordered(q_out, layout), reordered(k_out, layout)};
+}
+
+Tensor RotaryEmbeddingImpl::rotate(const Tensor& x, const std::optional<Tensor>& positions) {
+  check_input("x", x, options);
+  const Tensor view = reordered(x, options.layout());
+  const auto [cos, sin] =
+      tables_->get(needed_length(view, positions), x.device(), rotary_table_dtype(x.scalar_type()));
+  return reordered(rotary_embedding(view, cos, sin, positions, options.interleaved()), options.layout());
+}
+
+void RotaryEmbeddingImpl::reserve(int64_t length, const torch::Device& device, torch::Dtype dtype) {
+  TORCH_CHECK(length >= 0, "posenc::RotaryEmbedding: expected a length that is not negative, got ", length);
+  tables_->get(length, resolved(device), rotary_table_dtype(dtype));
+}
+
+int64_t RotaryEmbeddingImpl::table_length(const torch::Device& device, torch::Dtype dtype) const {
+  return tables_->length(resolved(device), rotary_table_dtype(dtype));
+}
+
+void RotaryEmbeddingImpl::pretty_print(std::ostream& stream) const {
+  stream << "posenc::RotaryEmbedding(head_dim=" << options.head_dim()
+         << ", rotary_dim=" << options.rotary_dim().value_or(options.head_dim()) << ", base=" << options.base()
+         << ", max_position_embeddings=" << options.max_position_embeddings() << std::boolalpha
+         << ", interleaved=" << options.interleaved() << ", layout=" << name_of(options.layout()) << ")";
+}
+
+}  // namespace posenc

@@ -1,0 +1,25 @@
+#pragma once
+
+#include <posenc/rotary_embedding.h>
+
+#include <ATen/ops/constant_pad_nd.h>
+
+namespace posenc::autograd {
+
+/// Rotation of `x` by gradients or tangents of the tables. As the tables do not reach channels R to D - 1, these
+/// are zero here, where a rotation would pass them through.
+inline at::Tensor rotate_by_table_gradients(
+    const at::Tensor& x,
+    const at::Tensor& cos,
+    const at::Tensor& sin,
+    const std::optional<at::Tensor>& positions,
+    bool interleaved,
+    bool conjugate) {
+  const int64_t rotary_dim = 2 * cos.size(-1);
+  const int64_t tail = x.size(-1) - rotary_dim;
+  const at::Tensor rotated =
+      rotary_embedding(x.narrow(-1, 0, rotary_dim), cos, sin, positions, interleaved, conjugate);
+  return tail == 0 ? rotated : at::constant_pad_nd(rotated, {0, tail});
+}
+
+}  // namespace posenc::autograd

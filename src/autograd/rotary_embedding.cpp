@@ -1,0 +1,220 @@
+#include <autograd/detail/rotate_by_table_gradients.h>
+#include <ops/rotary_embedding_tables_backward.h>
+#include <posenc/rotary_embedding.h>
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <initializer_list>
+
+// Nodes are made by hand, as LibTorch makes its own: torch::autograd::Function costs 2 microseconds more a call
+// (measured: 8.3 against 6.1 for q and k), which a decoder pays in every layer.
+namespace posenc {
+namespace {
+
+using at::Tensor;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+/// The gradient of a rotation is the rotation backwards, done by the operator itself, so that it can be
+/// differentiated again. Saves the inputs only where the tables need a gradient.
+class RotaryEmbeddingBackward : public torch::autograd::Node {
+ public:
+  RotaryEmbeddingBackward(
+      std::initializer_list<const Tensor*> inputs,
+      const Tensor& cos,
+      const Tensor& sin,
+      const std::optional<Tensor>& positions,
+      bool interleaved,
+      bool conjugate)
+      : num_inputs_(inputs.size()),
+        cos_(cos, /*is_output=*/false),
+        sin_(sin, /*is_output=*/false),
+        positions_(positions, /*is_output=*/false),
+        interleaved_(interleaved),
+        conjugate_(conjugate) {
+    if (cos.requires_grad() || sin.requires_grad()) {
+      size_t i = 0;
+      for (const Tensor* input : inputs) {
+        inputs_[i++] = SavedVariable(*input, /*is_output=*/false);
+      }
+    }
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const Tensor cos = cos_.unpack();
+    const Tensor sin = sin_.unpack();
+    const Tensor saved_positions = positions_.unpack();
+    const auto positions = saved_positions.defined() ? std::optional<Tensor>(saved_positions) : std::nullopt;
+
+    variable_list result(num_inputs_ + 2);
+    const auto wanted = [&](size_t i) { return grads[i].defined() && task_should_compute_output(i); };
+    if (num_inputs_ == 2 && wanted(0) && wanted(1)) {
+      std::tie(result[0], result[1]) =
+          rotary_embedding_qk(grads[0], grads[1], cos, sin, positions, interleaved_, !conjugate_);
+    } else {
+      for (size_t i = 0; i < num_inputs_; ++i) {
+        if (wanted(i)) {
+          result[i] = rotary_embedding(grads[i], cos, sin, positions, interleaved_, !conjugate_);
+        }
+      }
+    }
+
+    if (task_should_compute_output({{num_inputs_, num_inputs_ + 2}})) {
+      variable_list inputs;
+      variable_list output_grads;
+      for (size_t i = 0; i < num_inputs_; ++i) {
+        if (grads[i].defined()) {
+          inputs.push_back(inputs_[i].unpack());
+          output_grads.push_back(grads[i]);
+        }
+      }
+      if (!inputs.empty()) {
+        std::tie(result[num_inputs_], result[num_inputs_ + 1]) =
+            rotary_embedding_tables_backward(output_grads, inputs, cos, positions, interleaved_, conjugate_);
+      }
+    }
+    return result;
+  }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable& input : inputs_) {
+      input.reset_data();
+    }
+    cos_.reset_data();
+    sin_.reset_data();
+    positions_.reset_data();
+  }
+
+  std::string name() const override {
+    return "RotaryEmbeddingBackward";
+  }
+
+ private:
+  size_t num_inputs_;
+  SavedVariable inputs_[2];
+  SavedVariable cos_, sin_, positions_;
+  bool interleaved_, conjugate_;
+};
+
+bool any_requires_grad(std::initializer_list<const Tensor*> tensors) {
+  return at::GradMode::is_enabled() &&
+      std::any_of(tensors.begin(), tensors.end(), [](const Tensor* tensor) { return tensor->requires_grad(); });
+}
+
+void record(
+    std::initializer_list<const Tensor*> inputs,
+    std::initializer_list<const Tensor*> outputs,
+    const Tensor& cos,
+    const Tensor& sin,
+    const std::optional<Tensor>& positions,
+    bool interleaved,
+    bool conjugate) {
+  torch::autograd::edge_list edges;
+  edges.reserve(inputs.size() + 2);
+  for (const Tensor* input : inputs) {
+    edges.push_back(torch::autograd::impl::gradient_edge(*input));
+  }
+  edges.push_back(torch::autograd::impl::gradient_edge(cos));
+  edges.push_back(torch::autograd::impl::gradient_edge(sin));
+  const std::shared_ptr<torch::autograd::Node> node(
+      new RotaryEmbeddingBackward(inputs, cos, sin, positions, interleaved, conjugate), torch::autograd::deleteNode);
+  node->set_next_edges(std::move(edges));
+  for (const Tensor* output : outputs) {
+    torch::autograd::set_history(*output, node);
+  }
+}
+
+/// Forward mode: a rotation is linear in its input and in its tables, so the tangent is the input's tangent
+/// rotated plus the input rotated by the tables' tangents.
+void set_tangent(
+    const Tensor& output,
+    const Tensor& input,
+    const Tensor& cos,
+    const Tensor& sin,
+    const std::optional<Tensor>& positions,
+    bool interleaved,
+    bool conjugate) {
+  const bool by_input = torch::autograd::isFwGradDefined(input);
+  const bool by_tables = torch::autograd::isFwGradDefined(cos) || torch::autograd::isFwGradDefined(sin);
+  if (!by_input && !by_tables) {
+    return;
+  }
+  const Tensor primal_cos = cos._fw_primal(/*level=*/0);
+  const Tensor primal_sin = sin._fw_primal(/*level=*/0);
+  Tensor tangent;
+  if (by_input) {
+    tangent = rotary_embedding(
+        input._fw_grad(/*level=*/0), primal_cos, primal_sin, positions, interleaved, conjugate);
+  }
+  if (by_tables) {
+    const auto tangent_or_zeros = [](const Tensor& table, const Tensor& primal) {
+      const Tensor& table_tangent = table._fw_grad(/*level=*/0);
+      return table_tangent.defined() ? table_tangent : at::zeros_like(primal);
+    };
+    const Tensor of_tables = autograd::rotate_by_table_gradients(
+        input._fw_primal(/*level=*/0),
+        tangent_or_zeros(cos, primal_cos),
+        tangent_or_zeros(sin, primal_sin),
+        positions,
+        interleaved,
+        conjugate);
+    tangent = tangent.defined() ? tangent.add(of_tables) : of_tables;
+  }
+  output._set_fw_grad(tangent, /*level=*/0, /*is_inplace_op=*/false);
+}
+
+Tensor rotary_embedding_autograd(
+    const Tensor& x,
+    const Tensor& cos,
+    const Tensor& sin,
+    const std::optional<Tensor>& positions,
+    bool interleaved,
+    bool conjugate) {
+  const Tensor output = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return rotary_embedding(x, cos, sin, positions, interleaved, conjugate);
+  }();
+  if (any_requires_grad({&x, &cos, &sin})) {
+    record({&x}, {&output}, cos, sin, positions, interleaved, conjugate);
+  }
+  set_tangent(output, x, cos, sin, positions, interleaved, conjugate);
+  return output;
+}
+
+std::tuple<Tensor, Tensor> rotary_embedding_qk_autograd(
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& cos,
+    const Tensor& sin,
+    const std::optional<Tensor>& positions,
+    bool interleaved,
+    bool conjugate) {
+  const auto outputs = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return rotary_embedding_qk(q, k, cos, sin, positions, interleaved, conjugate);
+  }();
+  const auto& [q_out, k_out] = outputs;
+  if (any_requires_grad({&q, &k, &cos, &sin})) {
+    record({&q, &k}, {&q_out, &k_out}, cos, sin, positions, interleaved, conjugate);
+  }
+  set_tangent(q_out, q, cos, sin, positions, interleaved, conjugate);
+  set_tangent(k_out, k, cos, sin, positions, interleaved, conjugate);
+  return outputs;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(posenc, Autograd, m) {
+  m.impl("rotary_embedding", rotary_embedding_autograd);
+  m.impl("rotary_embedding_qk", rotary_embedding_qk_autograd);
+}
+
+}  // namespace posenc

@@ -1,0 +1,186 @@
+#include <contract/rotary_embedding.h>
+#include <cpu/detail/clones.h>
+#include <cpu/detail/dispatch.h>
+
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <limits>
+
+namespace posenc {
+namespace {
+
+using at::Tensor;
+using cpu::arithmetic_t;
+
+/// Elements that make it worth handing work to another thread: some ten microseconds of it.
+constexpr int64_t kGrainElements = 32768;
+
+/// The heads of one token in one tensor.
+template <typename T>
+struct TokenHeads {
+  const T* in;
+  T* out;
+  int64_t num_heads, head_dim, num_pairs;
+  Strides in_strides, out_strides;
+};
+
+/// One row of each table; `sign` is -1 to rotate backwards.
+template <typename Real>
+struct TokenTables {
+  const Real* cos;
+  const Real* sin;
+  int64_t cos_stride, sin_stride;
+  Real sign;
+};
+
+/// Rotates all heads of one token. The channel stride of the input is `InStride`, and all others are 1; or, where
+/// `InStride` is -1, all are whatever they are.
+template <typename T, bool Interleaved, int InStride>
+POSENC_CPU_CLONES void rotate_token(const TokenHeads<T>& heads, const TokenTables<arithmetic_t<T>>& tables) {
+  using Real = arithmetic_t<T>;
+  constexpr bool kAny = InStride < 0;
+  const int64_t in_stride = kAny ? heads.in_strides.channel : InStride;
+  const int64_t out_stride = kAny ? heads.out_strides.channel : 1;
+  const int64_t cos_stride = kAny ? tables.cos_stride : 1;
+  const int64_t sin_stride = kAny ? tables.sin_stride : 1;
+  const int64_t pairs = heads.num_pairs;
+  const Real* cos = tables.cos;
+  const Real* sin = tables.sin;
+  const Real sign = tables.sign;
+  for (int64_t h = 0; h < heads.num_heads; ++h) {
+    const T* in = heads.in + h * heads.in_strides.head;
+    T* out = heads.out + h * heads.out_strides.head;
+    POSENC_INDEPENDENT
+    for (int64_t i = 0; i < pairs; ++i) {
+      const int64_t first = Interleaved ? 2 * i : i;
+      const int64_t second = Interleaved ? 2 * i + 1 : i + pairs;
+      const Real x1 = static_cast<Real>(in[first * in_stride]);
+      const Real x2 = static_cast<Real>(in[second * in_stride]);
+      const Real c = cos[i * cos_stride];
+      const Real s = sign * sin[i * sin_stride];
+      out[first * out_stride] = static_cast<T>(x1 * c - x2 * s);
+      out[second * out_stride] = static_cast<T>(x1 * s + x2 * c);
+    }
+    for (int64_t i = 2 * pairs; i < heads.head_dim; ++i) {
+      out[i * out_stride] = in[i * in_stride];
+    }
+  }
+}
+
+template <typename T>
+void fill_nan(const TokenHeads<T>& heads) {
+  for (int64_t h = 0; h < heads.num_heads; ++h) {
+    T* out = heads.out + h * heads.out_strides.head;
+    for (int64_t i = 0; i < heads.head_dim; ++i) {
+      out[i * heads.out_strides.channel] = std::numeric_limits<T>::quiet_NaN();
+    }
+  }
+}
+
+template <typename T>
+void rotate_token(
+    const TokenHeads<T>& heads,
+    const TokenTables<arithmetic_t<T>>& tables,
+    bool interleaved) {
+  const bool dense = heads.out_strides.channel == 1 && tables.cos_stride == 1 && tables.sin_stride == 1;
+  const int64_t in_stride = dense ? heads.in_strides.channel : -1;
+  const auto rotate = in_stride == 1 ? (interleaved ? rotate_token<T, true, 1> : rotate_token<T, false, 1>)
+      : in_stride == 0               ? (interleaved ? rotate_token<T, true, 0> : rotate_token<T, false, 0>)
+                                     : (interleaved ? rotate_token<T, true, -1> : rotate_token<T, false, -1>);
+  rotate(heads, tables);
+}
+
+int64_t position_at(const PositionsView& positions, int64_t batch, int64_t seq) {
+  const int64_t index = batch * positions.stride_batch + seq * positions.stride_seq;
+  return positions.is_int64 ? static_cast<const int64_t*>(positions.data)[index]
+                            : static_cast<const int32_t*>(positions.data)[index];
+}
+
+template <typename T>
+void run(const RotaryProblem& problem) {
+  using Real = arithmetic_t<T>;
+  const int64_t num_heads = problem.operands[0].num_heads + problem.operands[1].num_heads;
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, num_heads * problem.head_dim));
+  at::parallel_for(0, problem.batch * problem.seq_len, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end; ++token) {
+      const int64_t batch = token / problem.seq_len;
+      const int64_t seq = token % problem.seq_len;
+      const bool looked_up = problem.positions.data != nullptr;
+      const int64_t row = looked_up ? position_at(problem.positions, batch, seq) : seq;
+      const bool exists = row >= 0 && row < problem.table_rows;
+      const auto row_of = [&](const RotaryTable& table) {
+        const int64_t offset = looked_up ? row * table.stride_row : batch * table.stride_batch + row * table.stride_row;
+        return static_cast<const Real*>(table.data) + (exists ? offset : 0);
+      };
+      const TokenTables<Real> tables{
+          row_of(problem.cos),
+          row_of(problem.sin),
+          problem.cos.stride_pair,
+          problem.sin.stride_pair,
+          problem.conjugate ? Real(-1) : Real(1)};
+      for (int32_t i = 0; i < problem.num_operands; ++i) {
+        const RotaryProblem::Operand& operand = problem.operands[i];
+        const auto offset = [&](const Strides& strides) { return batch * strides.batch + seq * strides.seq; };
+        const TokenHeads<T> heads{
+            static_cast<const T*>(operand.in) + offset(operand.in_strides),
+            static_cast<T*>(operand.out) + offset(operand.out_strides),
+            operand.num_heads,
+            problem.head_dim,
+            problem.num_pairs,
+            operand.in_strides,
+            operand.out_strides};
+        if (exists) {
+          rotate_token(heads, tables, problem.interleaved);
+        } else {
+          fill_nan(heads);
+        }
+      }
+    }
+  });
+}
+
+void run(const RotaryProblem& problem, at::ScalarType dtype) {
+  cpu::for_dtype(dtype, [&](auto type) { run<typename decltype(type)::type>(problem); });
+}
+
+Tensor rotary_embedding_cpu(
+    const Tensor& x,
+    const Tensor& cos,
+    const Tensor& sin,
+    const std::optional<Tensor>& positions,
+    bool interleaved,
+    bool conjugate) {
+  auto problem = contract::rotary_problem(
+      {"posenc::rotary_embedding", cos, sin, positions, interleaved, conjugate}, {"x", x});
+  Tensor output = contract::allocate_output(x, problem.operands[0]);
+  run(problem, x.scalar_type());
+  return output;
+}
+
+std::tuple<Tensor, Tensor> rotary_embedding_qk_cpu(
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& cos,
+    const Tensor& sin,
+    const std::optional<Tensor>& positions,
+    bool interleaved,
+    bool conjugate) {
+  const contract::Rotated rotated_k{"k", k};
+  auto problem = contract::rotary_problem(
+      {"posenc::rotary_embedding_qk", cos, sin, positions, interleaved, conjugate}, {"q", q}, &rotated_k);
+  Tensor q_out = contract::allocate_output(q, problem.operands[0]);
+  Tensor k_out = contract::allocate_output(k, problem.operands[1]);
+  run(problem, q.scalar_type());
+  return {std::move(q_out), std::move(k_out)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(posenc, CPU, m) {
+  m.impl("rotary_embedding", rotary_embedding_cpu);
+  m.impl("rotary_embedding_qk", rotary_embedding_qk_cpu);
+}
+
+}  // namespace posenc

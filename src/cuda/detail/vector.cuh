@@ -1,0 +1,78 @@
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+// Vector loads and stores, and the arithmetic type of each storage type. No torch.
+namespace posenc::cuda {
+
+template <typename T, int N>
+struct alignas(sizeof(T) * N) Vector {
+  T values[N];
+
+  __device__ T& operator[](int i) {
+    return values[i];
+  }
+  __device__ const T& operator[](int i) const {
+    return values[i];
+  }
+};
+
+template <int N, typename T>
+__device__ Vector<T, N> load(const T* address) {
+  return *reinterpret_cast<const Vector<T, N>*>(address);
+}
+
+template <int N, typename T>
+__device__ void store(T* address, const Vector<T, N>& vector) {
+  *reinterpret_cast<Vector<T, N>*>(address) = vector;
+}
+
+/// What a storage type is computed in.
+template <typename T>
+struct Arithmetic {
+  using type = float;
+};
+template <>
+struct Arithmetic<double> {
+  using type = double;
+};
+template <typename T>
+using arithmetic_t = typename Arithmetic<T>::type;
+
+__device__ inline float widen(__half value) {
+  return __half2float(value);
+}
+__device__ inline float widen(__nv_bfloat16 value) {
+  return __bfloat162float(value);
+}
+__device__ inline float widen(float value) {
+  return value;
+}
+__device__ inline double widen(double value) {
+  return value;
+}
+
+/// Rounds to nearest, ties to even.
+template <typename T>
+__device__ T narrow(arithmetic_t<T> value);
+template <>
+__device__ inline __half narrow<__half>(float value) {
+  return __float2half_rn(value);
+}
+template <>
+__device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float value) {
+  return __float2bfloat16_rn(value);
+}
+template <>
+__device__ inline float narrow<float>(float value) {
+  return value;
+}
+template <>
+__device__ inline double narrow<double>(double value) {
+  return value;
+}
+
+}  // namespace posenc::cuda

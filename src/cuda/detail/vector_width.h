@@ -1,0 +1,54 @@
+#pragma once
+
+#include <contract/rotary_problem.h>
+
+#include <cstdint>
+
+// Which vector width a call allows. No torch.
+namespace posenc::cuda {
+
+/// The widest load and store of one thread.
+constexpr int kMaxVectorBytes = 16;
+
+/// Entries of a table of `Real` that one load fetches where `Entries` neighbours are needed.
+template <typename Real, int Entries>
+constexpr int kTableVector = Entries * static_cast<int>(sizeof(Real)) <= kMaxVectorBytes
+    ? Entries
+    : kMaxVectorBytes / static_cast<int>(sizeof(Real));
+
+inline bool is_aligned(const void* data, int64_t bytes) {
+  return reinterpret_cast<std::uintptr_t>(data) % static_cast<std::uintptr_t>(bytes) == 0;
+}
+
+/// Whether vectors of V elements of T at multiples of V channels can be loaded: dense channels and everything
+/// else a multiple of V, or one value for all channels.
+template <typename T, int V>
+bool loads_vectors(const void* data, const Strides& strides) {
+  return strides.channel == 0 ||
+      (strides.channel == 1 && is_aligned(data, V * sizeof(T)) && strides.batch % V == 0 && strides.seq % V == 0 &&
+       strides.head % V == 0);
+}
+
+template <typename T, int V>
+bool stores_vectors(const void* data, const Strides& strides) {
+  return strides.channel == 1 && loads_vectors<T, V>(data, strides);
+}
+
+template <typename Real, int Entries>
+bool table_loads_vectors(const RotaryTable& table) {
+  constexpr int kStep = kTableVector<Real, Entries>;
+  return table.stride_pair == 1 && is_aligned(table.data, kStep * sizeof(Real)) && table.stride_batch % kStep == 0 &&
+      table.stride_row % kStep == 0;
+}
+
+/// Whether rotary width and tail divide into vectors of V.
+inline bool divides(int v, int64_t num_pairs, int64_t head_dim) {
+  return num_pairs % v == 0 && (head_dim - 2 * num_pairs) % v == 0;
+}
+
+/// Chunks of two vectors of V in a head: those that rotate, then those of the tail.
+inline int64_t num_chunks(int v, int64_t num_pairs, int64_t head_dim) {
+  return num_pairs / v + ((head_dim - 2 * num_pairs) / v + 1) / 2;
+}
+
+}  // namespace posenc::cuda

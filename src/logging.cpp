@@ -1,0 +1,51 @@
+#include <posenc/logging.h>
+
+#include <spdlog/sinks/stdout_color_sinks.h>
+#include <spdlog/spdlog.h>
+
+#include <cstdlib>
+#include <memory>
+
+// The only file that includes spdlog: it and torch bring different copies of fmt.
+namespace posenc {
+namespace {
+
+static_assert(static_cast<int>(LogLevel::trace) == static_cast<int>(spdlog::level::trace));
+static_assert(static_cast<int>(LogLevel::off) == static_cast<int>(spdlog::level::off));
+
+spdlog::level::level_enum level_from_environment() {
+  const char* name = std::getenv("POSENC_LOG_LEVEL");
+  if (name == nullptr || *name == '\0') {
+    return spdlog::level::warn;
+  }
+  // from_str answers `off` for a name that it does not know.
+  const auto level = spdlog::level::from_str(name);
+  return level == spdlog::level::off && std::string_view(name) != "off" ? spdlog::level::warn : level;
+}
+
+/// A logger of our own: not in spdlog's registry, so that the application's loggers and patterns stay its own.
+spdlog::logger& logger() {
+  static const auto instance = [] {
+    auto made = std::make_shared<spdlog::logger>("posenc", std::make_shared<spdlog::sinks::stderr_color_sink_mt>());
+    made->set_pattern("[%n] [%^%l%$] %v");
+    made->set_level(level_from_environment());
+    return made;
+  }();
+  return *instance;
+}
+
+}  // namespace
+
+void set_log_level(LogLevel level) {
+  logger().set_level(static_cast<spdlog::level::level_enum>(level));
+}
+
+LogLevel log_level() {
+  return static_cast<LogLevel>(logger().level());
+}
+
+void log(LogLevel level, std::string_view message) {
+  logger().log(static_cast<spdlog::level::level_enum>(level), spdlog::string_view_t(message.data(), message.size()));
+}
+
+}  // namespace posenc

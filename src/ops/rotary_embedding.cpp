@@ -1,0 +1,48 @@
+#include <posenc/rotary_embedding.h>
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+namespace posenc {
+
+using at::Tensor;
+
+TORCH_LIBRARY_FRAGMENT(posenc, m) {
+  m.def(
+      "rotary_embedding(Tensor x, Tensor cos, Tensor sin, Tensor? positions=None, *, "
+      "bool interleaved=False, bool conjugate=False) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "rotary_embedding_qk(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? positions=None, *, "
+      "bool interleaved=False, bool conjugate=False) -> (Tensor, Tensor)",
+      {at::Tag::pt2_compliant_tag});
+}
+
+Tensor rotary_embedding(
+    const Tensor& x,
+    const Tensor& cos,
+    const Tensor& sin,
+    const std::optional<Tensor>& positions,
+    bool interleaved,
+    bool conjugate) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("posenc::rotary_embedding", "")
+                             .typed<decltype(rotary_embedding)>();
+  return op.call(x, cos, sin, positions, interleaved, conjugate);
+}
+
+std::tuple<Tensor, Tensor> rotary_embedding_qk(
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& cos,
+    const Tensor& sin,
+    const std::optional<Tensor>& positions,
+    bool interleaved,
+    bool conjugate) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("posenc::rotary_embedding_qk", "")
+                             .typed<decltype(rotary_embedding_qk)>();
+  return op.call(q, k, cos, sin, positions, interleaved, conjugate);
+}
+
+}  // namespace posenc

@@ -1,0 +1,613 @@
+#include "support.h"
+
+#include <posenc/frequencies.h>
+#include <posenc/logging.h>
+#include <posenc/modules/rotary_embedding.h>
+#include <posenc/rotary_embedding.h>
+
+#include <ATen/ATen.h>
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/InferenceMode.h>
+#include <torch/nn/modules/container/any.h>
+#include <torch/serialize.h>
+
+#include <sstream>
+#include <thread>
+
+namespace posenc::test {
+namespace {
+
+using posenc::Layout;
+using posenc::RotaryEmbedding;
+using posenc::RotaryEmbeddingOptions;
+
+constexpr int64_t kHeadDim = 16;
+
+/// Cosines and sines for the inputs of a module of these options, by the scalar functions of the standard library.
+RotaryInputs with_scalar_tables(const RotaryEmbeddingOptions& options, int64_t length, at::ScalarType dtype) {
+  const int64_t rotary_dim = options.rotary_dim().value_or(options.head_dim());
+  RotaryInputs in;
+  in.cos = at::empty({length, rotary_dim / 2}, at::kDouble);
+  in.sin = at::empty_like(in.cos);
+  auto cos = in.cos.accessor<double, 2>();
+  auto sin = in.sin.accessor<double, 2>();
+  for (int64_t p = 0; p < length; ++p) {
+    for (int64_t i = 0; i < rotary_dim / 2; ++i) {
+      const double exponent = -2.0 * static_cast<double>(i) / static_cast<double>(rotary_dim);
+      const double angle = static_cast<double>(p) * std::pow(options.base(), exponent);
+      cos[p][i] = std::cos(angle);
+      sin[p][i] = std::sin(angle);
+    }
+  }
+  in.cos = in.cos.to(table_dtype(dtype));
+  in.sin = in.sin.to(table_dtype(dtype));
+  in.interleaved = options.interleaved();
+  return in;
+}
+
+/// Expects `actual` to be `x` rotated by its positions, within the rounding of the operator and of the tables: each entry
+/// may be rounded the other way than by the standard library, and carries the rounding of angles up to `length`.
+void expect_rotated(
+    const at::Tensor& actual,
+    const at::Tensor& x,
+    const RotaryEmbeddingOptions& options,
+    const std::optional<at::Tensor>& positions,
+    int64_t length) {
+  RotaryInputs in = with_scalar_tables(options, length, x.scalar_type());
+  if (positions) {
+    in.positions = positions->cpu();
+  }
+  const at::Tensor on_cpu = x.detach().cpu();
+  const double of_entry =
+      2 * unit_roundoff(table_dtype(x.scalar_type())) + 8 * unit_roundoff(at::kDouble) * static_cast<double>(length);
+  const at::Tensor largest = on_cpu.to(at::kDouble).abs().amax(-1, /*keepdim=*/true);
+  const at::Tensor bound = rounding_bound(in, on_cpu) + largest * 2 * of_entry;
+  expect_within(actual, scalar_rotation(in, on_cpu), bound);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Options
+
+class RotaryEmbeddingOptionsTest : public ::testing::Test {
+ protected:
+  static void expect_rejected(const RotaryEmbeddingOptions& options, const std::vector<std::string>& parts) {
+    expect_error([&] { RotaryEmbedding module(options); }, parts);
+  }
+};
+
+TEST_F(RotaryEmbeddingOptionsTest, HaveTheDefaultsOfThePaper) {
+  const RotaryEmbeddingOptions options(128);
+  EXPECT_EQ(options.head_dim(), 128);
+  EXPECT_FALSE(options.rotary_dim().has_value());
+  EXPECT_EQ(options.base(), 10000.0);
+  EXPECT_EQ(options.max_position_embeddings(), 2048);
+  EXPECT_FALSE(options.interleaved());
+  EXPECT_EQ(options.layout(), Layout::bshd);
+}
+
+TEST_F(RotaryEmbeddingOptionsTest, WithBadHeadDimAreRejected) {
+  expect_rejected(RotaryEmbeddingOptions(0), {"head_dim", "0"});
+  expect_rejected(RotaryEmbeddingOptions(-8), {"head_dim", "-8"});
+}
+
+TEST_F(RotaryEmbeddingOptionsTest, WithOddHeadDimNeedARotaryDim) {
+  expect_rejected(RotaryEmbeddingOptions(7), {"rotary_dim", "7"});
+  EXPECT_NO_THROW(RotaryEmbedding(RotaryEmbeddingOptions(7).rotary_dim(6)));
+}
+
+TEST_F(RotaryEmbeddingOptionsTest, WithBadRotaryDimAreRejected) {
+  for (const int64_t rotary_dim : {0, -2, 5, 18}) {
+    expect_rejected(RotaryEmbeddingOptions(16).rotary_dim(rotary_dim), {"rotary_dim", std::to_string(rotary_dim)});
+  }
+}
+
+TEST_F(RotaryEmbeddingOptionsTest, WithBadBaseAreRejected) {
+  expect_rejected(RotaryEmbeddingOptions(16).base(0), {"base", "0"});
+  expect_rejected(RotaryEmbeddingOptions(16).base(-1), {"base", "-1"});
+}
+
+TEST_F(RotaryEmbeddingOptionsTest, WithNegativeLengthAreRejected) {
+  expect_rejected(RotaryEmbeddingOptions(16).max_position_embeddings(-1), {"max_position_embeddings", "-1"});
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Every dtype
+
+class RotaryEmbeddingModule : public TargetTest {
+ protected:
+  at::Tensor random(at::IntArrayRef sizes) const { return random_tensor(sizes, GetParam()); }
+  at::Tensor queries(int64_t tokens = 5) const { return random({2, tokens, 4, kHeadDim}); }
+  at::Tensor keys(int64_t tokens = 5) const { return random({2, tokens, 2, kHeadDim}); }
+  at::Tensor positions(const std::vector<int64_t>& values) const { return at::tensor(values, at::kLong).to(device()); }
+};
+
+INSTANTIATE_TEST_SUITE_P(Cpu, RotaryEmbeddingModule, ::testing::ValuesIn(targets(at::kCPU)), target_name);
+INSTANTIATE_TEST_SUITE_P(Cuda, RotaryEmbeddingModule, ::testing::ValuesIn(targets(at::kCUDA)), target_name);
+
+TEST_P(RotaryEmbeddingModule, ForwardIsTheOperatorOnItsTables) {
+  RotaryEmbedding rope(RotaryEmbeddingOptions(kHeadDim).rotary_dim(12).base(500).interleaved(true));
+  const at::Tensor q = queries();
+  const at::Tensor k = keys();
+  const auto [cos, sin] = posenc::rotary_tables(posenc::rotary_inv_freq(12, 500), 5, table_dtype(dtype()));
+  const auto [expected_q, expected_k] = posenc::rotary_embedding_qk(
+      q, k, cos.to(device()), sin.to(device()), std::nullopt, /*interleaved=*/true);
+  const auto [actual_q, actual_k] = rope->forward(q, k);
+  expect_same_bits(actual_q, expected_q);
+  expect_same_bits(actual_k, expected_k);
+}
+
+TEST_P(RotaryEmbeddingModule, RotatesByAnglesOfFloat64) {
+  for (const bool interleaved : {false, true}) {
+    const auto options = RotaryEmbeddingOptions(kHeadDim).interleaved(interleaved).rotary_dim(10);
+    RotaryEmbedding rope(options);
+    const at::Tensor q = queries();
+    const at::Tensor k = keys();
+    const auto [actual_q, actual_k] = rope->forward(q, k);
+    expect_rotated(actual_q, q, options, std::nullopt, 5);
+    expect_rotated(actual_k, k, options, std::nullopt, 5);
+  }
+}
+
+TEST_P(RotaryEmbeddingModule, PositionsChooseTheAngles) {
+  RotaryEmbedding rope(RotaryEmbeddingOptions{kHeadDim});
+  const at::Tensor q = queries();
+  for (const at::Tensor& p : {positions({7, 3, 0, 100, 7}), positions({7, 3, 0, 100, 7, 1, 2, 3, 4, 5}).view({2, 5})}) {
+    const auto [actual_q, actual_k] = rope->forward(q, q, p);
+    expect_rotated(actual_q, q, RotaryEmbeddingOptions(kHeadDim), p, 101);
+    expect_same_bits(actual_k, actual_q);
+  }
+}
+
+TEST_P(RotaryEmbeddingModule, OneTensorIsRotatedAsInThePair) {
+  RotaryEmbedding rope(RotaryEmbeddingOptions{kHeadDim});
+  const at::Tensor q = queries();
+  const at::Tensor k = keys();
+  for (const std::optional<at::Tensor>& p : {std::optional<at::Tensor>(), std::optional(positions({4, 3, 2, 1, 0}))}) {
+    const auto [q_rotated, k_rotated] = rope->forward(q, k, p);
+    expect_same_bits(rope->rotate(q, p), q_rotated);
+    expect_same_bits(rope->rotate(k, p), k_rotated);
+  }
+}
+
+TEST_P(RotaryEmbeddingModule, AllLayoutsGiveTheSameNumbers) {
+  const at::Tensor q = queries();
+  const at::Tensor k = keys();
+  for (const std::optional<at::Tensor>& p :
+       {std::optional<at::Tensor>(), std::optional(positions({7, 3, 0, 100, 7})),
+        std::optional(positions({7, 3, 0, 100, 7, 1, 2, 3, 4, 5}).view({2, 5}))}) {
+    RotaryEmbedding bshd(RotaryEmbeddingOptions{kHeadDim});
+    const auto [expected_q, expected_k] = bshd->forward(q, k, p);
+    RotaryEmbedding sbhd(RotaryEmbeddingOptions(kHeadDim).layout(Layout::sbhd));
+    const auto [q_sbhd, k_sbhd] =
+        sbhd->forward(q.transpose(0, 1).contiguous(), k.transpose(0, 1).contiguous(), p);
+    expect_same_bits(q_sbhd.transpose(0, 1), expected_q);
+    expect_same_bits(k_sbhd.transpose(0, 1), expected_k);
+    EXPECT_TRUE(q_sbhd.is_contiguous());
+
+    RotaryEmbedding bhsd(RotaryEmbeddingOptions(kHeadDim).layout(Layout::bhsd));
+    const auto [q_bhsd, k_bhsd] =
+        bhsd->forward(q.transpose(1, 2).contiguous(), k.transpose(1, 2).contiguous(), p);
+    expect_same_bits(q_bhsd.transpose(1, 2), expected_q);
+    expect_same_bits(k_bhsd.transpose(1, 2), expected_k);
+    EXPECT_TRUE(q_bhsd.is_contiguous());
+    expect_same_bits(bhsd->rotate(q.transpose(1, 2)).transpose(1, 2), bshd->rotate(q));
+  }
+}
+
+TEST_P(RotaryEmbeddingModule, PackedTokensGiveTheSameNumbers) {
+  const at::Tensor q = queries();
+  const at::Tensor k = keys();
+  RotaryEmbedding bshd(RotaryEmbeddingOptions{kHeadDim});
+  const auto [expected_q, expected_k] = bshd->forward(q, k);
+  RotaryEmbedding thd(RotaryEmbeddingOptions(kHeadDim).layout(Layout::thd));
+  const auto [q_thd, k_thd] = thd->forward(q.flatten(0, 1), k.flatten(0, 1), positions({0, 1, 2, 3, 4, 0, 1, 2, 3, 4}));
+  expect_same_bits(q_thd, expected_q.flatten(0, 1));
+  expect_same_bits(k_thd, expected_k.flatten(0, 1));
+}
+
+TEST_P(RotaryEmbeddingModule, ConvertedToBFloat16RotatesLongContextsRight) {
+  // The defect that every peer had once: tables, or positions, converted with the model are wrong from position 257 on.
+  const auto options = RotaryEmbeddingOptions(kHeadDim).max_position_embeddings(5000);
+  RotaryEmbedding rope(options);
+  rope->to(at::kBFloat16);
+  rope->to(device());
+  const at::Tensor q = queries();
+  const at::Tensor p = positions({257, 1001, 2047, 4097, 4999});
+  expect_rotated(rope->rotate(q, p), q, options, p, 5000);
+}
+
+TEST_P(RotaryEmbeddingModule, ConversionDoesNotTouchTheTables) {
+  RotaryEmbedding rope(RotaryEmbeddingOptions{kHeadDim});
+  const at::Tensor q = queries();
+  const at::Tensor expected = rope->rotate(q);
+  const int64_t length = rope->table_length(device(), table_dtype(dtype()));
+  EXPECT_GT(length, 0);
+  for (const at::ScalarType converted : {at::kBFloat16, at::kHalf, at::kDouble}) {
+    rope->to(converted);
+    rope->to(device(), converted);
+    EXPECT_EQ(rope->table_length(device(), table_dtype(dtype())), length);
+    expect_same_bits(rope->rotate(q), expected);
+  }
+}
+
+TEST_P(RotaryEmbeddingModule, GradientIsTheRotationBackwards) {
+  RotaryEmbedding rope(RotaryEmbeddingOptions{kHeadDim});
+  const at::Tensor q = queries().requires_grad_();
+  const at::Tensor k = keys().requires_grad_();
+  const auto [q_rotated, k_rotated] = rope->forward(q, k);
+  (q_rotated.sum() + k_rotated.sum()).backward();
+  const auto [cos, sin] = posenc::rotary_tables(posenc::rotary_inv_freq(kHeadDim), 5, table_dtype(dtype()));
+  const auto [expected_q, expected_k] = posenc::rotary_embedding_qk(
+      at::ones_like(q), at::ones_like(k), cos.to(device()), sin.to(device()), std::nullopt, false, /*conjugate=*/true);
+  expect_same_bits(q.grad(), expected_q);
+  expect_same_bits(k.grad(), expected_k);
+}
+
+TEST_P(RotaryEmbeddingModule, EmptySequencesWork) {
+  RotaryEmbedding rope(RotaryEmbeddingOptions{kHeadDim});
+  const auto [q, k] = rope->forward(queries(0), keys(0));
+  EXPECT_EQ(q.sizes(), at::IntArrayRef({2, 0, 4, kHeadDim}));
+  EXPECT_EQ(k.sizes(), at::IntArrayRef({2, 0, 2, kHeadDim}));
+  EXPECT_EQ(rope->rotate(queries(0), positions({})).sizes(), q.sizes());
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tables
+
+class RotaryEmbeddingTables : public DeviceTest {
+ protected:
+  at::Tensor random(int64_t tokens) const {
+    return random_tensor({1, tokens, 2, kHeadDim}, {GetParam(), at::kFloat});
+  }
+  static RotaryEmbeddingOptions options(int64_t length) {
+    return RotaryEmbeddingOptions(kHeadDim).max_position_embeddings(length);
+  }
+  at::Tensor positions(const std::vector<int64_t>& values) const { return at::tensor(values, at::kLong).to(device()); }
+};
+
+INSTANTIATE_TEST_SUITE_P(Cpu, RotaryEmbeddingTables, ::testing::Values(at::kCPU), device_name);
+INSTANTIATE_TEST_SUITE_P(Cuda, RotaryEmbeddingTables, ::testing::Values(at::kCUDA), device_name);
+
+TEST_P(RotaryEmbeddingTables, AreBuiltWhenFirstNeeded) {
+  RotaryEmbedding rope(options(32));
+  EXPECT_EQ(rope->table_length(device()), 0);
+  rope->rotate(random(3));
+  EXPECT_EQ(rope->table_length(device()), 32);
+  EXPECT_EQ(rope->table_length(device(), at::kDouble), 0);
+  rope->rotate(random(3).to(at::kDouble));
+  EXPECT_EQ(rope->table_length(device(), at::kDouble), 32);
+}
+
+TEST_P(RotaryEmbeddingTables, GrowByDoubling) {
+  RotaryEmbedding rope(options(8));
+  rope->rotate(random(8));
+  EXPECT_EQ(rope->table_length(device()), 8);
+  const at::Tensor longer = random(9);
+  expect_rotated(rope->rotate(longer), longer, options(8), std::nullopt, 9);
+  EXPECT_EQ(rope->table_length(device()), 16);
+  const at::Tensor much_longer = random(100);
+  expect_rotated(rope->rotate(much_longer), much_longer, options(8), std::nullopt, 100);
+  EXPECT_GE(rope->table_length(device()), 100);
+  EXPECT_LT(rope->table_length(device()), 200);
+}
+
+TEST_P(RotaryEmbeddingTables, AreNotBuiltAgainInTheSteadyState) {
+  const LogLevel before = log_level();
+  set_log_level(LogLevel::debug);
+  RotaryEmbedding rope(options(8));
+  const at::Tensor x = random(20);
+  const at::Tensor p = at::arange(20).to(device());
+  const auto lines_about_tables = [](const std::function<void()>& action) {
+    ::testing::internal::CaptureStderr();
+    action();
+    const std::string text = ::testing::internal::GetCapturedStderr();
+    int count = 0;
+    for (size_t at = text.find("built tables"); at != std::string::npos; at = text.find("built tables", at + 1)) {
+      ++count;
+    }
+    return count;
+  };
+  EXPECT_EQ(lines_about_tables([&] { rope->rotate(x); }), 1);
+  EXPECT_EQ(
+      lines_about_tables([&] {
+        for (int i = 0; i < 3; ++i) {
+          rope->rotate(x);
+          rope->forward(x, x, p);
+          rope->to(at::kBFloat16);
+        }
+      }),
+      0);
+  set_log_level(before);
+}
+
+TEST_P(RotaryEmbeddingTables, ReserveBuildsThem) {
+  RotaryEmbedding rope(options(8));
+  rope->reserve(1000, device());
+  const int64_t length = rope->table_length(device());
+  EXPECT_GE(length, 1000);
+  rope->reserve(10, device());
+  rope->rotate(random(1000));
+  EXPECT_EQ(rope->table_length(device()), length);
+  rope->reserve(100, device(), at::kDouble);
+  EXPECT_GE(rope->table_length(device(), at::kDouble), 100);
+}
+
+TEST_P(RotaryEmbeddingTables, ReserveRejectsBadArguments) {
+  RotaryEmbedding rope(options(8));
+  expect_error([&] { rope->reserve(-1, device()); }, {"length", "-1"});
+  expect_error([&] { rope->reserve(8, device(), at::kHalf); }, {"dtype", "Half"});
+}
+
+TEST_P(RotaryEmbeddingTables, ReservedPositionsAreRight) {
+  RotaryEmbedding rope(options(8));
+  rope->reserve(6000, device());
+  const at::Tensor x = random(3);
+  const at::Tensor p = positions({5999, 4096, 17});
+  expect_rotated(rope->rotate(x, p), x, options(8), p, 6000);
+}
+
+TEST_P(RotaryEmbeddingTables, EmptyOptionStillGrows) {
+  RotaryEmbedding rope(options(1));
+  const at::Tensor x = random(3);
+  expect_rotated(rope->rotate(x), x, options(1), std::nullopt, 3);
+}
+
+TEST_P(RotaryEmbeddingTables, AreSharedByClones) {
+  RotaryEmbedding rope(options(8));
+  const at::Tensor x = random(8);
+  const at::Tensor expected = rope->rotate(x);
+  const auto copy = std::dynamic_pointer_cast<posenc::RotaryEmbeddingImpl>(rope->clone());
+  ASSERT_TRUE(copy);
+  EXPECT_EQ(copy->table_length(device()), 8);
+  expect_same_bits(copy->rotate(x), expected);
+  const at::Tensor longer = random(50);
+  expect_rotated(copy->rotate(longer), longer, options(8), std::nullopt, 50);
+  expect_same_bits(rope->rotate(x), expected);
+  expect_rotated(rope->rotate(longer), longer, options(8), std::nullopt, 50);
+}
+
+TEST_P(RotaryEmbeddingTables, OfACloneOutliveTheOriginal) {
+  std::shared_ptr<posenc::RotaryEmbeddingImpl> copy;
+  const at::Tensor x = random(8);
+  at::Tensor expected;
+  {
+    RotaryEmbedding rope(options(8));
+    expected = rope->rotate(x);
+    copy = std::dynamic_pointer_cast<posenc::RotaryEmbeddingImpl>(rope->clone(device()));
+  }
+  expect_same_bits(copy->rotate(x), expected);
+}
+
+TEST_P(RotaryEmbeddingTables, FollowChangedOptionsAfterReset) {
+  RotaryEmbedding rope(options(8));
+  const at::Tensor x = random(8);
+  rope->rotate(x);
+  rope->options.base(77).interleaved(true);
+  rope->reset();
+  EXPECT_EQ(rope->table_length(device()), 0);
+  expect_rotated(rope->rotate(x), x, options(8).base(77).interleaved(true), std::nullopt, 8);
+}
+
+TEST_P(RotaryEmbeddingTables, ChangedOptionsAreCheckedByReset) {
+  RotaryEmbedding rope(options(8));
+  rope->options.rotary_dim(3);
+  expect_error([&] { rope->reset(); }, {"rotary_dim", "3"});
+}
+
+TEST_P(RotaryEmbeddingTables, OfACloneWithOtherOptionsLeaveTheOriginalAlone) {
+  RotaryEmbedding rope(options(8));
+  const at::Tensor x = random(8);
+  const at::Tensor expected = rope->rotate(x);
+  const auto copy = std::dynamic_pointer_cast<posenc::RotaryEmbeddingImpl>(rope->clone());
+  copy->options.base(77);
+  copy->reset();
+  expect_rotated(copy->rotate(x), x, options(8).base(77), std::nullopt, 8);
+  expect_same_bits(rope->rotate(x), expected);
+}
+
+TEST_P(RotaryEmbeddingTables, SurviveSaveAndLoad) {
+  RotaryEmbedding rope(options(8));
+  const at::Tensor x = random(20);
+  const at::Tensor expected = rope->rotate(x);
+  std::stringstream stream;
+  torch::save(rope, stream);
+  RotaryEmbedding loaded(options(8));
+  torch::load(loaded, stream);
+  expect_same_bits(loaded->rotate(x), expected);
+  expect_same_bits(rope->rotate(x), expected);
+}
+
+TEST_P(RotaryEmbeddingTables, BuiltInInferenceModeServeTraining) {
+  RotaryEmbedding rope(options(8));
+  const at::Tensor x = random(4);
+  at::Tensor expected;
+  {
+    const c10::InferenceMode inference;
+    expected = rope->rotate(x).clone();
+  }
+  const at::Tensor leaf = x.clone().requires_grad_();
+  const at::Tensor y = rope->rotate(leaf);
+  expect_same_bits(y, expected);
+  y.sum().backward();
+  EXPECT_TRUE(leaf.grad().defined());
+}
+
+TEST_P(RotaryEmbeddingTables, SeveralThreadsMayUseOneModule) {
+  constexpr int kThreads = 4;
+  RotaryEmbedding rope(options(4));
+  std::vector<at::Tensor> inputs;
+  std::vector<at::Tensor> outputs(kThreads);
+  for (int t = 0; t < kThreads; ++t) {
+    inputs.push_back(random(400));
+  }
+  std::vector<std::thread> threads;
+  for (int t = 0; t < kThreads; ++t) {
+    threads.emplace_back([&, t] {
+      // Each grows the tables through all lengths, so that they collide.
+      for (int64_t tokens = 1; tokens < 400; tokens += 7 + t) {
+        rope->rotate(inputs[static_cast<size_t>(t)].narrow(1, 0, tokens));
+      }
+      outputs[static_cast<size_t>(t)] = rope->rotate(inputs[static_cast<size_t>(t)]);
+    });
+  }
+  for (std::thread& thread : threads) {
+    thread.join();
+  }
+  for (size_t t = 0; t < kThreads; ++t) {
+    expect_rotated(outputs[t], inputs[t], options(4), std::nullopt, 400);
+  }
+}
+
+TEST_P(RotaryEmbeddingTables, WrongHeadSizeIsAnError) {
+  RotaryEmbedding rope(RotaryEmbeddingOptions(kHeadDim).rotary_dim(4));
+  const at::Tensor x = random_tensor({1, 3, 2, 24}, {GetParam(), at::kFloat});
+  expect_error([&] { rope->rotate(x); }, {"head_dim", "16", "[1, 3, 2, 24]"});
+  expect_error([&] { rope->forward(x, x); }, {"head_dim", "16", "[1, 3, 2, 24]"});
+}
+
+TEST_P(RotaryEmbeddingTables, WrongNumberOfDimensionsIsAnError) {
+  const at::Tensor x = random(3);
+  RotaryEmbedding packed(RotaryEmbeddingOptions(kHeadDim).layout(Layout::thd));
+  expect_error([&] { packed->rotate(x); }, {"[1, 3, 2, 16]"});
+  for (const Layout layout : {Layout::bshd, Layout::sbhd, Layout::bhsd}) {
+    RotaryEmbedding rope(RotaryEmbeddingOptions(kHeadDim).layout(layout));
+    expect_error([&] { rope->rotate(x[0]); }, {"[3, 2, 16]"});
+    expect_error([&] { rope->rotate(x[0][0][0]); }, {"[16]"});
+  }
+}
+
+TEST_P(RotaryEmbeddingTables, UndefinedInputsAreAnError) {
+  RotaryEmbedding rope(options(8));
+  expect_error([&] { rope->rotate(at::Tensor()); }, {"undefined"});
+  expect_error([&] { rope->forward(random(3), at::Tensor()); }, {"undefined"});
+  expect_error([&] { rope->forward(at::Tensor(), random(3)); }, {"undefined"});
+}
+
+TEST_P(RotaryEmbeddingTables, BadPositionsAreAnError) {
+  RotaryEmbedding rope(options(8));
+  const at::Tensor x = random(3);
+  expect_error([&] { rope->rotate(x, at::zeros({3}, x.options())); }, {"positions", "Float"});
+  expect_error([&] { rope->rotate(x, positions({1, 2})); }, {"positions", "[2]"});
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Where the host can see the positions, and where it cannot
+
+TEST(RotaryEmbeddingHostPositions, GrowTheTables) {
+  const auto options = RotaryEmbeddingOptions(kHeadDim).max_position_embeddings(8);
+  RotaryEmbedding rope(options);
+  const at::Tensor x = at::randn({1, 3, 2, kHeadDim});
+  for (const at::ScalarType dtype : {at::kInt, at::kLong}) {
+    const at::Tensor p = at::tensor({3000, 5, 2047}, dtype);
+    expect_rotated(rope->rotate(x, p), x, options, p, 3001);
+  }
+  EXPECT_GE(rope->table_length(at::kCPU), 3001);
+}
+
+TEST(RotaryEmbeddingHostPositions, BelowZeroGiveNan) {
+  RotaryEmbedding rope(RotaryEmbeddingOptions(kHeadDim).max_position_embeddings(8));
+  const at::Tensor y = rope->rotate(at::randn({1, 3, 2, kHeadDim}), at::tensor({0, -1, 2}, at::kLong));
+  EXPECT_TRUE(y.select(1, 1).isnan().all().item<bool>());
+  EXPECT_FALSE(y.select(1, 0).isnan().any().item<bool>());
+  EXPECT_FALSE(y.select(1, 2).isnan().any().item<bool>());
+}
+
+class RotaryEmbeddingDevicePositions : public DeviceTest {};
+
+INSTANTIATE_TEST_SUITE_P(Cuda, RotaryEmbeddingDevicePositions, ::testing::Values(at::kCUDA), device_name);
+
+TEST_P(RotaryEmbeddingDevicePositions, BeyondTheTablesGiveNan) {
+  RotaryEmbedding rope(RotaryEmbeddingOptions(kHeadDim).max_position_embeddings(8));
+  const at::Tensor x = at::randn({1, 3, 2, kHeadDim}).to(device());
+  const at::Tensor y = rope->rotate(x, at::tensor({0, 3000, 2}, at::kLong).to(device()));
+  EXPECT_TRUE(y.select(1, 1).isnan().all().item<bool>());
+  EXPECT_FALSE(y.select(1, 2).isnan().any().item<bool>());
+  EXPECT_EQ(rope->table_length(device()), 8);
+}
+
+TEST_P(RotaryEmbeddingDevicePositions, TablesLivePerDevice) {
+  if (at::detail::getCUDAHooks().deviceCount() < 2) {
+    GTEST_SKIP() << "needs two CUDA devices";
+  }
+  const auto options = RotaryEmbeddingOptions(kHeadDim).max_position_embeddings(8);
+  RotaryEmbedding rope(options);
+  const at::Tensor x = at::randn({1, 30, 2, kHeadDim});
+  for (const at::DeviceIndex index : {1, 0, 1}) {
+    const at::Device gpu(at::kCUDA, index);
+    const at::Tensor y = rope->rotate(x.to(gpu));
+    EXPECT_EQ(y.device(), gpu);
+    expect_rotated(y, x, options, std::nullopt, 30);
+    EXPECT_GE(rope->table_length(gpu), 30);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// As a module among others
+
+/// A model that keeps the embedding as a submodule.
+class AttentionImpl : public torch::nn::Cloneable<AttentionImpl> {
+ public:
+  AttentionImpl() { reset(); }
+  void reset() override {
+    rope = register_module("rope", RotaryEmbedding(RotaryEmbeddingOptions{kHeadDim}));
+    weight = register_parameter("weight", at::ones({kHeadDim}));
+  }
+  RotaryEmbedding rope{nullptr};
+  at::Tensor weight;
+};
+
+TEST(RotaryEmbeddingSubmodule, HasNoParametersAndNoBuffers) {
+  RotaryEmbedding rope(RotaryEmbeddingOptions{kHeadDim});
+  rope->reserve(10, at::kCPU);
+  EXPECT_TRUE(rope->parameters().empty());
+  EXPECT_TRUE(rope->buffers().empty());
+  const AttentionImpl model;
+  EXPECT_EQ(model.parameters().size(), 1U);
+  EXPECT_TRUE(model.buffers().empty());
+}
+
+TEST(RotaryEmbeddingSubmodule, IsConvertedClonedAndSavedWithItsParent) {
+  const auto model = std::make_shared<AttentionImpl>();
+  const at::Tensor x = at::randn({1, 6, 2, kHeadDim});
+  const at::Tensor expected = model->rope->rotate(x);
+  model->to(at::kBFloat16);
+  EXPECT_EQ(model->weight.scalar_type(), at::kBFloat16);
+  expect_same_bits(model->rope->rotate(x), expected);
+
+  const auto copy = std::dynamic_pointer_cast<AttentionImpl>(model->clone());
+  expect_same_bits(copy->rope->rotate(x), expected);
+
+  std::stringstream stream;
+  torch::serialize::OutputArchive out;
+  model->save(out);
+  out.save_to(stream);
+  torch::serialize::InputArchive in;
+  in.load_from(stream);
+  AttentionImpl loaded;
+  loaded.load(in);
+  expect_same_bits(loaded.rope->rotate(x), expected);
+}
+
+TEST(RotaryEmbeddingSubmodule, WorksInAnyModuleWithDefaultPositions) {
+  torch::nn::AnyModule any(RotaryEmbedding(RotaryEmbeddingOptions{kHeadDim}));
+  const at::Tensor x = at::randn({1, 6, 2, kHeadDim});
+  RotaryEmbedding rope(RotaryEmbeddingOptions{kHeadDim});
+  const auto [q, k] = any.forward<std::tuple<at::Tensor, at::Tensor>>(x, x);
+  expect_same_bits(q, rope->rotate(x));
+  expect_same_bits(k, q);
+}
+
+TEST(RotaryEmbeddingSubmodule, PrintsItsOptions) {
+  std::ostringstream stream;
+  stream << *RotaryEmbedding(
+      RotaryEmbeddingOptions(64).rotary_dim(32).base(500000).interleaved(true).layout(Layout::bhsd));
+  const std::string text = stream.str();
+  for (const char* part :
+       {"posenc::RotaryEmbedding(", "head_dim=64", "rotary_dim=32", "base=500000", "max_position_embeddings=2048",
+        "interleaved=true", "layout=bhsd"}) {
+    EXPECT_NE(text.find(part), std::string::npos) << "'" << part << "' is not in: " << text;
+  }
+}
+
+}  // namespace
+}  // namespace posenc::test

@@ -1,0 +1,447 @@
+#include "support.h"
+
+#include <posenc/reference.h>
+#include <posenc/rotary_embedding.h>
+
+#include <ATen/ATen.h>
+#include <ATen/Context.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+
+namespace posenc::test {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Environment
+
+uint64_t seed() {
+  return static_cast<uint64_t>(env_int("POSENC_TEST_SEED", 20210420));
+}
+
+int64_t env_int(const char* name, int64_t otherwise) {
+  const char* value = std::getenv(name);
+  return value == nullptr || *value == '\0' ? otherwise : std::strtoll(value, nullptr, 10);
+}
+
+std::string unavailable(at::DeviceType device) {
+  if (device != at::kCUDA) {
+    return "";
+  }
+  if (!kBuiltWithCuda) {
+    return "built without CUDA";
+  }
+  return at::hasCUDA() ? "" : "no CUDA device";
+}
+
+void require_device(at::DeviceType device) {
+  const std::string reason = unavailable(device);
+  if (reason.empty()) {
+    return;
+  }
+  if (env_int("POSENC_REQUIRE_CUDA", 0) != 0) {
+    FAIL() << reason << ", and POSENC_REQUIRE_CUDA is set";
+  }
+  GTEST_SKIP() << reason;
+}
+
+ScopedEnv::ScopedEnv(const char* name, const char* value) : name_(name) {
+  if (const char* before = std::getenv(name); before != nullptr) {
+    before_ = before;
+  }
+  value != nullptr ? setenv(name, value, 1) : unsetenv(name);
+}
+
+ScopedEnv::~ScopedEnv() {
+  before_ ? setenv(name_.c_str(), before_->c_str(), 1) : unsetenv(name_.c_str());
+}
+
+std::ostream& operator<<(std::ostream& stream, const Target& target) {
+  return stream << target.device << " " << target.dtype;
+}
+
+std::vector<Target> targets(at::DeviceType device) {
+  return {{device, at::kHalf}, {device, at::kBFloat16}, {device, at::kFloat}, {device, at::kDouble}};
+}
+
+at::ScalarType table_dtype(at::ScalarType dtype) {
+  return dtype == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+std::string target_name(const ::testing::TestParamInfo<Target>& info) {
+  return at::toString(info.param.dtype);
+}
+
+std::string device_name(const ::testing::TestParamInfo<at::DeviceType>& info) {
+  return c10::DeviceTypeName(info.param, /*lower_case=*/true);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Random calls of the operators
+
+namespace {
+
+const char* const kStridesNames[kStrides] = {
+    "dense", "head_major", "token_major", "head_slice", "odd_offset", "every_other",
+    "reversed", "one_batch", "one_token", "one_head", "one_channel", "one_value"};
+const char* const kPositionShapeNames[kPositionShapes] = {"absent", "per_token", "per_batch"};
+const char* const kPositionStridesNames[kPositionStrides] = {"dense", "every_other", "expanded"};
+const char* const kTableShapeNames[kTableShapes] = {"by_position", "per_token", "per_token_shared"};
+const char* const kTableStridesNames[kTableStrides] = {"dense", "slice", "transposed", "one_row"};
+
+at::Tensor random_dense(at::IntArrayRef sizes, const Target& target) {
+  return at::randn(sizes, at::kDouble).to(target.device, target.dtype);
+}
+
+at::Tensor random_table(at::IntArrayRef sizes, const Target& target, TableStrides strides) {
+  std::vector<int64_t> stored = sizes.vec();
+  switch (strides) {
+    case TableStrides::dense:
+      break;
+    case TableStrides::slice:
+      stored.back() += 3;
+      return random_dense(stored, target).narrow(-1, 1, sizes.back());
+    case TableStrides::transposed:
+      std::swap(stored[stored.size() - 1], stored[stored.size() - 2]);
+      return random_dense(stored, target).transpose(-1, -2);
+    case TableStrides::one_row:
+      stored[stored.size() - 2] = 1;
+      return random_dense(stored, target).expand(sizes);
+  }
+  return random_dense(sizes, target);
+}
+
+at::Tensor random_positions(const RotaryCase& c, int64_t length, at::DeviceType device) {
+  const auto draw = [&](at::IntArrayRef sizes) {
+    return at::randint(length, sizes, at::kLong).to(device, c.position_dtype);
+  };
+  const bool per_batch = c.positions == PositionShape::per_batch;
+  const std::vector<int64_t> sizes = per_batch ? std::vector<int64_t>{c.batch, c.tokens} : std::vector<int64_t>{c.tokens};
+  switch (c.position_strides) {
+    case PositionStrides::dense:
+      break;
+    case PositionStrides::every_other:
+      return per_batch ? draw({c.tokens, 2 * c.batch}).slice(1, 0, 2 * c.batch, 2).t()
+                       : draw({2 * c.tokens}).slice(0, 0, 2 * c.tokens, 2);
+    case PositionStrides::expanded:
+      return (per_batch ? draw({1, c.tokens}) : draw({1})).expand(sizes);
+  }
+  return draw(sizes);
+}
+
+}  // namespace
+
+std::vector<int64_t> RotaryCase::sizes(int64_t heads) const {
+  return packed ? std::vector<int64_t>{tokens, heads, head_dim}
+                : std::vector<int64_t>{batch, tokens, heads, head_dim};
+}
+
+std::ostream& operator<<(std::ostream& stream, const RotaryCase& c) {
+  return stream << c.name << ": q " << at::IntArrayRef(c.sizes(c.q_heads)) << " "
+                << kStridesNames[static_cast<int>(c.q_strides)] << ", k " << at::IntArrayRef(c.sizes(c.k_heads)) << " "
+                << kStridesNames[static_cast<int>(c.k_strides)] << ", rotary_dim " << c.rotary_dim << ", tables "
+                << kTableShapeNames[static_cast<int>(c.tables)] << " "
+                << kTableStridesNames[static_cast<int>(c.table_strides)] << " with " << c.spare_rows
+                << " spare rows, positions " << kPositionShapeNames[static_cast<int>(c.positions)] << " "
+                << kPositionStridesNames[static_cast<int>(c.position_strides)] << " " << c.position_dtype
+                << (c.interleaved ? ", interleaved" : "") << (c.conjugate ? ", conjugate" : "");
+}
+
+at::Tensor random_tensor(at::IntArrayRef sizes, const Target& target, Strides strides) {
+  const size_t dims = sizes.size();
+  std::vector<int64_t> stored = sizes.vec();
+  const auto expanded = [&](size_t dim) {
+    stored[dim] = 1;
+    return random_dense(stored, target).expand(sizes);
+  };
+  switch (strides) {
+    case Strides::dense:
+      break;
+    case Strides::head_major:
+      std::swap(stored[dims - 2], stored[dims - 3]);
+      return random_dense(stored, target).transpose(-2, -3);
+    case Strides::token_major:
+      std::swap(stored[0], stored[dims - 3]);
+      return random_dense(stored, target).transpose(0, -3);
+    case Strides::head_slice:
+      stored[dims - 2] += 3;
+      return random_dense(stored, target).narrow(-2, 1, sizes[dims - 2]);
+    case Strides::odd_offset: {
+      const int64_t count = c10::multiply_integers(sizes);
+      return random_dense({count + 1}, target).narrow(0, 1, count).view(sizes);
+    }
+    case Strides::every_other:
+      stored[dims - 1] *= 2;
+      return random_dense(stored, target).slice(-1, 0, stored[dims - 1], 2);
+    case Strides::reversed: {
+      std::reverse(stored.begin(), stored.end());
+      std::vector<int64_t> order(dims);
+      for (size_t i = 0; i < dims; ++i) {
+        order[i] = static_cast<int64_t>(dims - 1 - i);
+      }
+      return random_dense(stored, target).permute(order);
+    }
+    case Strides::one_batch:
+      return expanded(0);
+    case Strides::one_token:
+      return expanded(dims - 3);
+    case Strides::one_head:
+      return expanded(dims - 2);
+    case Strides::one_channel:
+      return expanded(dims - 1);
+    case Strides::one_value:
+      return random_dense({}, target).expand(sizes);
+  }
+  return random_dense(sizes, target);
+}
+
+RotaryInputs make_inputs(const RotaryCase& c, const Target& target) {
+  RotaryInputs in;
+  in.q = random_tensor(c.sizes(c.q_heads), target, c.q_strides);
+  in.k = random_tensor(c.sizes(c.k_heads), target, c.k_strides);
+  const int64_t length = c.tokens + c.spare_rows;
+  std::vector<int64_t> table_sizes{length, c.rotary_dim / 2};
+  if (c.tables != TableShape::by_position) {
+    table_sizes = {c.tables == TableShape::per_token ? c.batch : 1, c.tokens, c.rotary_dim / 2};
+  }
+  const Target table_target{target.device, table_dtype(target.dtype)};
+  in.cos = random_table(table_sizes, table_target, c.table_strides);
+  in.sin = random_table(table_sizes, table_target, c.table_strides);
+  if (c.positions != PositionShape::absent) {
+    in.positions = random_positions(c, length, target.device);
+  }
+  in.interleaved = c.interleaved;
+  in.conjugate = c.conjugate;
+  return in;
+}
+
+at::Tensor rotate(const RotaryInputs& in, const at::Tensor& x) {
+  return posenc::rotary_embedding(x, in.cos, in.sin, in.positions, in.interleaved, in.conjugate);
+}
+
+std::tuple<at::Tensor, at::Tensor> rotate_qk(const RotaryInputs& in) {
+  return posenc::rotary_embedding_qk(in.q, in.k, in.cos, in.sin, in.positions, in.interleaved, in.conjugate);
+}
+
+at::Tensor rotate_reference(const RotaryInputs& in, const at::Tensor& x) {
+  return posenc::reference::rotary_embedding(x, in.cos, in.sin, in.positions, in.interleaved, in.conjugate);
+}
+
+RotaryInputs in_float64(const RotaryInputs& in) {
+  const auto widen = [](const at::Tensor& x) { return x.detach().to(at::kCPU, at::kDouble); };
+  RotaryInputs wide = in;
+  wide.q = in.q.defined() ? widen(in.q) : in.q;
+  wide.k = in.k.defined() ? widen(in.k) : in.k;
+  wide.cos = widen(in.cos);
+  wide.sin = widen(in.sin);
+  if (in.positions) {
+    wide.positions = in.positions->to(at::kCPU, at::kLong);
+  }
+  return wide;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Expected values
+
+namespace {
+
+/// Calls `visit(first, second, row)` for every pair of channels of every head: where the two lie in a contiguous tensor
+/// of the shape of `x`, and where their cosine and sine lie in contiguous tables.
+void for_each_pair(
+    const RotaryInputs& in,
+    const at::Tensor& x,
+    const std::function<void(int64_t, int64_t, int64_t)>& visit) {
+  const bool packed = x.dim() == 3;
+  const int64_t batch = packed ? 1 : x.size(0);
+  const int64_t tokens = x.size(-3);
+  const int64_t heads = x.size(-2);
+  const int64_t head_dim = x.size(-1);
+  const int64_t half = in.cos.size(-1);
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t s = 0; s < tokens; ++s) {
+      int64_t row = s;
+      if (in.positions) {
+        row = in.positions->dim() == 1 ? (*in.positions)[s].item<int64_t>() : (*in.positions)[b][s].item<int64_t>();
+      } else if (in.cos.dim() == 3) {
+        row = (in.cos.size(0) == 1 ? 0 : b) * tokens + s;
+      }
+      for (int64_t h = 0; h < heads; ++h) {
+        const int64_t head = ((b * tokens + s) * heads + h) * head_dim;
+        for (int64_t i = 0; i < half; ++i) {
+          const int64_t first = in.interleaved ? 2 * i : i;
+          const int64_t second = in.interleaved ? 2 * i + 1 : i + half;
+          visit(head + first, head + second, row * half + i);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+at::Tensor scalar_rotation(const RotaryInputs& in, const at::Tensor& x) {
+  const RotaryInputs wide = in_float64(in);
+  const at::Tensor source = x.detach().to(at::kCPU, at::kDouble).contiguous();
+  const at::Tensor result = source.clone();
+  const at::Tensor cos = wide.cos.contiguous();
+  const at::Tensor sin = wide.sin.contiguous();
+  const double* from = source.data_ptr<double>();
+  double* to = result.data_ptr<double>();
+  for_each_pair(wide, source, [&](int64_t first, int64_t second, int64_t row) {
+    const double c = cos.data_ptr<double>()[row];
+    const double s = in.conjugate ? -sin.data_ptr<double>()[row] : sin.data_ptr<double>()[row];
+    to[first] = from[first] * c - from[second] * s;
+    to[second] = from[first] * s + from[second] * c;
+  });
+  return result;
+}
+
+TableGradients scalar_table_gradients(
+    const RotaryInputs& in,
+    const std::vector<std::pair<at::Tensor, at::Tensor>>& grads_and_inputs) {
+  const RotaryInputs wide = in_float64(in);
+  const auto zeros = [&] { return at::zeros(wide.cos.sizes(), at::kDouble); };
+  TableGradients result{zeros(), zeros(), zeros(), zeros(), zeros()};
+  const double sign = in.conjugate ? -1 : 1;
+  for (const auto& [grad, x] : grads_and_inputs) {
+    const at::Tensor wide_grad = grad.detach().to(at::kCPU, at::kDouble).contiguous();
+    const at::Tensor wide_x = x.detach().to(at::kCPU, at::kDouble).contiguous();
+    const double* g = wide_grad.data_ptr<double>();
+    const double* v = wide_x.data_ptr<double>();
+    for_each_pair(wide, wide_x, [&](int64_t first, int64_t second, int64_t row) {
+      result.dcos.data_ptr<double>()[row] += g[first] * v[first] + g[second] * v[second];
+      result.dsin.data_ptr<double>()[row] += sign * (g[second] * v[first] - g[first] * v[second]);
+      result.dcos_magnitude.data_ptr<double>()[row] += std::abs(g[first] * v[first]) + std::abs(g[second] * v[second]);
+      result.dsin_magnitude.data_ptr<double>()[row] += std::abs(g[second] * v[first]) + std::abs(g[first] * v[second]);
+      result.terms.data_ptr<double>()[row] += 2;
+    });
+  }
+  return result;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Comparisons
+
+double unit_roundoff(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kHalf:
+      return 0x1p-11;
+    case at::kBFloat16:
+      return 0x1p-8;
+    case at::kFloat:
+      return 0x1p-24;
+    default:
+      return 0x1p-53;
+  }
+}
+
+// With u the unit roundoff of the arithmetic (float32, or float64 for float64) and a = |x1 c| + |x2 s|, two products and
+// one sum, each rounded or fused, are off by at most a (2u + u^2). Rounding z to a narrower dtype of unit roundoff v adds
+// at most v |z|, or half the distance of subnormals, where |z| is at most |y| plus the error so far. The expected value is
+// itself computed in float64, with the same kind of error. Nothing is left over for a second rounding.
+at::Tensor rounding_bound(const RotaryInputs& in, const at::Tensor& x) {
+  const auto error_of = [](double u) { return 2 * u + u * u; };
+  RotaryInputs wide = in_float64(in);
+  const at::Tensor wide_x = x.detach().to(at::kCPU, at::kDouble);
+  const at::Tensor y = rotate_reference(wide, wide_x).abs();
+  wide.cos = wide.cos.abs();
+  wide.sin = wide.sin.abs();
+  // Of |x1| |c| -+ |x2| |s|, one is the sum.
+  const at::Tensor there = rotate_reference(wide, wide_x.abs());
+  wide.conjugate = !wide.conjugate;
+  const at::Tensor back = rotate_reference(wide, wide_x.abs());
+  const at::Tensor a = at::maximum(there, back);
+  const double computed = error_of(unit_roundoff(table_dtype(x.scalar_type())));
+  const double expected = error_of(unit_roundoff(at::kDouble));
+  const bool narrows = x.scalar_type() != table_dtype(x.scalar_type());
+  const double v = narrows ? unit_roundoff(x.scalar_type()) : 0;
+  const double half_subnormal = x.scalar_type() == at::kHalf ? 0x1p-25 : 0;
+  return y * v + a * (computed * (1 + v) + expected * (1 + v)) + half_subnormal;
+}
+
+void expect_within(const at::Tensor& actual, const at::Tensor& expected, const at::Tensor& bound) {
+  ASSERT_EQ(actual.sizes(), expected.sizes());
+  const at::Tensor wide = actual.detach().to(at::kCPU, at::kDouble);
+  // Written so that NaN on either side fails.
+  const at::Tensor wrong = ((wide - expected).abs() <= bound).logical_not();
+  const int64_t count = wrong.sum().item<int64_t>();
+  if (count == 0) {
+    return;
+  }
+  const at::Tensor where = wrong.nonzero()[0];
+  const auto at_first = [&where](const at::Tensor& tensor) {
+    at::Tensor element = tensor;
+    for (int64_t d = 0; d < where.numel(); ++d) {
+      element = element[where[d].item<int64_t>()];
+    }
+    return element.item<double>();
+  };
+  ADD_FAILURE() << count << " of " << wide.numel() << " elements differ; the first, at index "
+                << std::vector<int64_t>(where.data_ptr<int64_t>(), where.data_ptr<int64_t>() + where.numel()) << ", is "
+                << at_first(wide) << " where " << at_first(expected) << " +- " << at_first(bound.expand_as(expected))
+                << " is expected";
+}
+
+void expect_close_to_rounding(const at::Tensor& actual, const RotaryInputs& in, const at::Tensor& x) {
+  ASSERT_EQ(actual.sizes(), x.sizes());
+  ASSERT_EQ(actual.scalar_type(), x.scalar_type());
+  ASSERT_EQ(actual.device(), x.device());
+  const int64_t rotary_dim = 2 * in.cos.size(-1);
+  const RotaryInputs wide = in_float64(in);
+  const at::Tensor expected = rotate_reference(wide, x.detach().to(at::kCPU, at::kDouble));
+  const auto rotated = [rotary_dim](const at::Tensor& y) { return y.narrow(-1, 0, rotary_dim); };
+  const auto tail = [rotary_dim](const at::Tensor& y) { return y.narrow(-1, rotary_dim, y.size(-1) - rotary_dim); };
+  expect_within(rotated(actual), rotated(expected), rotated(rounding_bound(in, x)));
+  SCOPED_TRACE("channels that pass through");
+  expect_same_bits(tail(actual), tail(x));
+}
+
+// A sum of n rounded products in any order is off by at most n u / (1 - n u) times the sum of their absolute values
+// (Higham, Accuracy and Stability of Numerical Algorithms, section 4.2); the expected value is summed in float64.
+void expect_table_gradients(const at::Tensor& dcos, const at::Tensor& dsin, const TableGradients& expected) {
+  const auto error_of = [&expected](double u) { return expected.terms * u / (1 - expected.terms * u); };
+  const auto check = [&](const char* name, const at::Tensor& actual, const at::Tensor& value, const at::Tensor& sum) {
+    if (!actual.defined()) {
+      return;
+    }
+    SCOPED_TRACE(name);
+    const at::Tensor factor = error_of(unit_roundoff(actual.scalar_type())) + error_of(unit_roundoff(at::kDouble));
+    expect_within(actual, value, factor * sum);
+  };
+  check("gradient to cos", dcos, expected.dcos, expected.dcos_magnitude);
+  check("gradient to sin", dsin, expected.dsin, expected.dsin_magnitude);
+}
+
+void expect_same_bits(const at::Tensor& actual, const at::Tensor& expected) {
+  ASSERT_TRUE(actual.defined());
+  ASSERT_EQ(actual.sizes(), expected.sizes());
+  ASSERT_EQ(actual.scalar_type(), expected.scalar_type());
+  const at::Tensor a = actual.detach().cpu().contiguous();
+  const at::Tensor b = expected.detach().cpu().contiguous();
+  if (a.numel() == 0) {
+    return;
+  }
+  EXPECT_EQ(std::memcmp(a.const_data_ptr(), b.const_data_ptr(), a.nbytes()), 0)
+      << (a != b).sum().item<int64_t>() << " of " << a.numel() << " elements differ";
+}
+
+void expect_error(const std::function<void()>& call, const std::vector<std::string>& parts) {
+  try {
+    call();
+  } catch (const c10::Error& error) {
+    const std::string message = error.what_without_backtrace();
+    for (const std::string& part : parts) {
+      EXPECT_NE(message.find(part), std::string::npos) << "'" << part << "' is not in the message: " << message;
+    }
+    return;
+  }
+  ADD_FAILURE() << "no error was raised";
+}
+
+double inner_product(const at::Tensor& a, const at::Tensor& b) {
+  const auto widen = [](const at::Tensor& x) { return x.detach().to(at::kCPU, at::kDouble); };
+  return (widen(a) * widen(b)).sum().item<double>();
+}
+
+}  // namespace posenc::test
