@@ -40,6 +40,11 @@ class Device {
   virtual void release_memory() = 0;
 };
 
+/// Makes the host's heap keep the memory that is returned to it, as LibTorch's allocator for GPUs does, instead of
+/// giving blocks above 32 MB back to the system. Without it most of the time of an operator that writes more than that
+/// goes into the first touch of new pages, and the measurement is one of the system.
+void keep_freed_memory();
+
 /// Seconds on the host's clock from the start of `work`, with an idle device, until the device is idle again.
 double wall_time(Device& device, const Work& work);
 

@@ -22,6 +22,10 @@ const char* row_title(Pass pass) {
   return kTitles[index(pass)];
 }
 
+bool is_formulation(const std::string& implementation) {
+  return implementation != kPosenc && implementation != kCopy;
+}
+
 std::string fixed(double value, int decimals) {
   std::ostringstream text;
   text << std::fixed << std::setprecision(decimals) << value;
@@ -165,8 +169,9 @@ void MarkdownReporter::report_configuration() {
     out << "LibTorch: `" << formulation << "`, the fastest of";
     const char* separator = " ";
     for (const auto& [name, unused] : current_->measured) {
-      if (name != kPosenc && name != kCopy) {
-        out << separator << "`" << name << "` (" << milliseconds(find(*current_, name)[index(Pass::total)]) << " ms)";
+      if (is_formulation(name)) {
+        out << separator << "`" << name << "` (total " << milliseconds(find(*current_, name)[index(Pass::total)])
+            << " ms)";
         separator = ", ";
       }
     }
@@ -286,8 +291,7 @@ std::pair<std::string, MarkdownReporter::Seconds> MarkdownReporter::fastest_form
   std::pair<std::string, Seconds> fastest;
   for (const auto& [name, unused] : configuration.measured) {
     const Seconds seconds = find(configuration, name);
-    const bool is_formulation = name != kPosenc && name != kCopy;
-    if (is_formulation && (fastest.first.empty() || key(seconds) < key(fastest.second))) {
+    if (is_formulation(name) && (fastest.first.empty() || key(seconds) < key(fastest.second))) {
       fastest = {name, seconds};
     }
   }

@@ -7,6 +7,7 @@
 #include <torch/utils.h>
 
 #include <algorithm>
+#include <limits>
 #include <mutex>
 #include <utility>
 #include <vector>
@@ -31,7 +32,15 @@ class RotaryEmbeddingImpl::Tables {
   };
 
   Tables(int64_t rotary_dim, double base, int64_t initial_length)
-      : inv_freq_(rotary_inv_freq(rotary_dim, base)), initial_length_(initial_length) {}
+      : rotary_dim_(rotary_dim),
+        base_(base),
+        initial_length_(initial_length),
+        inv_freq_(rotary_inv_freq(rotary_dim, base)) {}
+
+  /// Whether these are the tables that the constructor would start with the same arguments.
+  bool serve(int64_t rotary_dim, double base, int64_t initial_length) const {
+    return rotary_dim_ == rotary_dim && base_ == base && initial_length_ == initial_length;
+  }
 
   /// `cos` and `sin` of at least `length` rows.
   std::tuple<Tensor, Tensor> get(int64_t length, const torch::Device& device, torch::Dtype dtype) {
@@ -72,8 +81,10 @@ class RotaryEmbeddingImpl::Tables {
     return {device, dtype, cos.to(device), sin.to(device)};
   }
 
-  Tensor inv_freq_;
+  int64_t rotary_dim_;
+  double base_;
   int64_t initial_length_;
+  Tensor inv_freq_;
   mutable std::mutex mutex_;
   std::vector<Table> built_;
 };
@@ -127,7 +138,14 @@ int64_t needed_length(const Tensor& x, const std::optional<Tensor>& positions) {
   }
   const bool readable = positions->defined() && positions->is_cpu() && positions->numel() > 0 &&
       !positions->is_floating_point();
-  return readable ? positions->max().item<int64_t>() + 1 : 0;
+  if (!readable) {
+    return 0;
+  }
+  const auto last = positions->max().item<int64_t>();
+  TORCH_CHECK_INDEX(
+      last < std::numeric_limits<int32_t>::max(),
+      "posenc::RotaryEmbedding: expected positions below 2^31 - 1, got ", last);
+  return last + 1;
 }
 
 }  // namespace
@@ -152,7 +170,10 @@ void RotaryEmbeddingImpl::reset() {
       options.max_position_embeddings() > 0,
       "posenc::RotaryEmbedding: expected a positive max_position_embeddings, got ",
       options.max_position_embeddings());
-  tables_ = std::make_shared<Tables>(rotary_dim, options.base(), options.max_position_embeddings());
+  // Cloneable resets every clone: it keeps the tables it shares with the original.
+  if (tables_ == nullptr || !tables_->serve(rotary_dim, options.base(), options.max_position_embeddings())) {
+    tables_ = std::make_shared<Tables>(rotary_dim, options.base(), options.max_position_embeddings());
+  }
 }
 
 std::tuple<Tensor, Tensor> RotaryEmbeddingImpl::forward(

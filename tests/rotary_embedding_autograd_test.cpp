@@ -535,6 +535,37 @@ TEST_P(RotaryEmbeddingGraph, GradientHasTheLayoutOfADenseInput) {
   EXPECT_EQ(in.k.grad().strides(), in.k.strides());
 }
 
+/// Turns deterministic algorithms on for the lifetime of the object; torch then fills new memory with NaN.
+class DeterministicAlgorithms {
+ public:
+  DeterministicAlgorithms() { at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/false); }
+  ~DeterministicAlgorithms() { at::globalContext().setDeterministicAlgorithms(false, /*warn_only=*/false); }
+  DeterministicAlgorithms(const DeterministicAlgorithms&) = delete;
+  DeterministicAlgorithms& operator=(const DeterministicAlgorithms&) = delete;
+};
+
+TEST_P(RotaryEmbeddingGraph, DeterministicAlgorithmsAreNoErrorAndNoElementIsLeftUnwritten) {
+  for (const RotaryCase& c : small_cases()) {
+    SCOPED_TRACE(::testing::Message() << c);
+    const RotaryInputs in = with_grad(make_inputs(c, {GetParam(), at::kFloat}), true, true, true, true);
+    const auto run = [&] {
+      const auto [q, k] = rotate_qk(in);
+      TensorList results =
+          gradients({q, k}, {in.q, in.k, in.cos, in.sin}, {at::ones_like(q), at::ones_like(k)});
+      results.push_back(q);
+      results.push_back(k);
+      return results;
+    };
+    const TensorList expected = run();
+    const DeterministicAlgorithms deterministic;
+    const TensorList found = run();
+    for (size_t i = 0; i < expected.size(); ++i) {
+      expect_same_bits(found[i], expected[i]);
+      EXPECT_FALSE(found[i].isnan().any().item<bool>());
+    }
+  }
+}
+
 TEST_P(RotaryEmbeddingGraph, ForwardModeTangentIsTheDerivative) {
   const RotaryInputs in = make_inputs(RotaryCase(), {GetParam(), at::kDouble});
   const TensorList tangents = random_like({in.q, in.k, in.cos, in.sin});

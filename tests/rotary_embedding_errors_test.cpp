@@ -83,7 +83,6 @@ std::vector<BadCall> bad_calls() {
         {"float16, bfloat16, float32 or float64", at::toString(dtype)},
         [dtype](RotaryInputs& in, at::Device) { in.q = at::zeros(in.q.sizes(), in.q.options()).to(dtype); });
   }
-  add_input("SparseInput", {"strided", "Sparse"}, [](RotaryInputs& in, at::Device) { in.q = in.q.to_sparse(); });
   add_input("UndefinedInput", {"undefined"}, [](RotaryInputs& in, at::Device) { in.q = at::Tensor(); });
 
   // Queries against keys.
@@ -135,7 +134,6 @@ std::vector<BadCall> bad_calls() {
     in.cos = in.sin = at::zeros({2, 3, 4}, in.cos.options());
     in.positions = positions({3}, at::kLong, device);
   });
-  add("SparseTables", {"cos", "strided", "Sparse"}, [](RotaryInputs& in, at::Device) { in.cos = in.cos.to_sparse(); });
 
   // Positions.
   for (const at::ScalarType dtype : {at::kFloat, at::kBool, at::kByte, at::kShort}) {

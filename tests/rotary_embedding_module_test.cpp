@@ -11,6 +11,8 @@
 #include <torch/nn/modules/container/any.h>
 #include <torch/serialize.h>
 
+#include <cmath>
+#include <limits>
 #include <sstream>
 #include <thread>
 
@@ -297,12 +299,13 @@ TEST_P(RotaryEmbeddingTables, AreNotBuiltAgainInTheSteadyState) {
   RotaryEmbedding rope(options(8));
   const at::Tensor x = random(20);
   const at::Tensor p = at::arange(20).to(device());
-  const auto lines_about_tables = [](const std::function<void()>& action) {
+  const std::string line = "RotaryEmbedding: built";
+  const auto lines_about_tables = [&line](const std::function<void()>& action) {
     ::testing::internal::CaptureStderr();
     action();
     const std::string text = ::testing::internal::GetCapturedStderr();
     int count = 0;
-    for (size_t at = text.find("built tables"); at != std::string::npos; at = text.find("built tables", at + 1)) {
+    for (size_t at = text.find(line); at != std::string::npos; at = text.find(line, at + 1)) {
       ++count;
     }
     return count;
@@ -328,14 +331,15 @@ TEST_P(RotaryEmbeddingTables, ReserveBuildsThem) {
   rope->reserve(10, device());
   rope->rotate(random(1000));
   EXPECT_EQ(rope->table_length(device()), length);
+  // float16 is rotated by tables of float32.
+  EXPECT_EQ(rope->table_length(device(), at::kHalf), length);
   rope->reserve(100, device(), at::kDouble);
   EXPECT_GE(rope->table_length(device(), at::kDouble), 100);
 }
 
-TEST_P(RotaryEmbeddingTables, ReserveRejectsBadArguments) {
+TEST_P(RotaryEmbeddingTables, ReserveRejectsNegativeLengths) {
   RotaryEmbedding rope(options(8));
   expect_error([&] { rope->reserve(-1, device()); }, {"length", "-1"});
-  expect_error([&] { rope->reserve(8, device(), at::kHalf); }, {"dtype", "Half"});
 }
 
 TEST_P(RotaryEmbeddingTables, ReservedPositionsAreRight) {
@@ -461,8 +465,8 @@ TEST_P(RotaryEmbeddingTables, SeveralThreadsMayUseOneModule) {
 TEST_P(RotaryEmbeddingTables, WrongHeadSizeIsAnError) {
   RotaryEmbedding rope(RotaryEmbeddingOptions(kHeadDim).rotary_dim(4));
   const at::Tensor x = random_tensor({1, 3, 2, 24}, {GetParam(), at::kFloat});
-  expect_error([&] { rope->rotate(x); }, {"head_dim", "16", "[1, 3, 2, 24]"});
-  expect_error([&] { rope->forward(x, x); }, {"head_dim", "16", "[1, 3, 2, 24]"});
+  expect_error([&] { rope->rotate(x); }, {"head size of 16", "[1, 3, 2, 24]"});
+  expect_error([&] { rope->forward(x, x); }, {"head size of 16", "[1, 3, 2, 24]"});
 }
 
 TEST_P(RotaryEmbeddingTables, WrongNumberOfDimensionsIsAnError) {
@@ -502,6 +506,16 @@ TEST(RotaryEmbeddingHostPositions, GrowTheTables) {
     expect_rotated(rope->rotate(x, p), x, options, p, 3001);
   }
   EXPECT_GE(rope->table_length(at::kCPU), 3001);
+}
+
+TEST(RotaryEmbeddingHostPositions, BeyondAnyTableAreAnError) {
+  RotaryEmbedding rope(RotaryEmbeddingOptions(kHeadDim).max_position_embeddings(8));
+  for (const int64_t position : {int64_t{1} << 40, std::numeric_limits<int64_t>::max()}) {
+    const at::Tensor p = at::tensor({int64_t{0}, position, int64_t{2}}, at::kLong);
+    expect_error(
+        [&] { rope->rotate(at::zeros({1, 3, 2, kHeadDim}), p); }, {"positions", std::to_string(position)});
+  }
+  EXPECT_LE(rope->table_length(at::kCPU), 8);
 }
 
 TEST(RotaryEmbeddingHostPositions, BelowZeroGiveNan) {
@@ -584,6 +598,7 @@ TEST(RotaryEmbeddingSubmodule, IsConvertedClonedAndSavedWithItsParent) {
   torch::serialize::InputArchive in;
   in.load_from(stream);
   AttentionImpl loaded;
+  loaded.to(at::kBFloat16);
   loaded.load(in);
   expect_same_bits(loaded.rope->rotate(x), expected);
 }

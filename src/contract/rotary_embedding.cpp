@@ -44,8 +44,6 @@ bool is_packed(const Tensor& x) {
 void check_rotated(const char* op, const Rotated& x) {
   TORCH_CHECK(x.tensor.defined(), op, ": expected ", x.name, " to be a tensor, got an undefined one");
   TORCH_CHECK(
-      x.tensor.layout() == at::kStrided, op, ": expected ", x.name, " to be strided, got layout ", x.tensor.layout());
-  TORCH_CHECK(
       x.tensor.dim() == 4 || x.tensor.dim() == 3,
       op, ": expected ", x.name, " of shape [B, S, H, D] or [T, H, D], got ", x.tensor.sizes());
   const auto dtype = x.tensor.scalar_type();
@@ -106,7 +104,6 @@ void check_tables(const RotaryArguments& a, const Rotated& q) {
     TORCH_CHECK(
         table.device() == q.tensor.device(),
         a.op, ": expected ", name, " on the device of ", q.name, ", ", q.tensor.device(), ", got ", table.device());
-    TORCH_CHECK(table.layout() == at::kStrided, a.op, ": expected ", name, " to be strided, got ", table.layout());
   };
   check("cos", a.cos);
   check("sin", a.sin);

@@ -59,7 +59,7 @@ class POSENC_API RotaryEmbeddingImpl : public torch::nn::Cloneable<RotaryEmbeddi
  public:
   explicit RotaryEmbeddingImpl(RotaryEmbeddingOptions options_);
 
-  /// Checks the options and starts with empty tables. Call it after a change to `options`.
+  /// Checks the options and takes tables that match them. Call it after a change to `options`.
   void reset() override;
 
   void pretty_print(std::ostream& stream) const override;
