@@ -6,6 +6,9 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <iterator>
+
 namespace posenc {
 namespace {
 
@@ -28,8 +31,10 @@ class RotaryEmbeddingTablesBackward : public torch::autograd::Function<RotaryEmb
       bool interleaved,
       bool conjugate) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    variable_list saved(grads.begin(), grads.end());
-    saved.insert(saved.end(), inputs.begin(), inputs.end());
+    variable_list saved;
+    saved.reserve(grads.size() + inputs.size() + 2);
+    std::copy(grads.begin(), grads.end(), std::back_inserter(saved));
+    std::copy(inputs.begin(), inputs.end(), std::back_inserter(saved));
     saved.push_back(table);
     saved.push_back(positions.value_or(Tensor()));
     ctx->save_for_backward(saved);
