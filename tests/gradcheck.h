@@ -93,7 +93,8 @@ inline void gradcheck(const Differentiable& function, const TensorList& inputs) 
       expected[j].fill_((above - below) / (2 * step));
     }
     SCOPED_TRACE(::testing::Message() << "gradient of input " << i);
-    expect_within(analytic[i], expected.view(inputs[i].sizes()), (expected.view(inputs[i].sizes()).abs() + 1) * tolerance);
+    expect_within(
+        analytic[i], expected.view(inputs[i].sizes()), (expected.view(inputs[i].sizes()).abs() + 1) * tolerance);
   }
 }
 

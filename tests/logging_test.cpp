@@ -46,8 +46,7 @@ TEST_P(LogLevelDeathTest, IsReadFromTheEnvironment) {
   const ScopedEnv environment("POSENC_LOG_LEVEL", GetParam().first);
   EXPECT_EXIT(
       std::_Exit(100 + static_cast<int>(log_level())),
-      ::testing::ExitedWithCode(100 + static_cast<int>(GetParam().second)),
-      "");
+      ::testing::ExitedWithCode(100 + static_cast<int>(GetParam().second)), "");
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -90,8 +90,8 @@ TEST_P(Reference, RoundsNarrowDtypesOnce) {
 
 TEST_P(Reference, PairIsTwoCalls) {
   const RotaryInputs in = inputs(at::kFloat);
-  const auto [q, k] = posenc::reference::rotary_embedding_qk(
-      in.q, in.k, in.cos, in.sin, in.positions, in.interleaved, in.conjugate);
+  const auto [q, k] =
+      posenc::reference::rotary_embedding_qk(in.q, in.k, in.cos, in.sin, in.positions, in.interleaved, in.conjugate);
   expect_same_bits(q, rotate_reference(in, in.q));
   expect_same_bits(k, rotate_reference(in, in.k));
 }

@@ -74,8 +74,8 @@ Differentiable pair_function(const RotaryInputs& in) {
 
 Differentiable single_function(const RotaryInputs& in) {
   return [in](const TensorList& arguments) -> TensorList {
-    return {posenc::rotary_embedding(
-        arguments[0], arguments[1], arguments[2], in.positions, in.interleaved, in.conjugate)};
+    return {
+        posenc::rotary_embedding(arguments[0], arguments[1], arguments[2], in.positions, in.interleaved, in.conjugate)};
   };
 }
 
@@ -168,8 +168,7 @@ TEST_P(RotaryEmbeddingAutograd, BackwardIsTheAdjointOfForward) {
     const at::Tensor output = rotate(in, in.q);
     const at::Tensor y = random(in.q.sizes());
     const at::Tensor gradient = gradients({output}, {in.q}, {y})[0];
-    RotaryInputs back = in;
-    back.conjugate = !in.conjugate;
+    RotaryInputs back = backwards(in);
     const double tolerance =
         inner_product(rounding_bound(in, in.q), y.abs()) + inner_product(rounding_bound(back, y), in.q.abs());
     EXPECT_NEAR(inner_product(output, y), inner_product(in.q, gradient), tolerance);
@@ -181,8 +180,7 @@ TEST_P(RotaryEmbeddingAutograd, BackwardIsTheConjugateRotation) {
     SCOPED_TRACE(::testing::Message() << c);
     const RotaryInputs in = with_grad(inputs(c), true, true, false, false);
     const auto [q, k] = rotate_qk(in);
-    RotaryInputs back = in;
-    back.conjugate = !in.conjugate;
+    RotaryInputs back = backwards(in);
     back.q = random(in.q.sizes());
     back.k = random(in.k.sizes());
     const TensorList found = gradients({q, k}, {in.q, in.k}, {back.q, back.k});
@@ -195,16 +193,13 @@ TEST_P(RotaryEmbeddingAutograd, BackwardIsTheConjugateRotation) {
 TEST_P(RotaryEmbeddingAutograd, GradientOfAnyStridesMatchesTheReference) {
   const RotaryCase c;
   const RotaryInputs in = with_grad(inputs(c), true, true, false, false);
-  RotaryInputs back = in_float64(in);
-  back.conjugate = true;
   for (int i = 0; i < kStrides; ++i) {
     SCOPED_TRACE(i);
     const auto [q, k] = rotate_qk(in);
     const at::Tensor grad_q = random(q.sizes(), static_cast<Strides>(i));
     const at::Tensor grad_k = random(k.sizes(), static_cast<Strides>(i));
     const TensorList found = gradients({q, k}, {in.q, in.k}, {grad_q, grad_k});
-    RotaryInputs conjugate = in;
-    conjugate.conjugate = true;
+    const RotaryInputs conjugate = backwards(in);
     expect_close_to_rounding(found[0], conjugate, grad_q);
     expect_close_to_rounding(found[1], conjugate, grad_k);
   }
@@ -214,8 +209,7 @@ TEST_P(RotaryEmbeddingAutograd, GradientOfASumMatchesTheReference) {
   const RotaryInputs in = with_grad(inputs(), true, true, false, false);
   const auto [q, k] = rotate_qk(in);
   (q.sum() + k.sum()).backward();
-  RotaryInputs conjugate = in;
-  conjugate.conjugate = true;
+  const RotaryInputs conjugate = backwards(in);
   expect_close_to_rounding(in.q.grad(), conjugate, at::ones_like(in.q));
   expect_close_to_rounding(in.k.grad(), conjugate, at::ones_like(in.k));
 }
@@ -292,8 +286,7 @@ TEST_P(RotaryEmbeddingAutograd, PositionOutsideTheTableLeavesTheOtherTableGradie
     RotaryInputs expected = in;
     expected.positions = in.positions->index_select(0, inside);
     const at::Tensor x = in.q.detach().index_select(1, inside);
-    expect_table_gradients(
-        found[1], found[2], scalar_table_gradients(expected, {{grad.index_select(1, inside), x}}));
+    expect_table_gradients(found[1], found[2], scalar_table_gradients(expected, {{grad.index_select(1, inside), x}}));
   }
 }
 
@@ -378,8 +371,7 @@ TEST_P(RotaryEmbeddingGraph, OnlyQueriesRequireGrad) {
   const RotaryInputs in = inputs(true, false, false, false);
   const auto [q, k] = rotate_qk(in);
   (q.sum() + k.sum()).backward();
-  RotaryInputs conjugate = in;
-  conjugate.conjugate = true;
+  const RotaryInputs conjugate = backwards(in);
   expect_close_to_rounding(in.q.grad(), conjugate, at::ones_like(in.q));
   EXPECT_FALSE(in.k.grad().defined());
 }
@@ -388,8 +380,7 @@ TEST_P(RotaryEmbeddingGraph, OnlyKeysRequireGrad) {
   const RotaryInputs in = inputs(false, true, false, false);
   const auto [q, k] = rotate_qk(in);
   (q.sum() + k.sum()).backward();
-  RotaryInputs conjugate = in;
-  conjugate.conjugate = true;
+  const RotaryInputs conjugate = backwards(in);
   expect_close_to_rounding(in.k.grad(), conjugate, at::ones_like(in.k));
   EXPECT_FALSE(in.q.grad().defined());
 }
@@ -398,24 +389,20 @@ TEST_P(RotaryEmbeddingGraph, OnlyTheRotatedQueriesAreUsed) {
   const RotaryInputs in = inputs(true, true, true, true);
   const at::Tensor q = std::get<0>(rotate_qk(in));
   q.sum().backward();
-  RotaryInputs conjugate = in;
-  conjugate.conjugate = true;
+  const RotaryInputs conjugate = backwards(in);
   expect_close_to_rounding(in.q.grad(), conjugate, at::ones_like(in.q));
   EXPECT_TRUE(!in.k.grad().defined() || (in.k.grad() == 0).all().item<bool>());
-  expect_table_gradients(
-      in.cos.grad(), in.sin.grad(), scalar_table_gradients(in, {{at::ones_like(in.q), in.q}}));
+  expect_table_gradients(in.cos.grad(), in.sin.grad(), scalar_table_gradients(in, {{at::ones_like(in.q), in.q}}));
 }
 
 TEST_P(RotaryEmbeddingGraph, OnlyTheRotatedKeysAreUsed) {
   const RotaryInputs in = inputs(true, true, true, true);
   const at::Tensor k = std::get<1>(rotate_qk(in));
   k.sum().backward();
-  RotaryInputs conjugate = in;
-  conjugate.conjugate = true;
+  const RotaryInputs conjugate = backwards(in);
   expect_close_to_rounding(in.k.grad(), conjugate, at::ones_like(in.k));
   EXPECT_TRUE(!in.q.grad().defined() || (in.q.grad() == 0).all().item<bool>());
-  expect_table_gradients(
-      in.cos.grad(), in.sin.grad(), scalar_table_gradients(in, {{at::ones_like(in.k), in.k}}));
+  expect_table_gradients(in.cos.grad(), in.sin.grad(), scalar_table_gradients(in, {{at::ones_like(in.k), in.k}}));
 }
 
 TEST_P(RotaryEmbeddingGraph, OnlyTheTableThatRequiresGradGetsOne) {
@@ -427,8 +414,7 @@ TEST_P(RotaryEmbeddingGraph, OnlyTheTableThatRequiresGradGetsOne) {
     EXPECT_EQ(in.sin.grad().defined(), !cos);
     const at::Tensor ones_q = at::ones_like(in.q);
     const at::Tensor ones_k = at::ones_like(in.k);
-    expect_table_gradients(
-        in.cos.grad(), in.sin.grad(), scalar_table_gradients(in, {{ones_q, in.q}, {ones_k, in.k}}));
+    expect_table_gradients(in.cos.grad(), in.sin.grad(), scalar_table_gradients(in, {{ones_q, in.q}, {ones_k, in.k}}));
   }
 }
 
@@ -438,8 +424,7 @@ TEST_P(RotaryEmbeddingGraph, SameTensorForQueriesAndKeysAddsTheGradients) {
   const auto [q, k] = rotate_qk(in);
   at::Tensor grad = random_tensor(in.q.sizes(), {GetParam(), at::kFloat});
   torch::autograd::backward({q, k}, {grad, grad});
-  RotaryInputs conjugate = in;
-  conjugate.conjugate = true;
+  const RotaryInputs conjugate = backwards(in);
   const at::Tensor once = rotate(conjugate, grad).detach();
   expect_same_bits(in.q.grad(), once + once);
 }
@@ -449,8 +434,7 @@ TEST_P(RotaryEmbeddingGraph, GradientFlowsThroughANonLeaf) {
   const at::Tensor leaf = in.q.clone().requires_grad_();
   const at::Tensor y = rotate(in, leaf * 2);
   y.sum().backward();
-  RotaryInputs conjugate = in;
-  conjugate.conjugate = true;
+  const RotaryInputs conjugate = backwards(in);
   expect_same_bits(leaf.grad(), rotate(conjugate, at::ones_like(leaf)) * 2);
 }
 
@@ -491,8 +475,7 @@ TEST_P(RotaryEmbeddingGraph, InputsChangedInPlaceDoNotMatterWithoutTableGradient
     in.q.zero_();
   }
   y.sum().backward();
-  RotaryInputs conjugate = in;
-  conjugate.conjugate = true;
+  const RotaryInputs conjugate = backwards(in);
   expect_same_bits(leaf.grad(), rotate(conjugate, at::ones_like(leaf)));
 }
 
@@ -501,8 +484,7 @@ TEST_P(RotaryEmbeddingGraph, OutputMayBeChangedInPlace) {
   at::Tensor y = rotate(in, in.q);
   y.mul_(2);
   y.sum().backward();
-  RotaryInputs conjugate = in;
-  conjugate.conjugate = true;
+  const RotaryInputs conjugate = backwards(in);
   expect_same_bits(in.q.grad(), rotate(conjugate, at::full_like(in.q, 2)));
 }
 
@@ -550,8 +532,7 @@ TEST_P(RotaryEmbeddingGraph, DeterministicAlgorithmsAreNoErrorAndNoElementIsLeft
     const RotaryInputs in = with_grad(make_inputs(c, {GetParam(), at::kFloat}), true, true, true, true);
     const auto run = [&] {
       const auto [q, k] = rotate_qk(in);
-      TensorList results =
-          gradients({q, k}, {in.q, in.k, in.cos, in.sin}, {at::ones_like(q), at::ones_like(k)});
+      TensorList results = gradients({q, k}, {in.q, in.k, in.cos, in.sin}, {at::ones_like(q), at::ones_like(k)});
       results.push_back(q);
       results.push_back(k);
       return results;

@@ -37,14 +37,12 @@ std::vector<BadCall> bad_calls() {
   using Sizes = std::vector<int64_t>;
   std::vector<BadCall> calls;
   const auto add = [&calls](
-                       const std::string& name,
-                       const std::vector<std::string>& parts,
+                       const std::string& name, const std::vector<std::string>& parts,
                        const std::function<void(RotaryInputs&, at::Device)>& spoil) {
     calls.push_back({name, spoil, parts, parts});
   };
   const auto add_input = [&calls](
-                             const std::string& name,
-                             const std::vector<std::string>& parts,
+                             const std::string& name, const std::vector<std::string>& parts,
                              const std::function<void(RotaryInputs&, at::Device)>& spoil) {
     BadCall call{name, spoil, parts, parts};
     call.of_one.push_back("expected x");
@@ -52,8 +50,7 @@ std::vector<BadCall> bad_calls() {
     calls.push_back(call);
   };
   const auto add_pair = [&calls](
-                            const std::string& name,
-                            const std::vector<std::string>& parts,
+                            const std::string& name, const std::vector<std::string>& parts,
                             const std::function<void(RotaryInputs&, at::Device)>& spoil) {
     calls.push_back({name, spoil, {}, parts});
   };
@@ -65,9 +62,8 @@ std::vector<BadCall> bad_calls() {
   };
   const auto add_positions =
       [&add](const std::string& name, const Sizes& sizes, at::ScalarType dtype, const std::vector<std::string>& parts) {
-        add(name, parts, [sizes, dtype](RotaryInputs& in, at::Device device) {
-          in.positions = positions(sizes, dtype, device);
-        });
+        add(name, parts,
+            [sizes, dtype](RotaryInputs& in, at::Device device) { in.positions = positions(sizes, dtype, device); });
       };
 
   // Shapes and dtypes of the inputs.
@@ -79,8 +75,7 @@ std::vector<BadCall> bad_calls() {
   }
   for (const at::ScalarType dtype : {at::kInt, at::kBool, at::kComplexFloat, at::kFloat8_e4m3fn}) {
     add_input(
-        std::string("InputOf") + at::toString(dtype),
-        {"float16, bfloat16, float32 or float64", at::toString(dtype)},
+        std::string("InputOf") + at::toString(dtype), {"float16, bfloat16, float32 or float64", at::toString(dtype)},
         [dtype](RotaryInputs& in, at::Device) { in.q = at::zeros(in.q.sizes(), in.q.options()).to(dtype); });
   }
   add_input("UndefinedInput", {"undefined"}, [](RotaryInputs& in, at::Device) { in.q = at::Tensor(); });
@@ -97,27 +92,23 @@ std::vector<BadCall> bad_calls() {
       name += std::to_string(size);
     }
     add_pair(
-        name,
-        {"expected k", "head dimension", "[2, 3, 4, 8]", c10::str(at::IntArrayRef(sizes))},
+        name, {"expected k", "head dimension", "[2, 3, 4, 8]", c10::str(at::IntArrayRef(sizes))},
         [sizes](RotaryInputs& in, at::Device) { in.k = at::zeros(sizes, in.k.options()); });
   }
 
   // Tables.
   add("UndefinedCos", {"cos", "undefined"}, [](RotaryInputs& in, at::Device) { in.cos = at::Tensor(); });
   add("UndefinedSin", {"sin", "undefined"}, [](RotaryInputs& in, at::Device) { in.sin = at::Tensor(); });
-  add("TablesOfDifferentShapes", {"cos and sin", "[6, 4]", "[7, 4]"}, [](RotaryInputs& in, at::Device) {
-    in.sin = at::zeros({7, 4}, in.sin.options());
-  });
+  add("TablesOfDifferentShapes", {"cos and sin", "[6, 4]", "[7, 4]"},
+      [](RotaryInputs& in, at::Device) { in.sin = at::zeros({7, 4}, in.sin.options()); });
   add("HalfTablesForHalfInputs", {"expected cos", "Float", "got Half"}, [](RotaryInputs& in, at::Device) {
     in.q = in.q.to(at::kHalf), in.k = in.k.to(at::kHalf);
     in.cos = in.cos.to(at::kHalf), in.sin = in.sin.to(at::kHalf);
   });
-  add("FloatTablesForDoubleInputs", {"expected cos", "Double", "got Float"}, [](RotaryInputs& in, at::Device) {
-    in.q = in.q.to(at::kDouble), in.k = in.k.to(at::kDouble);
-  });
-  add("DoubleSinForFloatInputs", {"expected sin", "Float", "got Double"}, [](RotaryInputs& in, at::Device) {
-    in.sin = in.sin.to(at::kDouble);
-  });
+  add("FloatTablesForDoubleInputs", {"expected cos", "Double", "got Float"},
+      [](RotaryInputs& in, at::Device) { in.q = in.q.to(at::kDouble), in.k = in.k.to(at::kDouble); });
+  add("DoubleSinForFloatInputs", {"expected sin", "Float", "got Double"},
+      [](RotaryInputs& in, at::Device) { in.sin = in.sin.to(at::kDouble); });
   add_tables("TablesOfOneDimension", {4}, {"cos and sin", "[P, R/2] or [B, S, R/2]", "got [4]"});
   add_tables("TablesOfFourDimensions", {2, 3, 1, 4}, {"cos and sin", "[P, R/2] or [B, S, R/2]", "got [2, 3, 1, 4]"});
   add_tables("TablesWiderThanTheHead", {6, 5}, {"rotary width", "cos", "8", "got 10"});
@@ -152,18 +143,16 @@ std::vector<BadCall> bad_calls() {
         in.q = in.q[0], in.k = in.k[0];
         in.positions = positions({1, 3}, at::kLong, device);
       });
-  add("UndefinedPositions", {"positions", "undefined"}, [](RotaryInputs& in, at::Device) { in.positions = at::Tensor(); });
+  add("UndefinedPositions", {"positions", "undefined"},
+      [](RotaryInputs& in, at::Device) { in.positions = at::Tensor(); });
 
   // Devices. Meta stands for one that is always there.
-  add("CosOnAnotherDevice", {"expected cos", "device", "meta"}, [](RotaryInputs& in, at::Device) {
-    in.cos = in.cos.to(at::kMeta);
-  });
-  add("SinOnAnotherDevice", {"expected sin", "device", "meta"}, [](RotaryInputs& in, at::Device) {
-    in.sin = in.sin.to(at::kMeta);
-  });
-  add("PositionsOnAnotherDevice", {"expected positions", "device", "meta"}, [](RotaryInputs& in, at::Device device) {
-    in.positions = positions({3}, at::kLong, device).to(at::kMeta);
-  });
+  add("CosOnAnotherDevice", {"expected cos", "device", "meta"},
+      [](RotaryInputs& in, at::Device) { in.cos = in.cos.to(at::kMeta); });
+  add("SinOnAnotherDevice", {"expected sin", "device", "meta"},
+      [](RotaryInputs& in, at::Device) { in.sin = in.sin.to(at::kMeta); });
+  add("PositionsOnAnotherDevice", {"expected positions", "device", "meta"},
+      [](RotaryInputs& in, at::Device device) { in.positions = positions({3}, at::kLong, device).to(at::kMeta); });
   add_pair("KeysOnAnotherDevice", {"expected k", "device of q", "meta"}, [](RotaryInputs& in, at::Device) {
     in.k = in.k.to(at::kMeta);
   });

@@ -47,8 +47,8 @@ RotaryInputs with_scalar_tables(const RotaryEmbeddingOptions& options, int64_t l
   return in;
 }
 
-/// Expects `actual` to be `x` rotated by its positions, within the rounding of the operator and of the tables: each entry
-/// may be rounded the other way than by the standard library, and carries the rounding of angles up to `length`.
+/// Expects `actual` to be `x` rotated by its positions, within the rounding of the operator and of the tables: each
+/// entry may be rounded the other way than by the standard library, and carries the rounding of angles up to `length`.
 void expect_rotated(
     const at::Tensor& actual,
     const at::Tensor& x,
@@ -131,8 +131,8 @@ TEST_P(RotaryEmbeddingModule, ForwardIsTheOperatorOnItsTables) {
   const at::Tensor q = queries();
   const at::Tensor k = keys();
   const auto [cos, sin] = posenc::rotary_tables(posenc::rotary_inv_freq(12, 500), 5, table_dtype(dtype()));
-  const auto [expected_q, expected_k] = posenc::rotary_embedding_qk(
-      q, k, cos.to(device()), sin.to(device()), std::nullopt, /*interleaved=*/true);
+  const auto [expected_q, expected_k] =
+      posenc::rotary_embedding_qk(q, k, cos.to(device()), sin.to(device()), std::nullopt, /*interleaved=*/true);
   const auto [actual_q, actual_k] = rope->forward(q, k);
   expect_same_bits(actual_q, expected_q);
   expect_same_bits(actual_k, expected_k);
@@ -180,15 +180,13 @@ TEST_P(RotaryEmbeddingModule, AllLayoutsGiveTheSameNumbers) {
     RotaryEmbedding bshd(RotaryEmbeddingOptions{kHeadDim});
     const auto [expected_q, expected_k] = bshd->forward(q, k, p);
     RotaryEmbedding sbhd(RotaryEmbeddingOptions(kHeadDim).layout(Layout::sbhd));
-    const auto [q_sbhd, k_sbhd] =
-        sbhd->forward(q.transpose(0, 1).contiguous(), k.transpose(0, 1).contiguous(), p);
+    const auto [q_sbhd, k_sbhd] = sbhd->forward(q.transpose(0, 1).contiguous(), k.transpose(0, 1).contiguous(), p);
     expect_same_bits(q_sbhd.transpose(0, 1), expected_q);
     expect_same_bits(k_sbhd.transpose(0, 1), expected_k);
     EXPECT_TRUE(q_sbhd.is_contiguous());
 
     RotaryEmbedding bhsd(RotaryEmbeddingOptions(kHeadDim).layout(Layout::bhsd));
-    const auto [q_bhsd, k_bhsd] =
-        bhsd->forward(q.transpose(1, 2).contiguous(), k.transpose(1, 2).contiguous(), p);
+    const auto [q_bhsd, k_bhsd] = bhsd->forward(q.transpose(1, 2).contiguous(), k.transpose(1, 2).contiguous(), p);
     expect_same_bits(q_bhsd.transpose(1, 2), expected_q);
     expect_same_bits(k_bhsd.transpose(1, 2), expected_k);
     EXPECT_TRUE(q_bhsd.is_contiguous());
@@ -258,9 +256,7 @@ TEST_P(RotaryEmbeddingModule, EmptySequencesWork) {
 
 class RotaryEmbeddingTables : public DeviceTest {
  protected:
-  at::Tensor random(int64_t tokens) const {
-    return random_tensor({1, tokens, 2, kHeadDim}, {GetParam(), at::kFloat});
-  }
+  at::Tensor random(int64_t tokens) const { return random_tensor({1, tokens, 2, kHeadDim}, {GetParam(), at::kFloat}); }
   static RotaryEmbeddingOptions options(int64_t length) {
     return RotaryEmbeddingOptions(kHeadDim).max_position_embeddings(length);
   }
@@ -512,8 +508,7 @@ TEST(RotaryEmbeddingHostPositions, BeyondAnyTableAreAnError) {
   RotaryEmbedding rope(RotaryEmbeddingOptions(kHeadDim).max_position_embeddings(8));
   for (const int64_t position : {int64_t{1} << 40, std::numeric_limits<int64_t>::max()}) {
     const at::Tensor p = at::tensor({int64_t{0}, position, int64_t{2}}, at::kLong);
-    expect_error(
-        [&] { rope->rotate(at::zeros({1, 3, 2, kHeadDim}), p); }, {"positions", std::to_string(position)});
+    expect_error([&] { rope->rotate(at::zeros({1, 3, 2, kHeadDim}), p); }, {"positions", std::to_string(position)});
   }
   EXPECT_LE(rope->table_length(at::kCPU), 8);
 }

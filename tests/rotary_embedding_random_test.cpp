@@ -13,9 +13,7 @@ class RandomCases {
  public:
   explicit RandomCases(uint64_t seed) : generator_(seed) {}
 
-  at::ScalarType dtype() {
-    return pick<at::ScalarType>({at::kHalf, at::kBFloat16, at::kFloat, at::kDouble});
-  }
+  at::ScalarType dtype() { return pick<at::ScalarType>({at::kHalf, at::kBFloat16, at::kFloat, at::kDouble}); }
 
   RotaryCase next() {
     RotaryCase c;
@@ -91,8 +89,7 @@ void check_case(RandomCases& random, at::DeviceType device) {
   const at::Tensor grad_q = random_tensor(q.sizes(), target, grad_q_strides);
   const at::Tensor grad_k = random_tensor(k.sizes(), target, grad_k_strides);
   const TensorList found = gradients({q, k}, {in.q, in.k, in.cos, in.sin}, {grad_q, grad_k});
-  RotaryInputs back = in;
-  back.conjugate = !in.conjugate;
+  const RotaryInputs back = backwards(in);
   const auto expect_adjoint = [&](const at::Tensor& x, const at::Tensor& y, const at::Tensor& g, const at::Tensor& gx) {
     const double tolerance =
         inner_product(rounding_bound(in, x), g.abs()) + inner_product(rounding_bound(back, g), x.abs());

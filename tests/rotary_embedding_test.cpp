@@ -14,8 +14,8 @@ namespace {
 // ---------------------------------------------------------------------------------------------------------------------
 // A grid of shapes, strides and flags
 
-/// Every aspect of a call, one at a time. Widths around the 16-byte vectors of each dtype (2, 4 and 8 elements) and those
-/// of the CPU (up to 16 floats) are all in the list, whatever the dtype.
+/// Every aspect of a call, one at a time. Widths around the 16-byte vectors of each dtype (2, 4 and 8 elements) and
+/// those of the CPU (up to 16 floats) are all in the list, whatever the dtype.
 std::vector<RotaryCase> grid() {
   std::vector<RotaryCase> cases;
   const auto add = [&cases](const std::string& name, const std::function<void(RotaryCase&)>& change) {
@@ -31,18 +31,21 @@ std::vector<RotaryCase> grid() {
   }
   for (const auto& [head_dim, rotary_dim] :
        std::vector<std::pair<int64_t, int64_t>>{{3, 2}, {7, 2}, {16, 14}, {17, 16}, {24, 16}, {65, 32}, {128, 64}}) {
-    add("Head" + std::to_string(head_dim) + "Rotary" + std::to_string(rotary_dim), [h = head_dim, r = rotary_dim](RotaryCase& c) {
-      c.head_dim = h;
-      c.rotary_dim = r;
-    });
+    add("Head" + std::to_string(head_dim) + "Rotary" + std::to_string(rotary_dim),
+        [h = head_dim, r = rotary_dim](RotaryCase& c) {
+          c.head_dim = h;
+          c.rotary_dim = r;
+        });
   }
-  for (const auto& [q_heads, k_heads] : std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {3, 3}, {7, 5}, {8, 2}, {6, 1}, {1, 4}}) {
+  for (const auto& [q_heads, k_heads] :
+       std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {3, 3}, {7, 5}, {8, 2}, {6, 1}, {1, 4}}) {
     add("Heads" + std::to_string(q_heads) + "And" + std::to_string(k_heads), [q = q_heads, k = k_heads](RotaryCase& c) {
       c.q_heads = q;
       c.k_heads = k;
     });
   }
-  for (const auto& [batch, tokens] : std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {1, 33}, {5, 1}, {3, 17}, {33, 2}, {1, 300}}) {
+  for (const auto& [batch, tokens] :
+       std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {1, 33}, {5, 1}, {3, 17}, {33, 2}, {1, 300}}) {
     add("Batch" + std::to_string(batch) + "Tokens" + std::to_string(tokens), [b = batch, s = tokens](RotaryCase& c) {
       c.batch = b;
       c.tokens = s;
@@ -73,7 +76,9 @@ std::vector<RotaryCase> grid() {
   add("TablePerToken", [](RotaryCase& c) { c.tables = TableShape::per_token; });
   add("TablePerTokenShared", [](RotaryCase& c) { c.tables = TableShape::per_token_shared; });
   for (const auto& [name, strides] : std::vector<std::pair<std::string, TableStrides>>{
-           {"Slice", TableStrides::slice}, {"Transposed", TableStrides::transposed}, {"OneRow", TableStrides::one_row}}) {
+           {"Slice", TableStrides::slice},
+           {"Transposed", TableStrides::transposed},
+           {"OneRow", TableStrides::one_row}}) {
     add("Table" + name, [t = strides](RotaryCase& c) { c.table_strides = t; });
     add("TableByPosition" + name, [t = strides](RotaryCase& c) {
       c.table_strides = t;
@@ -179,9 +184,7 @@ class RotaryEmbedding : public TargetTest {
     return in;
   }
 
-  at::Tensor positions(const std::vector<int64_t>& values) const {
-    return at::tensor(values, at::kLong).to(device());
-  }
+  at::Tensor positions(const std::vector<int64_t>& values) const { return at::tensor(values, at::kLong).to(device()); }
 };
 
 INSTANTIATE_TEST_SUITE_P(Cpu, RotaryEmbedding, ::testing::ValuesIn(targets(at::kCPU)), target_name);
@@ -429,7 +432,8 @@ TEST_P(RotaryEmbedding, PositionOutsideTheTableGivesNanForItsTokenOnly) {
     RotaryInputs in = model_inputs(c);
     const int64_t huge = std::numeric_limits<int64_t>::max();
     // 2^32 + 1 and -2^32 + 1 are position 1 when cut to 32 bits.
-    for (const int64_t outside : std::vector<int64_t>{-1, 64, 65, 1000000, (1LL << 32) + 1, 1 - (1LL << 32), huge, -huge - 1}) {
+    for (const int64_t outside :
+         std::vector<int64_t>{-1, 64, 65, 1000000, (1LL << 32) + 1, 1 - (1LL << 32), huge, -huge - 1}) {
       SCOPED_TRACE(outside);
       in.positions = positions({3, 0, outside, 63, 2});
       const auto [q, k] = rotate_qk(in);

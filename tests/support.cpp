@@ -82,9 +82,9 @@ std::string device_name(const ::testing::TestParamInfo<at::DeviceType>& info) {
 
 namespace {
 
-const char* const kStridesNames[kStrides] = {
-    "dense", "head_major", "token_major", "head_slice", "odd_offset", "every_other",
-    "reversed", "one_batch", "one_token", "one_head", "one_channel", "one_value"};
+const char* const kStridesNames[kStrides] = {"dense",      "head_major",  "token_major", "head_slice",
+                                             "odd_offset", "every_other", "reversed",    "one_batch",
+                                             "one_token",  "one_head",    "one_channel", "one_value"};
 const char* const kPositionShapeNames[kPositionShapes] = {"absent", "per_token", "per_batch"};
 const char* const kPositionStridesNames[kPositionStrides] = {"dense", "every_other", "expanded"};
 const char* const kTableShapeNames[kTableShapes] = {"by_position", "per_token", "per_token_shared"};
@@ -117,7 +117,8 @@ at::Tensor random_positions(const RotaryCase& c, int64_t length, at::DeviceType 
     return at::randint(length, sizes, at::kLong).to(device, c.position_dtype);
   };
   const bool per_batch = c.positions == PositionShape::per_batch;
-  const std::vector<int64_t> sizes = per_batch ? std::vector<int64_t>{c.batch, c.tokens} : std::vector<int64_t>{c.tokens};
+  const std::vector<int64_t> sizes =
+      per_batch ? std::vector<int64_t>{c.batch, c.tokens} : std::vector<int64_t>{c.tokens};
   switch (c.position_strides) {
     case PositionStrides::dense:
       break;
@@ -133,8 +134,7 @@ at::Tensor random_positions(const RotaryCase& c, int64_t length, at::DeviceType 
 }  // namespace
 
 std::vector<int64_t> RotaryCase::sizes(int64_t heads) const {
-  return packed ? std::vector<int64_t>{tokens, heads, head_dim}
-                : std::vector<int64_t>{batch, tokens, heads, head_dim};
+  return packed ? std::vector<int64_t>{tokens, heads, head_dim} : std::vector<int64_t>{batch, tokens, heads, head_dim};
 }
 
 std::ostream& operator<<(std::ostream& stream, const RotaryCase& c) {
@@ -226,6 +226,12 @@ std::tuple<at::Tensor, at::Tensor> rotate_qk(const RotaryInputs& in) {
 
 at::Tensor rotate_reference(const RotaryInputs& in, const at::Tensor& x) {
   return posenc::reference::rotary_embedding(x, in.cos, in.sin, in.positions, in.interleaved, in.conjugate);
+}
+
+RotaryInputs backwards(const RotaryInputs& in) {
+  RotaryInputs back = in;
+  back.conjugate = !in.conjugate;
+  return back;
 }
 
 RotaryInputs in_float64(const RotaryInputs& in) {
@@ -336,10 +342,10 @@ double unit_roundoff(at::ScalarType dtype) {
   }
 }
 
-// With u the unit roundoff of the arithmetic (float32, or float64 for float64) and a = |x1 c| + |x2 s|, two products and
-// one sum, each rounded or fused, are off by at most a (2u + u^2). Rounding z to a narrower dtype of unit roundoff v adds
-// at most v |z|, or half the distance of subnormals, where |z| is at most |y| plus the error so far. The expected value is
-// itself computed in float64, with the same kind of error. Nothing is left over for a second rounding.
+// With u the unit roundoff of the arithmetic (float32, or float64 for float64) and a = |x1 c| + |x2 s|, two products
+// and one sum, each rounded or fused, are off by at most a (2u + u^2). Rounding z to a narrower dtype of unit roundoff
+// v adds at most v |z|, or half the distance of subnormals, where |z| is at most |y| plus the error so far. The
+// expected value is itself computed in float64, with the same kind of error. Nothing is left for a second rounding.
 at::Tensor rounding_bound(const RotaryInputs& in, const at::Tensor& x) {
   const auto error_of = [](double u) { return 2 * u + u * u; };
   RotaryInputs wide = in_float64(in);
@@ -349,8 +355,7 @@ at::Tensor rounding_bound(const RotaryInputs& in, const at::Tensor& x) {
   wide.sin = wide.sin.abs();
   // Of |x1| |c| -+ |x2| |s|, one is the sum.
   const at::Tensor there = rotate_reference(wide, wide_x.abs());
-  wide.conjugate = !wide.conjugate;
-  const at::Tensor back = rotate_reference(wide, wide_x.abs());
+  const at::Tensor back = rotate_reference(backwards(wide), wide_x.abs());
   const at::Tensor a = at::maximum(there, back);
   const double computed = error_of(unit_roundoff(table_dtype(x.scalar_type())));
   const double expected = error_of(unit_roundoff(at::kDouble));

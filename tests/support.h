@@ -92,17 +92,17 @@ std::string device_name(const ::testing::TestParamInfo<at::DeviceType>& info);
 /// How an input of shape `[.., token, head, channel]` lies in memory.
 enum class Strides {
   dense,
-  head_major,        // a view of [B, H, S, D]
-  token_major,       // a view of [S, B, H, D]
-  head_slice,        // some of the heads of a packed projection
-  odd_offset,        // storage offset of one element
-  every_other,       // channels two elements apart
-  reversed,          // channels outermost
-  one_batch,         // stride 0 over the batch
-  one_token,         // stride 0 over the tokens
-  one_head,          // stride 0 over the heads
-  one_channel,       // stride 0 over the channels
-  one_value,         // stride 0 everywhere, as the gradient of sum()
+  head_major,   // a view of [B, H, S, D]
+  token_major,  // a view of [S, B, H, D]
+  head_slice,   // some of the heads of a packed projection
+  odd_offset,   // storage offset of one element
+  every_other,  // channels two elements apart
+  reversed,     // channels outermost
+  one_batch,    // stride 0 over the batch
+  one_token,    // stride 0 over the tokens
+  one_head,     // stride 0 over the heads
+  one_channel,  // stride 0 over the channels
+  one_value,    // stride 0 everywhere, as the gradient of sum()
 };
 constexpr int kStrides = static_cast<int>(Strides::one_value) + 1;
 
@@ -166,6 +166,9 @@ at::Tensor random_tensor(at::IntArrayRef sizes, const Target& target, Strides st
 at::Tensor rotate(const RotaryInputs& in, const at::Tensor& x);
 std::tuple<at::Tensor, at::Tensor> rotate_qk(const RotaryInputs& in);
 at::Tensor rotate_reference(const RotaryInputs& in, const at::Tensor& x);
+
+/// The same arguments for the rotation the other way round.
+RotaryInputs backwards(const RotaryInputs& in);
 
 /// The same values on the CPU in float64 (positions in int64), detached.
 RotaryInputs in_float64(const RotaryInputs& in);

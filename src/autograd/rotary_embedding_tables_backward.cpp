@@ -1,79 +1,92 @@
+#include <autograd/detail/record.h>
 #include <autograd/detail/rotate_by_table_gradients.h>
 #include <ops/rotary_embedding_tables_backward.h>
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/zeros_like.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <functional>
 #include <iterator>
+#include <vector>
 
 namespace posenc {
 namespace {
 
 using at::Tensor;
-using torch::autograd::AutogradContext;
+using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-/// The gradients of the tables are bilinear in output gradients and inputs, and both derivatives are rotations
-/// by what comes in for the tables:
+/// The gradients of the tables are bilinear in output gradients g and inputs x, and both derivatives are rotations
+/// by the gradients (c, s) that arrive for (dcos, dsin):
 ///
-///     d<dcos, c> + d<dsin, s> = rotate(x; c, s) . dg = rotate_back(g; c, s) . dx
-class RotaryEmbeddingTablesBackward : public torch::autograd::Function<RotaryEmbeddingTablesBackward> {
+///     <dcos, c> + <dsin, s> = <g, rotate(x; c, s)> = <x, rotate_back(g; c, s)>
+class RotaryEmbeddingTablesBackwardBackward : public torch::autograd::Node {
  public:
-  static variable_list forward(
-      AutogradContext* ctx,
+  RotaryEmbeddingTablesBackwardBackward(
       at::TensorList grads,
       at::TensorList inputs,
       const Tensor& table,
       const std::optional<Tensor>& positions,
       bool interleaved,
-      bool conjugate) {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    variable_list saved;
-    saved.reserve(grads.size() + inputs.size() + 2);
-    std::copy(grads.begin(), grads.end(), std::back_inserter(saved));
-    std::copy(inputs.begin(), inputs.end(), std::back_inserter(saved));
-    saved.push_back(table);
-    saved.push_back(positions.value_or(Tensor()));
-    ctx->save_for_backward(saved);
-    ctx->saved_data["interleaved"] = interleaved;
-    ctx->saved_data["conjugate"] = conjugate;
-    ctx->set_materialize_grads(false);
-    auto [grad_cos, grad_sin] =
-        rotary_embedding_tables_backward(grads, inputs, table, positions, interleaved, conjugate);
-    return {grad_cos, grad_sin};
+      bool conjugate)
+      : table_(table, /*is_output=*/false),
+        positions_(positions, /*is_output=*/false),
+        interleaved_(interleaved),
+        conjugate_(conjugate) {
+    for (const Tensor& grad : grads) {
+      grads_.emplace_back(grad, /*is_output=*/false);
+    }
+    for (const Tensor& input : inputs) {
+      inputs_.emplace_back(input, /*is_output=*/false);
+    }
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& table_grads) {
-    const variable_list saved = ctx->get_saved_variables();
-    const size_t count = (saved.size() - 2) / 2;
-    const Tensor& table = saved[2 * count];
-    const Tensor& saved_positions = saved[2 * count + 1];
-    const auto positions = saved_positions.defined() ? std::optional<Tensor>(saved_positions) : std::nullopt;
-    const bool interleaved = ctx->saved_data["interleaved"].toBool();
-    const bool conjugate = ctx->saved_data["conjugate"].toBool();
-
-    // grads, inputs, table, positions, interleaved, conjugate
-    variable_list result(2 * count + 4);
+  variable_list apply(variable_list&& table_grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const size_t count = inputs_.size();
+    variable_list result(2 * count);
     if (!table_grads[0].defined() && !table_grads[1].defined()) {
       return result;
     }
+    const Tensor table = table_.unpack();
+    const auto positions = autograd::optional_tensor(positions_.unpack());
     const Tensor cos = table_grads[0].defined() ? table_grads[0] : at::zeros_like(table);
     const Tensor sin = table_grads[1].defined() ? table_grads[1] : at::zeros_like(table);
     for (size_t i = 0; i < count; ++i) {
-      const Tensor& grad = saved[i];
-      const Tensor& input = saved[count + i];
-      if (ctx->needs_input_grad(i)) {
-        result[i] = autograd::rotate_by_table_gradients(input, cos, sin, positions, interleaved, conjugate);
+      if (task_should_compute_output(i)) {
+        result[i] = autograd::rotate_by_table_gradients(
+            inputs_[i].unpack(), cos, sin, positions, interleaved_, conjugate_);
       }
-      if (ctx->needs_input_grad(count + i)) {
-        result[count + i] = autograd::rotate_by_table_gradients(grad, cos, sin, positions, interleaved, !conjugate);
+      if (task_should_compute_output(count + i)) {
+        result[count + i] = autograd::rotate_by_table_gradients(
+            grads_[i].unpack(), cos, sin, positions, interleaved_, !conjugate_);
       }
     }
     return result;
   }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (std::vector<SavedVariable>* saved : {&grads_, &inputs_}) {
+      for (SavedVariable& variable : *saved) {
+        variable.reset_data();
+      }
+    }
+    table_.reset_data();
+    positions_.reset_data();
+  }
+
+  std::string name() const override {
+    return "RotaryEmbeddingTablesBackwardBackward";
+  }
+
+ private:
+  std::vector<SavedVariable> grads_, inputs_;
+  SavedVariable table_, positions_;
+  bool interleaved_, conjugate_;
 };
 
 std::tuple<Tensor, Tensor> rotary_embedding_tables_backward_autograd(
@@ -83,9 +96,25 @@ std::tuple<Tensor, Tensor> rotary_embedding_tables_backward_autograd(
     const std::optional<Tensor>& positions,
     bool interleaved,
     bool conjugate) {
-  const auto table_grads =
-      RotaryEmbeddingTablesBackward::apply(grads, inputs, table, positions, interleaved, conjugate);
-  return {table_grads[0], table_grads[1]};
+  auto table_grads = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return rotary_embedding_tables_backward(grads, inputs, table, positions, interleaved, conjugate);
+  }();
+  std::vector<std::reference_wrapper<const Tensor>> differentiable(grads.begin(), grads.end());
+  std::copy(inputs.begin(), inputs.end(), std::back_inserter(differentiable));
+  for (const Tensor& tensor : differentiable) {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        !torch::autograd::isFwGradDefined(tensor),
+        "posenc::rotary_embedding_tables_backward: expected no forward-mode tangents, which it does not carry on, got "
+        "some: differentiate the gradients of cos and sin in backward mode");
+  }
+  if (autograd::any_requires_grad(differentiable)) {
+    const auto node = autograd::make_node<RotaryEmbeddingTablesBackwardBackward>(
+        differentiable, grads, inputs, table, positions, interleaved, conjugate);
+    torch::autograd::set_history(std::get<0>(table_grads), node);
+    torch::autograd::set_history(std::get<1>(table_grads), node);
+  }
+  return table_grads;
 }
 
 }  // namespace
