@@ -21,9 +21,9 @@ namespace {
 
 constexpr int64_t kBatch = 8;
 constexpr int64_t kSeqLen = 128;
-constexpr int64_t kWarmup = 10;      // steps until the learning rate is reached
+constexpr int64_t kWarmup = 10;  // steps until the learning rate is reached
 constexpr double kLearningRate = 3e-3;
-constexpr double kClearly = 0.75;    // of the first loss, at the end
+constexpr double kClearly = 0.75;  // of the first loss, at the end
 
 /// The bytes of a file as int64; empty when it cannot be read.
 torch::Tensor read_bytes(const char* path) {
@@ -78,7 +78,8 @@ int main(int argc, char** argv) {
   }
 
   const bool fell = smooth < kClearly * first;
-  std::printf("%s: from %.3f to %.3f on %s\n", fell ? "the loss fell" : "the loss did not fall clearly", first, smooth,
-              device.str().c_str());
+  std::printf(
+      "%s: from %.3f to %.3f on %s\n", fell ? "the loss fell" : "the loss did not fall clearly", first, smooth,
+      device.str().c_str());
   return fell ? EXIT_SUCCESS : EXIT_FAILURE;
 }

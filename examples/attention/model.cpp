@@ -10,16 +10,16 @@ AttentionImpl::AttentionImpl(int64_t channels, int64_t num_heads)
       out_(register_module("out", nn::Linear(channels, channels))),
       rope_(register_module(
           "rope",
-          posenc::RotaryEmbedding(
-              posenc::RotaryEmbeddingOptions(channels / num_heads).layout(posenc::Layout::bhsd)))) {}
+          posenc::RotaryEmbedding(posenc::RotaryEmbeddingOptions(channels / num_heads).layout(posenc::Layout::bhsd)))) {
+}
 
 torch::Tensor AttentionImpl::forward(const torch::Tensor& x) {
   const auto batch = x.size(0), seq_len = x.size(1), channels = x.size(2);
   // [3, B, H, S, D]: three views of the projection. The rotation reads them in place, whatever their strides.
   const auto qkv = qkv_->forward(x).view({batch, seq_len, 3, num_heads_, -1}).permute({2, 0, 3, 1, 4});
   const auto [q, k] = rope_->forward(qkv[0], qkv[1]);
-  const auto y = at::scaled_dot_product_attention(
-      q, k, qkv[2], /*attn_mask=*/{}, /*dropout_p=*/0.0, /*is_causal=*/true);
+  const auto y =
+      at::scaled_dot_product_attention(q, k, qkv[2], /*attn_mask=*/{}, /*dropout_p=*/0.0, /*is_causal=*/true);
   return out_->forward(y.transpose(1, 2).reshape({batch, seq_len, channels}));
 }
 
@@ -28,7 +28,8 @@ BlockImpl::BlockImpl(int64_t channels, int64_t num_heads)
       norm2_(register_module("norm2", nn::LayerNorm(nn::LayerNormOptions({channels})))),
       attention_(register_module("attention", Attention(channels, num_heads))),
       up_(register_module("up", nn::Linear(channels, 4 * channels))),
-      down_(register_module("down", nn::Linear(4 * channels, channels))) {}
+      down_(register_module("down", nn::Linear(4 * channels, channels))) {
+}
 
 torch::Tensor BlockImpl::forward(const torch::Tensor& x) {
   const auto y = x + attention_->forward(norm1_->forward(x));

@@ -55,7 +55,8 @@ void launch(const RotaryProblem& problem) {
   const dim3 grid(cuda::ceil_div(num_tokens, tokens), grid_y);
   const dim3 block(chunks, heads, tokens);
   cuda::rotary_embedding_kernel<T, V, Interleaved>
-      <<<grid, block, 0, c10::cuda::getCurrentCUDAStream()>>>(problem, static_cast<int>(num_chunks));
+      <<<grid, block, 0, c10::cuda::getCurrentCUDAStream()>>>(
+          problem, cuda::Divider(static_cast<uint32_t>(problem.seq_len)), static_cast<int>(num_chunks));
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

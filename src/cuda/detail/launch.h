@@ -18,6 +18,29 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
+/// Division by a number that only the host knows, as a multiplication (Granlund and Montgomery 1994, figure 4.1):
+/// the hardware has none for integers, and its substitute is a chain of some 20 instructions.
+struct Divider {
+  uint32_t divisor;
+  uint32_t multiplier;
+  uint32_t shift;
+
+  /// `divisor` from 1 to 2^31 - 1.
+  explicit Divider(uint32_t d) : divisor(d), shift(0) {
+    while ((uint64_t{1} << shift) < d) {
+      ++shift;
+    }
+    multiplier = static_cast<uint32_t>((uint64_t{1} << 32) * ((uint64_t{1} << shift) - d) / d + 1);
+  }
+
+#if defined(__CUDACC__)
+  /// `n / divisor` for n below 2^31.
+  __device__ uint32_t quotient(uint32_t n) const {
+    return (__umulhi(n, multiplier) + n) >> shift;
+  }
+#endif
+};
+
 /// Threads of a block along chunks (x), heads (y) and tokens (z).
 struct BlockShape {
   int64_t chunks, heads, tokens;

@@ -30,6 +30,16 @@ __device__ void store(T* address, const Vector<T, N>& vector) {
   *reinterpret_cast<Vector<T, N>*>(address) = vector;
 }
 
+template <int N, typename T>
+__device__ Vector<T, N> splat(T value) {
+  Vector<T, N> vector;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    vector[i] = value;
+  }
+  return vector;
+}
+
 /// What a storage type is computed in.
 template <typename T>
 struct Arithmetic {
@@ -73,6 +83,20 @@ __device__ inline float narrow<float>(float value) {
 template <>
 __device__ inline double narrow<double>(double value) {
   return value;
+}
+
+/// Products and sums that the compiler neither fuses nor splits.
+__device__ inline float multiply(float a, float b) {
+  return __fmul_rn(a, b);
+}
+__device__ inline double multiply(double a, double b) {
+  return __dmul_rn(a, b);
+}
+__device__ inline float multiply_add(float a, float b, float c) {
+  return __fmaf_rn(a, b, c);
+}
+__device__ inline double multiply_add(double a, double b, double c) {
+  return __fma_rn(a, b, c);
 }
 
 }  // namespace posenc::cuda
