@@ -26,9 +26,7 @@ class RotaryEmbeddingImpl::Tables {
     torch::Dtype dtype;
     Tensor cos, sin;
 
-    int64_t length() const {
-      return cos.size(0);
-    }
+    int64_t length() const { return cos.size(0); }
   };
 
   Tables(int64_t rotary_dim, double base, int64_t initial_length)
@@ -75,8 +73,7 @@ class RotaryEmbeddingImpl::Tables {
     const torch::NoGradGuard no_grad;
     const auto [cos, sin] = rotary_tables(inv_freq_, length, dtype);
     if (log_level() <= LogLevel::debug) {
-      log(LogLevel::debug,
-          c10::str("RotaryEmbedding: built ", dtype, " tables of ", length, " positions on ", device));
+      log(LogLevel::debug, c10::str("RotaryEmbedding: built ", dtype, " tables of ", length, " positions on ", device));
     }
     return {device, dtype, cos.to(device), sin.to(device)};
   }
@@ -126,9 +123,9 @@ void check_input(const char* name, const Tensor& x, const RotaryEmbeddingOptions
   TORCH_CHECK(x.defined(), "posenc::RotaryEmbedding: expected ", name, " to be a tensor, got an undefined one");
   const int64_t dims = options.layout() == Layout::thd ? 3 : 4;
   TORCH_CHECK(
-      x.dim() == dims && x.size(-1) == options.head_dim(),
-      "posenc::RotaryEmbedding: expected ", name, " in layout ", name_of(options.layout()), " with ", dims,
-      " dimensions and a head size of ", options.head_dim(), ", got ", x.sizes());
+      x.dim() == dims && x.size(-1) == options.head_dim(), "posenc::RotaryEmbedding: expected ", name, " in layout ",
+      name_of(options.layout()), " with ", dims, " dimensions and a head size of ", options.head_dim(), ", got ",
+      x.sizes());
 }
 
 /// Rows that the tables must have. Positions on an accelerator cannot be read without waiting for it.
@@ -136,21 +133,22 @@ int64_t needed_length(const Tensor& x, const std::optional<Tensor>& positions) {
   if (!positions.has_value()) {
     return x.size(-3);
   }
-  const bool readable = positions->defined() && positions->is_cpu() && positions->numel() > 0 &&
-      !positions->is_floating_point();
+  const bool readable =
+      positions->defined() && positions->is_cpu() && positions->numel() > 0 && !positions->is_floating_point();
   if (!readable) {
     return 0;
   }
   const auto last = positions->max().item<int64_t>();
   TORCH_CHECK_INDEX(
-      last < std::numeric_limits<int32_t>::max(),
-      "posenc::RotaryEmbedding: expected positions below 2^31 - 1, got ", last);
+      last < std::numeric_limits<int32_t>::max(), "posenc::RotaryEmbedding: expected positions below 2^31 - 1, got ",
+      last);
   return last + 1;
 }
 
 }  // namespace
 
-RotaryEmbeddingOptions::RotaryEmbeddingOptions(int64_t head_dim) : head_dim_(head_dim) {}
+RotaryEmbeddingOptions::RotaryEmbeddingOptions(int64_t head_dim) : head_dim_(head_dim) {
+}
 
 RotaryEmbeddingImpl::RotaryEmbeddingImpl(RotaryEmbeddingOptions options_) : options(std::move(options_)) {
   // NOLINTNEXTLINE(clang-analyzer-optin.cplusplus.VirtualCall): as LibTorch's own modules do
@@ -168,8 +166,7 @@ void RotaryEmbeddingImpl::reset() {
   TORCH_CHECK(options.base() > 0, "posenc::RotaryEmbedding: expected a positive base, got ", options.base());
   TORCH_CHECK(
       options.max_position_embeddings() > 0,
-      "posenc::RotaryEmbedding: expected a positive max_position_embeddings, got ",
-      options.max_position_embeddings());
+      "posenc::RotaryEmbedding: expected a positive max_position_embeddings, got ", options.max_position_embeddings());
   // Cloneable resets every clone: it keeps the tables it shares with the original.
   if (tables_ == nullptr || !tables_->serve(rotary_dim, options.base(), options.max_position_embeddings())) {
     tables_ = std::make_shared<Tables>(rotary_dim, options.base(), options.max_position_embeddings());
@@ -186,16 +183,14 @@ std::tuple<Tensor, Tensor> RotaryEmbeddingImpl::forward(
   const Tensor q_view = reordered(q, layout);
   const auto [cos, sin] =
       tables_->get(needed_length(q_view, positions), q.device(), rotary_table_dtype(q.scalar_type()));
-  auto [q_out, k_out] =
-      rotary_embedding_qk(q_view, reordered(k, layout), cos, sin, positions, options.interleaved());
+  auto [q_out, k_out] = rotary_embedding_qk(q_view, reordered(k, layout), cos, sin, positions, options.interleaved());
   return {reordered(q_out, layout), reordered(k_out, layout)};
 }
 
 Tensor RotaryEmbeddingImpl::rotate(const Tensor& x, const std::optional<Tensor>& positions) {
   check_input("x", x, options);
   const Tensor view = reordered(x, options.layout());
-  const auto [cos, sin] =
-      tables_->get(needed_length(view, positions), x.device(), rotary_table_dtype(x.scalar_type()));
+  const auto [cos, sin] = tables_->get(needed_length(view, positions), x.device(), rotary_table_dtype(x.scalar_type()));
   return reordered(rotary_embedding(view, cos, sin, positions, options.interleaved()), options.layout());
 }
 

@@ -10,8 +10,8 @@ using at::Tensor;
 
 Tensor rotary_inv_freq(int64_t rotary_dim, double base) {
   TORCH_CHECK(
-      rotary_dim > 0 && rotary_dim % 2 == 0,
-      "posenc::rotary_inv_freq: expected a positive, even rotary_dim, got ", rotary_dim);
+      rotary_dim > 0 && rotary_dim % 2 == 0, "posenc::rotary_inv_freq: expected a positive, even rotary_dim, got ",
+      rotary_dim);
   TORCH_CHECK(base > 0, "posenc::rotary_inv_freq: expected a positive base, got ", base);
   const Tensor i = at::arange(rotary_dim / 2, at::TensorOptions().dtype(at::kDouble));
   return at::pow(base, i.mul(-2.0).div(rotary_dim));
@@ -28,8 +28,8 @@ std::tuple<Tensor, Tensor> rotary_tables(const Tensor& inv_freq, int64_t length,
       inv_freq.defined() ? c10::str(inv_freq.scalar_type(), " ", inv_freq.sizes()) : "an undefined tensor");
   TORCH_CHECK(length >= 0, "posenc::rotary_tables: expected a length that is not negative, got ", length);
   TORCH_CHECK(
-      dtype == at::kFloat || dtype == at::kDouble,
-      "posenc::rotary_tables: expected dtype float32 or float64, got ", dtype);
+      dtype == at::kFloat || dtype == at::kDouble, "posenc::rotary_tables: expected dtype float32 or float64, got ",
+      dtype);
   const Tensor angles = at::outer(at::arange(length, inv_freq.options()), inv_freq);
   return {angles.cos().to(dtype), angles.sin().to(dtype)};
 }

@@ -88,9 +88,7 @@ class RotaryEmbeddingBackward : public torch::autograd::Node {
     positions_.reset_data();
   }
 
-  std::string name() const override {
-    return "RotaryEmbeddingBackward";
-  }
+  std::string name() const override { return "RotaryEmbeddingBackward"; }
 
  private:
   size_t num_inputs_;
@@ -118,8 +116,7 @@ void set_tangent(
   const Tensor primal_sin = sin._fw_primal(/*level=*/0);
   Tensor tangent;
   if (by_input) {
-    tangent = rotary_embedding(
-        input._fw_grad(/*level=*/0), primal_cos, primal_sin, positions, interleaved, conjugate);
+    tangent = rotary_embedding(input._fw_grad(/*level=*/0), primal_cos, primal_sin, positions, interleaved, conjugate);
   }
   if (by_tables) {
     const auto tangent_or_zeros = [](const Tensor& table, const Tensor& primal) {
@@ -127,12 +124,8 @@ void set_tangent(
       return table_tangent.defined() ? table_tangent : at::zeros_like(primal);
     };
     const Tensor of_tables = autograd::rotate_by_table_gradients(
-        input._fw_primal(/*level=*/0),
-        tangent_or_zeros(cos, primal_cos),
-        tangent_or_zeros(sin, primal_sin),
-        positions,
-        interleaved,
-        conjugate);
+        input._fw_primal(/*level=*/0), tangent_or_zeros(cos, primal_cos), tangent_or_zeros(sin, primal_sin), positions,
+        interleaved, conjugate);
     tangent = tangent.defined() ? tangent.add(of_tables) : of_tables;
   }
   output._set_fw_grad(tangent, /*level=*/0, /*is_inplace_op=*/false);
@@ -152,13 +145,7 @@ Tensor rotary_embedding_autograd(
   const std::array<std::reference_wrapper<const Tensor>, 3> differentiable{x, cos, sin};
   if (autograd::any_requires_grad(differentiable)) {
     const auto node = autograd::make_node<RotaryEmbeddingBackward>(
-        differentiable,
-        at::ArrayRef(differentiable).slice(0, 1),
-        cos,
-        sin,
-        positions,
-        interleaved,
-        conjugate);
+        differentiable, at::ArrayRef(differentiable).slice(0, 1), cos, sin, positions, interleaved, conjugate);
     torch::autograd::set_history(output, node);
   }
   set_tangent(output, x, cos, sin, positions, interleaved, conjugate);

@@ -57,12 +57,12 @@ class RotaryEmbeddingTablesBackwardBackward : public torch::autograd::Node {
     const Tensor sin = table_grads[1].defined() ? table_grads[1] : at::zeros_like(table);
     for (size_t i = 0; i < count; ++i) {
       if (task_should_compute_output(i)) {
-        result[i] = autograd::rotate_by_table_gradients(
-            inputs_[i].unpack(), cos, sin, positions, interleaved_, conjugate_);
+        result[i] =
+            autograd::rotate_by_table_gradients(inputs_[i].unpack(), cos, sin, positions, interleaved_, conjugate_);
       }
       if (task_should_compute_output(count + i)) {
-        result[count + i] = autograd::rotate_by_table_gradients(
-            grads_[i].unpack(), cos, sin, positions, interleaved_, !conjugate_);
+        result[count + i] =
+            autograd::rotate_by_table_gradients(grads_[i].unpack(), cos, sin, positions, interleaved_, !conjugate_);
       }
     }
     return result;
@@ -79,9 +79,7 @@ class RotaryEmbeddingTablesBackwardBackward : public torch::autograd::Node {
     positions_.reset_data();
   }
 
-  std::string name() const override {
-    return "RotaryEmbeddingTablesBackwardBackward";
-  }
+  std::string name() const override { return "RotaryEmbeddingTablesBackwardBackward"; }
 
  private:
   std::vector<SavedVariable> grads_, inputs_;

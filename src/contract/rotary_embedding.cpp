@@ -44,46 +44,44 @@ bool is_packed(const Tensor& x) {
 void check_rotated(const char* op, const Rotated& x) {
   TORCH_CHECK(x.tensor.defined(), op, ": expected ", x.name, " to be a tensor, got an undefined one");
   TORCH_CHECK(
-      x.tensor.dim() == 4 || x.tensor.dim() == 3,
-      op, ": expected ", x.name, " of shape [B, S, H, D] or [T, H, D], got ", x.tensor.sizes());
+      x.tensor.dim() == 4 || x.tensor.dim() == 3, op, ": expected ", x.name,
+      " of shape [B, S, H, D] or [T, H, D], got ", x.tensor.sizes());
   const auto dtype = x.tensor.scalar_type();
   TORCH_CHECK(
-      dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble,
-      op, ": expected ", x.name, " of dtype float16, bfloat16, float32 or float64, got ", dtype);
+      dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble, op, ": expected ",
+      x.name, " of dtype float16, bfloat16, float32 or float64, got ", dtype);
 }
 
 void check_pair(const char* op, const Rotated& q, const Rotated& k) {
   TORCH_CHECK(
-      k.tensor.scalar_type() == q.tensor.scalar_type(),
-      op, ": expected ", k.name, " of the dtype of ", q.name, ", ", q.tensor.scalar_type(),
-      ", got ", k.tensor.scalar_type());
+      k.tensor.scalar_type() == q.tensor.scalar_type(), op, ": expected ", k.name, " of the dtype of ", q.name, ", ",
+      q.tensor.scalar_type(), ", got ", k.tensor.scalar_type());
   TORCH_CHECK(
-      k.tensor.device() == q.tensor.device(),
-      op, ": expected ", k.name, " on the device of ", q.name, ", ", q.tensor.device(), ", got ", k.tensor.device());
+      k.tensor.device() == q.tensor.device(), op, ": expected ", k.name, " on the device of ", q.name, ", ",
+      q.tensor.device(), ", got ", k.tensor.device());
   bool same = k.tensor.dim() == q.tensor.dim();
   for (int64_t d = 0; same && d < q.tensor.dim(); ++d) {
     same = d == q.tensor.dim() - 2 || k.tensor.size(d) == q.tensor.size(d);
   }
   TORCH_CHECK(
-      same,
-      op, ": expected ", k.name, " to have the sizes of ", q.name, " in all but the head dimension, ",
+      same, op, ": expected ", k.name, " to have the sizes of ", q.name, " in all but the head dimension, ",
       q.tensor.sizes(), ", got ", k.tensor.sizes());
 }
 
 void check_positions(const char* op, const Tensor& positions, const Rotated& q) {
   TORCH_CHECK(positions.defined(), op, ": expected positions to be a tensor, got an undefined one");
   TORCH_CHECK(
-      positions.scalar_type() == at::kInt || positions.scalar_type() == at::kLong,
-      op, ": expected positions of dtype int32 or int64, got ", positions.scalar_type());
+      positions.scalar_type() == at::kInt || positions.scalar_type() == at::kLong, op,
+      ": expected positions of dtype int32 or int64, got ", positions.scalar_type());
   TORCH_CHECK(
-      positions.device() == q.tensor.device(),
-      op, ": expected positions on the device of ", q.name, ", ", q.tensor.device(), ", got ", positions.device());
+      positions.device() == q.tensor.device(), op, ": expected positions on the device of ", q.name, ", ",
+      q.tensor.device(), ", got ", positions.device());
   const int64_t batch = batch_of(q.tensor);
   const int64_t seq_len = seq_len_of(q.tensor);
   if (is_packed(q.tensor)) {
     TORCH_CHECK(
-        positions.dim() == 1 && positions.size(0) == seq_len,
-        op, ": expected positions of shape [T] = [", seq_len, "], got ", positions.sizes());
+        positions.dim() == 1 && positions.size(0) == seq_len, op, ": expected positions of shape [T] = [", seq_len,
+        "], got ", positions.sizes());
     return;
   }
   TORCH_CHECK(
@@ -98,45 +96,41 @@ void check_tables(const RotaryArguments& a, const Rotated& q) {
   const auto expected_dtype = rotary_table_dtype(q.tensor.scalar_type());
   const auto check = [&](const char* name, const Tensor& table) {
     TORCH_CHECK(
-        table.scalar_type() == expected_dtype,
-        a.op, ": expected ", name, " of dtype ", expected_dtype, " for ", q.name, " of dtype ",
-        q.tensor.scalar_type(), ", got ", table.scalar_type());
+        table.scalar_type() == expected_dtype, a.op, ": expected ", name, " of dtype ", expected_dtype, " for ", q.name,
+        " of dtype ", q.tensor.scalar_type(), ", got ", table.scalar_type());
     TORCH_CHECK(
-        table.device() == q.tensor.device(),
-        a.op, ": expected ", name, " on the device of ", q.name, ", ", q.tensor.device(), ", got ", table.device());
+        table.device() == q.tensor.device(), a.op, ": expected ", name, " on the device of ", q.name, ", ",
+        q.tensor.device(), ", got ", table.device());
   };
   check("cos", a.cos);
   check("sin", a.sin);
   TORCH_CHECK(
-      a.cos.sizes() == a.sin.sizes(),
-      a.op, ": expected cos and sin of the same shape, got ", a.cos.sizes(), " and ", a.sin.sizes());
+      a.cos.sizes() == a.sin.sizes(), a.op, ": expected cos and sin of the same shape, got ", a.cos.sizes(), " and ",
+      a.sin.sizes());
 
   const Tensor& table = a.cos;
   const int64_t batch = batch_of(q.tensor);
   const int64_t seq_len = seq_len_of(q.tensor);
   const int64_t head_dim = q.tensor.size(-1);
   TORCH_CHECK(
-      table.dim() == 2 || (table.dim() == 3 && !is_packed(q.tensor)),
-      a.op, ": expected cos and sin of shape [P, R/2]", is_packed(q.tensor) ? "" : " or [B, S, R/2]", ", got ",
-      table.sizes());
+      table.dim() == 2 || (table.dim() == 3 && !is_packed(q.tensor)), a.op, ": expected cos and sin of shape [P, R/2]",
+      is_packed(q.tensor) ? "" : " or [B, S, R/2]", ", got ", table.sizes());
   TORCH_CHECK(
-      table.size(-1) >= 1 && 2 * table.size(-1) <= head_dim,
-      a.op, ": expected a rotary width R = 2 * cos.size(-1) of 2 to the head size of ", q.name, ", ", head_dim,
-      ", got ", 2 * table.size(-1));
+      table.size(-1) >= 1 && 2 * table.size(-1) <= head_dim, a.op,
+      ": expected a rotary width R = 2 * cos.size(-1) of 2 to the head size of ", q.name, ", ", head_dim, ", got ",
+      2 * table.size(-1));
   if (table.dim() == 3) {
     TORCH_CHECK(
-        !a.positions.has_value(),
-        a.op, ": expected no positions with tables given per token, [B, S, R/2] = ", table.sizes(),
+        !a.positions.has_value(), a.op,
+        ": expected no positions with tables given per token, [B, S, R/2] = ", table.sizes(),
         ", got positions of shape ", a.positions->sizes());
     TORCH_CHECK(
-        (table.size(0) == batch || table.size(0) == 1) && table.size(1) == seq_len,
-        a.op, ": expected cos and sin of shape [B, S, R/2] = [", batch, " or 1, ", seq_len, ", R/2], got ",
-        table.sizes());
+        (table.size(0) == batch || table.size(0) == 1) && table.size(1) == seq_len, a.op,
+        ": expected cos and sin of shape [B, S, R/2] = [", batch, " or 1, ", seq_len, ", R/2], got ", table.sizes());
   } else if (!a.positions.has_value()) {
     TORCH_CHECK(
-        table.size(0) >= seq_len,
-        a.op, ": expected cos and sin with at least ", seq_len, " rows, one for each token of ", q.name, ", got ",
-        table.sizes());
+        table.size(0) >= seq_len, a.op, ": expected cos and sin with at least ", seq_len,
+        " rows, one for each token of ", q.name, ", got ", table.sizes());
   }
 }
 
@@ -149,8 +143,8 @@ void check_position_range(const char* op, const Tensor& positions, int64_t rows)
   const auto low = lowest.item<int64_t>();
   const auto high = highest.item<int64_t>();
   TORCH_CHECK_INDEX(
-      low >= 0 && high < rows,
-      op, ": expected positions in [0, ", rows, "), the rows of cos and sin, got values from ", low, " to ", high);
+      low >= 0 && high < rows, op, ": expected positions in [0, ", rows, "), the rows of cos and sin, got values from ",
+      low, " to ", high);
 }
 
 /// The stride of a dimension of one entry means nothing and may be anything: 0 is aligned for every vector width.
@@ -160,9 +154,7 @@ int64_t used_stride(const Tensor& tensor, int64_t dim) {
 
 RotaryTable table_view(const Tensor& table) {
   return {
-      table.const_data_ptr(),
-      table.dim() == 3 ? used_stride(table, 0) : 0,
-      used_stride(table, -2),
+      table.const_data_ptr(), table.dim() == 3 ? used_stride(table, 0) : 0, used_stride(table, -2),
       table.size(-1) == 1 ? 1 : table.stride(-1)};
 }
 
@@ -175,9 +167,7 @@ PositionsView positions_view(const std::optional<Tensor>& positions) {
     return {nullptr, 0, 0, false};
   }
   return {
-      positions->const_data_ptr(),
-      positions->dim() == 2 ? positions->stride(0) : 0,
-      positions->stride(-1),
+      positions->const_data_ptr(), positions->dim() == 2 ? positions->stride(0) : 0, positions->stride(-1),
       positions->scalar_type() == at::kLong};
 }
 
@@ -193,9 +183,7 @@ int64_t seq_len_of(const Tensor& tensor) {
 
 Strides strides_of(const Tensor& tensor) {
   return {
-      is_packed(tensor) ? 0 : used_stride(tensor, 0),
-      used_stride(tensor, -3),
-      used_stride(tensor, -2),
+      is_packed(tensor) ? 0 : used_stride(tensor, 0), used_stride(tensor, -3), used_stride(tensor, -2),
       tensor.stride(-1)};
 }
 

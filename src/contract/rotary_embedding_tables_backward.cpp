@@ -18,8 +18,8 @@ constexpr const char* kOp = "posenc::rotary_embedding_tables_backward";
 
 void check_rotary_tables(const RotaryTablesArguments& a) {
   TORCH_CHECK(
-      a.grads.size() == a.inputs.size() && (a.inputs.size() == 1 || a.inputs.size() == 2),
-      kOp, ": expected one or two inputs and as many grads, got ", a.inputs.size(), " and ", a.grads.size());
+      a.grads.size() == a.inputs.size() && (a.inputs.size() == 1 || a.inputs.size() == 2), kOp,
+      ": expected one or two inputs and as many grads, got ", a.inputs.size(), " and ", a.grads.size());
   const RotaryArguments rotary{kOp, a.table, a.table, a.positions, a.interleaved, a.conjugate};
   const Rotated second{"inputs[1]", a.inputs.back()};
   check_rotary(rotary, {"inputs[0]", a.inputs[0]}, a.inputs.size() == 2 ? &second : nullptr);
@@ -51,10 +51,7 @@ RotaryTablesCall rotary_tables_call(const RotaryTablesArguments& a) {
   problem.num_operands = static_cast<int32_t>(a.inputs.size());
   for (size_t i = 0; i < a.inputs.size(); ++i) {
     problem.operands[i] = {
-        a.grads[i].const_data_ptr(),
-        a.inputs[i].const_data_ptr(),
-        strides_of(a.grads[i]),
-        strides_of(a.inputs[i]),
+        a.grads[i].const_data_ptr(), a.inputs[i].const_data_ptr(), strides_of(a.grads[i]), strides_of(a.inputs[i]),
         a.inputs[i].size(-2)};
   }
   if (a.positions.has_value()) {

@@ -80,10 +80,7 @@ void fill_nan(const TokenHeads<T>& heads) {
 }
 
 template <typename T>
-void rotate_token(
-    const TokenHeads<T>& heads,
-    const TokenTables<arithmetic_t<T>>& tables,
-    bool interleaved) {
+void rotate_token(const TokenHeads<T>& heads, const TokenTables<arithmetic_t<T>>& tables, bool interleaved) {
   const bool dense = heads.out_strides.channel == 1 && tables.cos_stride == 1 && tables.sin_stride == 1;
   const int64_t in_stride = dense ? heads.in_strides.channel : -1;
   const auto rotate = in_stride == 1 ? (interleaved ? rotate_token<T, true, 1> : rotate_token<T, false, 1>)
@@ -115,10 +112,7 @@ void run(const RotaryProblem& problem) {
         return static_cast<const Real*>(table.data) + (exists ? offset : 0);
       };
       const TokenTables<Real> tables{
-          row_of(problem.cos),
-          row_of(problem.sin),
-          problem.cos.stride_pair,
-          problem.sin.stride_pair,
+          row_of(problem.cos), row_of(problem.sin), problem.cos.stride_pair, problem.sin.stride_pair,
           problem.conjugate ? Real(-1) : Real(1)};
       for (int32_t i = 0; i < problem.num_operands; ++i) {
         const RotaryProblem::Operand& operand = problem.operands[i];
@@ -152,8 +146,8 @@ Tensor rotary_embedding_cpu(
     const std::optional<Tensor>& positions,
     bool interleaved,
     bool conjugate) {
-  auto problem = contract::rotary_problem(
-      {"posenc::rotary_embedding", cos, sin, positions, interleaved, conjugate}, {"x", x});
+  auto problem =
+      contract::rotary_problem({"posenc::rotary_embedding", cos, sin, positions, interleaved, conjugate}, {"x", x});
   Tensor output = contract::allocate_output(x, problem.operands[0]);
   run(problem, x.scalar_type());
   return output;

@@ -1,15 +1,14 @@
 #include <contract/rotary_embedding.h>
 #include <cuda/detail/dispatch.h>
 #include <cuda/detail/launch.h>
-#include <cuda/rotary_embedding_kernel.cuh>
 #include <posenc/logging.h>
+#include <cuda/rotary_embedding_kernel.cuh>
 
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include <limits>
 #include <mutex>
 
 namespace posenc {
@@ -17,46 +16,51 @@ namespace {
 
 using at::Tensor;
 
-template <typename T, int V, bool Interleaved>
+/// Whether all tensors of a call can be read and written in vectors of V elements.
+template <typename T, int V, bool Interleaved, bool Splat>
 bool allows(const RotaryProblem& problem) {
-  if constexpr (V > 1) {
-    using Real = cuda::arithmetic_t<T>;
-    constexpr int kEntries = Interleaved ? V / 2 : V;
-    bool allowed = cuda::table_loads_vectors<Real, kEntries>(problem.cos) &&
-        cuda::table_loads_vectors<Real, kEntries>(problem.sin);
-    for (int i = 0; i < problem.num_operands; ++i) {
-      const RotaryProblem::Operand& operand = problem.operands[i];
-      allowed = allowed && cuda::loads_vectors<T, V>(operand.in, operand.in_strides) &&
-          cuda::stores_vectors<T, V>(operand.out, operand.out_strides);
-    }
-    return allowed;
+  using Real = cuda::arithmetic_t<T>;
+  constexpr int kEntries = Interleaved ? V / 2 : V;
+  bool allowed =
+      cuda::table_loads_vectors<Real, kEntries>(problem.cos) && cuda::table_loads_vectors<Real, kEntries>(problem.sin);
+  for (int i = 0; i < problem.num_operands; ++i) {
+    const RotaryProblem::Operand& operand = problem.operands[i];
+    allowed = allowed &&
+        (Splat ? operand.in_strides.channel == 0 : cuda::holds_vectors<T, V>(operand.in, operand.in_strides)) &&
+        cuda::holds_vectors<T, V>(operand.out, operand.out_strides);
   }
-  return true;
+  return allowed;
 }
 
-template <typename T, int V, bool Interleaved>
+template <typename T, typename Policy>
 void launch(const RotaryProblem& problem) {
-  const int64_t num_chunks = cuda::num_chunks(V, problem.num_pairs, problem.head_dim);
+  const Strides& strides = problem.operands[0].out_strides;
+  const bool tokens_first = strides.seq < strides.head;
+  const int64_t num_chunks = cuda::num_chunks(Policy::kVectorWidth, problem.num_pairs, problem.head_dim);
   const int64_t num_heads = problem.operands[0].num_heads + problem.operands[1].num_heads;
   const int64_t num_tokens = problem.batch * problem.seq_len;
-  const auto [chunks, heads, tokens] = cuda::block_shape(num_chunks, num_heads, num_tokens);
-  const int64_t grid_y = cuda::ceil_div(num_heads, heads);
+  const auto [chunks, heads, tokens] = cuda::block_shape(num_chunks, num_heads, num_tokens, tokens_first);
+  const int64_t head_groups = cuda::ceil_div(num_heads, heads);
+  const int64_t token_groups = cuda::ceil_div(num_tokens, tokens);
+  const int64_t chunk_groups = cuda::ceil_div(num_chunks, chunks);
   TORCH_CHECK(
-      num_tokens <= std::numeric_limits<int32_t>::max() && grid_y <= cuda::kMaxGridY &&
-          problem.head_dim <= std::numeric_limits<int32_t>::max(),
-      "posenc::rotary_embedding: expected at most 2^31 - 1 tokens, ", cuda::kMaxGridY * heads,
-      " heads and 2^31 - 1 channels on CUDA, got ", num_tokens, ", ", num_heads, " and ", problem.head_dim);
+      num_tokens <= cuda::kMaxGridX && token_groups * head_groups <= cuda::kMaxGridX && chunk_groups <= cuda::kMaxGridY,
+      "posenc::rotary_embedding: expected at most ", cuda::kMaxGridX, " tokens, as many blocks of ", tokens,
+      " tokens and ", heads, " heads, and ", cuda::kMaxGridY, " blocks of ", chunks, " chunks on CUDA, got ",
+      num_tokens, ", ", token_groups * head_groups, " and ", chunk_groups);
   if (log_level() <= LogLevel::debug) {
     log(LogLevel::debug,
         c10::str(
-            "rotary_embedding: ", problem.interleaved ? "interleaved" : "half", " pairing, vectors of ", V,
-            " elements of ", sizeof(T), " bytes, blocks of ", chunks, " x ", heads, " x ", tokens, " threads"));
+            "rotary_embedding: ", problem.interleaved ? "interleaved" : "half", " pairing, vectors of ",
+            Policy::kVectorWidth, " elements of ", sizeof(T), " bytes", Policy::kSplat ? ", one for all channels" : "",
+            ", blocks of ", chunks, " chunks, ", heads, " heads and ", tokens, " tokens"));
   }
-  const dim3 grid(cuda::ceil_div(num_tokens, tokens), grid_y);
-  const dim3 block(chunks, heads, tokens);
-  cuda::rotary_embedding_kernel<T, V, Interleaved>
-      <<<grid, block, 0, c10::cuda::getCurrentCUDAStream()>>>(
-          problem, cuda::Divider(static_cast<uint32_t>(problem.seq_len)), static_cast<int>(num_chunks));
+  const cuda::RotaryGrid grid{
+      cuda::Divider(static_cast<uint32_t>(tokens_first ? token_groups : head_groups)),
+      cuda::Divider(static_cast<uint32_t>(problem.seq_len)), static_cast<int32_t>(num_chunks), tokens_first};
+  const dim3 blocks(token_groups * head_groups, chunk_groups);
+  const dim3 threads(chunks, heads, tokens);
+  cuda::rotary_embedding_kernel<T, Policy><<<blocks, threads, 0, c10::cuda::getCurrentCUDAStream()>>>(problem, grid);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -69,19 +73,30 @@ void warn_of_narrow_vectors() {
   });
 }
 
-/// Launches with the widest vectors that the call allows, V elements at most.
+/// Launches with vectors of V elements, or the widest that the call allows. Only 16-byte vectors are worth kernels
+/// of their own for expanded inputs and for heads without a tail.
 template <typename T, int V, bool Interleaved>
 void launch_widest(const RotaryProblem& problem) {
-  if constexpr (V > 1) {
+  if constexpr (V == 1) {
+    launch<T, cuda::RotaryPolicy<V, Interleaved, false, true>>(problem);
+  } else {
+    constexpr bool kWidest = V * sizeof(T) == cuda::kMaxVectorBytes;
+    const bool tail = 2 * problem.num_pairs < problem.head_dim;
     if (!cuda::divides(V, problem.num_pairs, problem.head_dim)) {
-      return launch_widest<T, V / 2, Interleaved>(problem);
-    }
-    if (!allows<T, V, Interleaved>(problem)) {
+      launch_widest<T, V / 2, Interleaved>(problem);
+    } else if (allows<T, V, Interleaved, false>(problem)) {
+      cuda::for_bool(tail || !kWidest, [&](auto has_tail) {
+        launch<T, cuda::RotaryPolicy<V, Interleaved, false, !kWidest || decltype(has_tail)::value>>(problem);
+      });
+    } else if (kWidest && allows<T, V, Interleaved, true>(problem)) {
+      cuda::for_bool(tail, [&](auto has_tail) {
+        launch<T, cuda::RotaryPolicy<V, Interleaved, kWidest, !kWidest || decltype(has_tail)::value>>(problem);
+      });
+    } else {
       warn_of_narrow_vectors();
-      return launch_widest<T, V / 2, Interleaved>(problem);
+      launch_widest<T, V / 2, Interleaved>(problem);
     }
   }
-  launch<T, V, Interleaved>(problem);
 }
 
 void run(const RotaryProblem& problem, at::ScalarType dtype) {
@@ -104,8 +119,8 @@ Tensor rotary_embedding_cuda(
     const std::optional<Tensor>& positions,
     bool interleaved,
     bool conjugate) {
-  auto problem = contract::rotary_problem(
-      {"posenc::rotary_embedding", cos, sin, positions, interleaved, conjugate}, {"x", x});
+  auto problem =
+      contract::rotary_problem({"posenc::rotary_embedding", cos, sin, positions, interleaved, conjugate}, {"x", x});
   const c10::cuda::CUDAGuard device(x.device());
   Tensor output = contract::allocate_output(x, problem.operands[0]);
   run(problem, x.scalar_type());

@@ -7,43 +7,60 @@
 // Rotates one or two tensors in one launch; forward and backward are the same kernel.
 //
 // A thread owns one chunk (rotary_chunk.cuh) of one head of one token. Threads along x are the chunks of a head,
-// along y the heads (all of q, then all of k), along z tokens. The grid has tokens along x, where it may be
-// largest, and groups of heads along y.
+// along y the heads (all of q, then all of k), along z tokens. Blocks go through the heads of a token first, and
+// so through memory in its order (4 % for float32, measured on an H200).
 namespace posenc::cuda {
 
-template <typename T, int V, bool Interleaved>
-__global__ void __launch_bounds__(kMaxThreads) rotary_embedding_kernel(
-    const __grid_constant__ RotaryProblem problem,
-    const __grid_constant__ Divider seq_len,
-    int num_chunks) {
-  const uint32_t token = blockIdx.x * blockDim.z + threadIdx.z;
-  const uint32_t head_of_all = blockIdx.y * blockDim.y + threadIdx.y;
+/// What a launch knows beforehand. Each removes code, and registers with it, from the kernel.
+template <int VectorWidth, bool IsInterleaved, bool IsSplat, bool HasTail>
+struct RotaryPolicy {
+  static constexpr int kVectorWidth = VectorWidth;
+  static constexpr bool kInterleaved = IsInterleaved;
+  static constexpr bool kSplat = IsSplat;  // one value for all channels of a head
+  static constexpr bool kTail = HasTail;   // channels behind the rotary width
+};
+
+/// How blocks are laid over the tensors. `groups` counts those along whichever of heads and tokens comes first.
+struct RotaryGrid {
+  Divider groups;
+  Divider seq_len;
+  int32_t num_chunks;  // of one head
+  bool tokens_first;
+};
+
+template <typename T, typename Policy>
+__global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
+    rotary_embedding_kernel(const __grid_constant__ RotaryProblem problem, const __grid_constant__ RotaryGrid grid) {
+  constexpr int V = Policy::kVectorWidth;
+  const uint32_t slow = grid.groups.quotient(blockIdx.x);
+  const uint32_t fast = blockIdx.x - slow * grid.groups.divisor;
+  const uint32_t token_group = grid.tokens_first ? fast : slow;
+  const uint32_t head_group = grid.tokens_first ? slow : fast;
+  const uint32_t token = token_group * blockDim.z + threadIdx.z;
+  const uint32_t head_of_all = head_group * blockDim.y + threadIdx.y;
   const auto q_heads = static_cast<uint32_t>(problem.operands[0].num_heads);
   const auto k_heads = static_cast<uint32_t>(problem.operands[1].num_heads);
-  const uint32_t batch = seq_len.quotient(token);
+  const uint32_t batch = grid.seq_len.quotient(token);
   if (batch >= problem.batch || head_of_all >= q_heads + k_heads) {
     return;
   }
-  const uint32_t seq = token - batch * seq_len.divisor;
+  const uint32_t seq = token - batch * grid.seq_len.divisor;
   const bool is_k = head_of_all >= q_heads;
   const uint32_t head = is_k ? head_of_all - q_heads : head_of_all;
   const RotaryProblem::Operand& operand = problem.operands[is_k ? 1 : 0];
   const Strides& from = operand.in_strides;
   const Strides& to = operand.out_strides;
-  const T* in = static_cast<const T*>(operand.in) + batch * from.batch + seq * from.seq + head * from.head;
-  T* out = static_cast<T*>(operand.out) + batch * to.batch + seq * to.seq + head * to.head;
-  const int rotary_chunks = static_cast<int>(problem.num_pairs) / V;
-  const Place<T> place{in, out, from.channel, to.channel, batch, seq};
+  const Place<T> place{
+      static_cast<const T*>(operand.in) + batch * from.batch + seq * from.seq + head * from.head,
+      static_cast<T*>(operand.out) + batch * to.batch + seq * to.seq + head * to.head,
+      from.channel,
+      to.channel,
+      batch,
+      seq};
 
-  // One round, unless a head has more chunks than a block has threads.
-  for (int chunk = threadIdx.x; chunk < num_chunks; chunk += blockDim.x) {
-    if (chunk >= rotary_chunks) {
-      copy_chunk<V>(problem, place, chunk - rotary_chunks);
-    } else if (V > 1 && from.channel == 0) {
-      rotate_chunk<V, Interleaved, true>(problem, place, chunk);
-    } else {
-      rotate_chunk<V, Interleaved, false>(problem, place, chunk);
-    }
+  const int chunk = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x);
+  if (chunk < grid.num_chunks) {
+    rotate_chunk<Policy>(problem, place, chunk);
   }
 }
 

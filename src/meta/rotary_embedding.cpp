@@ -7,8 +7,8 @@ namespace posenc {
 namespace {
 
 using at::Tensor;
-using contract::Rotated;
 using contract::RotaryArguments;
+using contract::Rotated;
 
 /// Sizes that are still symbols (torch.compile with dynamic shapes) cannot be compared with numbers; the kernel
 /// checks them when they are known.

@@ -16,8 +16,7 @@ std::tuple<Tensor, Tensor> rotary_embedding_tables_backward_meta(
     const std::optional<Tensor>& /*positions*/,
     bool /*interleaved*/,
     bool /*conjugate*/) {
-  return {
-      at::empty_like(table, at::MemoryFormat::Contiguous), at::empty_like(table, at::MemoryFormat::Contiguous)};
+  return {at::empty_like(table, at::MemoryFormat::Contiguous), at::empty_like(table, at::MemoryFormat::Contiguous)};
 }
 
 }  // namespace

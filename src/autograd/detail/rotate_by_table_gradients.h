@@ -17,8 +17,7 @@ inline at::Tensor rotate_by_table_gradients(
     bool conjugate) {
   const int64_t rotary_dim = 2 * cos.size(-1);
   const int64_t tail = x.size(-1) - rotary_dim;
-  const at::Tensor rotated =
-      rotary_embedding(x.narrow(-1, 0, rotary_dim), cos, sin, positions, interleaved, conjugate);
+  const at::Tensor rotated = rotary_embedding(x.narrow(-1, 0, rotary_dim), cos, sin, positions, interleaved, conjugate);
   return tail == 0 ? rotated : at::constant_pad_nd(rotated, {0, tail});
 }
 

@@ -1,8 +1,8 @@
 #pragma once
 
 #include <contract/rotary_problem.h>
-#include <cuda/detail/vector.cuh>
 #include <cuda/detail/vector_width.h>
+#include <cuda/detail/vector.cuh>
 
 // The unit of work of the rotary kernel. No torch.
 //
@@ -39,8 +39,7 @@ __device__ TableRow<Real> table_row(const RotaryProblem& problem, int64_t batch,
   if (positions.data == nullptr) {
     return {
         batch * problem.cos.stride_batch + seq * problem.cos.stride_row,
-        batch * problem.sin.stride_batch + seq * problem.sin.stride_row,
-        sign};
+        batch * problem.sin.stride_batch + seq * problem.sin.stride_row, sign};
   }
   const int64_t index = batch * positions.stride_batch + seq * positions.stride_seq;
   const int64_t position = positions.is_int64 ? static_cast<const int64_t*>(positions.data)[index]
@@ -102,61 +101,64 @@ __device__ void rotate_pair(T& x1, T& x2, Real cos, Real sin) {
   x2 = narrow<T>(multiply_add(wide1, sin, multiply(wide2, cos)));
 }
 
-/// One chunk that rotates. All loads come before the first use of any, so that a thread waits for memory once.
-template <int V, bool Interleaved, bool Splat, typename T>
+/// Rotates one chunk, or copies it where it lies behind the rotary width. All loads come before the first use of
+/// any, so that a thread waits for memory once. Where the token has no row in the tables, all becomes NaN.
+template <typename Policy, typename T>
 __device__ void rotate_chunk(const RotaryProblem& problem, const Place<T>& place, int chunk) {
   using Real = arithmetic_t<T>;
-  constexpr bool kPairsInsideVector = Interleaved && V > 1;
-  constexpr bool kNeighbours = Interleaved && V == 1;
+  constexpr int V = Policy::kVectorWidth;
+  constexpr bool kPairsInsideVector = Policy::kInterleaved && V > 1;
+  constexpr bool kNeighbours = Policy::kInterleaved && V == 1;
   constexpr int kPairs = kPairsInsideVector ? V / 2 : V;  // of one vector
-  const int first = kNeighbours ? 2 * chunk : chunk * V;
-  const int second = kNeighbours ? 2 * chunk + 1 : static_cast<int>(problem.num_pairs) + chunk * V;
-  const int pair = kPairsInsideVector ? first / 2 : chunk * V;
-  const int64_t cos_stride = problem.cos.stride_pair;
-  const int64_t sin_stride = problem.sin.stride_pair;
+  const int num_pairs = static_cast<int>(problem.num_pairs);
 
-  Vector<T, V> a = load_channels<V, Splat>(place.in, first, place.in_stride);
-  Vector<T, V> b = load_channels<V, Splat>(place.in, second, place.in_stride);
-  const TableRow<Real> row = table_row<Real>(problem, place.batch, place.seq);
-  const Real* cos = static_cast<const Real*>(problem.cos.data) + row.cos;
-  const Real* sin = static_cast<const Real*>(problem.sin.data) + row.sin;
-  const auto cos_a = load_entries<kPairs, V == 1>(cos, pair, cos_stride);
-  const auto sin_a = load_entries<kPairs, V == 1>(sin, pair, sin_stride);
-  if constexpr (kPairsInsideVector) {
-    const auto cos_b = load_entries<kPairs, false>(cos, second / 2, cos_stride);
-    const auto sin_b = load_entries<kPairs, false>(sin, second / 2, sin_stride);
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      rotate_pair(a[2 * i], a[2 * i + 1], cos_a[i], row.sign * sin_a[i]);
-      rotate_pair(b[2 * i], b[2 * i + 1], cos_b[i], row.sign * sin_b[i]);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      rotate_pair(a[i], b[i], cos_a[i], row.sign * sin_a[i]);
+  int first = kNeighbours ? 2 * chunk : chunk * V;
+  int second = kNeighbours ? 2 * chunk + 1 : num_pairs + chunk * V;
+  bool rotates = true;
+  bool has_second = true;
+  if constexpr (Policy::kTail) {
+    const int tail_chunk = chunk - num_pairs / V;
+    const int tail = static_cast<int>(problem.head_dim) - 2 * num_pairs;
+    if (tail_chunk >= 0) {
+      rotates = false;
+      first = 2 * num_pairs + tail_chunk * V;
+      second = first + (tail / V + 1) / 2 * V;
+      has_second = second < problem.head_dim;
     }
   }
-  store_channels<V>(place.out, first, place.out_stride, a);
-  store_channels<V>(place.out, second, place.out_stride, b);
-}
 
-/// One chunk behind the rotary width, number `chunk` of those: a copy, or NaN where the token has no row.
-template <int V, typename T>
-__device__ void copy_chunk(const RotaryProblem& problem, const Place<T>& place, int chunk) {
-  using Real = arithmetic_t<T>;
-  const int rotary_dim = 2 * static_cast<int>(problem.num_pairs);
-  const int head_dim = static_cast<int>(problem.head_dim);
-  const int stride = ((head_dim - rotary_dim) / V + 1) / 2 * V;
-  const int first = rotary_dim + chunk * V;
-  const Real sign = table_row<Real>(problem, place.batch, place.seq).sign;
+  Vector<T, V> a = load_channels<V, Policy::kSplat>(place.in, first, place.in_stride);
+  Vector<T, V> b{};  // not a copy of a, which would wait for it
+  if (has_second) {
+    b = load_channels<V, Policy::kSplat>(place.in, second, place.in_stride);
+  }
+  const TableRow<Real> row = table_row<Real>(problem, place.batch, place.seq);
+  if (rotates) {
+    const int pair = kPairsInsideVector ? first / 2 : chunk * V;
+    const Real* cos = static_cast<const Real*>(problem.cos.data) + row.cos;
+    const Real* sin = static_cast<const Real*>(problem.sin.data) + row.sin;
+    const auto cos_a = load_entries<kPairs, V == 1>(cos, pair, problem.cos.stride_pair);
+    const auto sin_a = load_entries<kPairs, V == 1>(sin, pair, problem.sin.stride_pair);
+    if constexpr (kPairsInsideVector) {
+      const auto cos_b = load_entries<kPairs, false>(cos, second / 2, problem.cos.stride_pair);
+      const auto sin_b = load_entries<kPairs, false>(sin, second / 2, problem.sin.stride_pair);
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int channel = first + i * stride;
-    if (channel < head_dim) {
-      const Vector<T, V> tail = place.in_stride == 0 ? splat<V>(*place.in)
-                                                     : load_channels<V, false>(place.in, channel, place.in_stride);
-      store_channels<V>(place.out, channel, place.out_stride, sign == sign ? tail : splat<V>(narrow<T>(sign)));
+      for (int i = 0; i < kPairs; ++i) {
+        rotate_pair(a[2 * i], a[2 * i + 1], cos_a[i], row.sign * sin_a[i]);
+        rotate_pair(b[2 * i], b[2 * i + 1], cos_b[i], row.sign * sin_b[i]);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) {
+        rotate_pair(a[i], b[i], cos_a[i], row.sign * sin_a[i]);
+      }
     }
+  } else if (row.sign != row.sign) {
+    a = b = splat<V>(narrow<T>(row.sign));
+  }
+  store_channels<V>(place.out, first, place.out_stride, a);
+  if (has_second) {
+    store_channels<V>(place.out, second, place.out_stride, b);
   }
 }
 

@@ -12,12 +12,8 @@ template <typename T, int N>
 struct alignas(sizeof(T) * N) Vector {
   T values[N];
 
-  __device__ T& operator[](int i) {
-    return values[i];
-  }
-  __device__ const T& operator[](int i) const {
-    return values[i];
-  }
+  __device__ T& operator[](int i) { return values[i]; }
+  __device__ const T& operator[](int i) const { return values[i]; }
 };
 
 template <int N, typename T>

@@ -12,26 +12,19 @@ constexpr int kMaxVectorBytes = 16;
 
 /// Entries of a table of `Real` that one load fetches where `Entries` neighbours are needed.
 template <typename Real, int Entries>
-constexpr int kTableVector = Entries * static_cast<int>(sizeof(Real)) <= kMaxVectorBytes
-    ? Entries
-    : kMaxVectorBytes / static_cast<int>(sizeof(Real));
+constexpr int kTableVector =
+    Entries * static_cast<int>(sizeof(Real)) <= kMaxVectorBytes ? Entries
+                                                                : kMaxVectorBytes / static_cast<int>(sizeof(Real));
 
 inline bool is_aligned(const void* data, int64_t bytes) {
   return reinterpret_cast<std::uintptr_t>(data) % static_cast<std::uintptr_t>(bytes) == 0;
 }
 
-/// Whether vectors of V elements of T at multiples of V channels can be loaded: dense channels and everything
-/// else a multiple of V, or one value for all channels.
+/// Whether vectors of V elements of T lie at multiples of V channels: dense channels, and all else a multiple of V.
 template <typename T, int V>
-bool loads_vectors(const void* data, const Strides& strides) {
-  return strides.channel == 0 ||
-      (strides.channel == 1 && is_aligned(data, V * sizeof(T)) && strides.batch % V == 0 && strides.seq % V == 0 &&
-       strides.head % V == 0);
-}
-
-template <typename T, int V>
-bool stores_vectors(const void* data, const Strides& strides) {
-  return strides.channel == 1 && loads_vectors<T, V>(data, strides);
+bool holds_vectors(const void* data, const Strides& strides) {
+  return strides.channel == 1 && is_aligned(data, V * sizeof(T)) && strides.batch % V == 0 && strides.seq % V == 0 &&
+      strides.head % V == 0;
 }
 
 template <typename Real, int Entries>
