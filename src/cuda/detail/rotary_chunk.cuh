@@ -133,33 +133,39 @@ __device__ void rotate_chunk(const RotaryProblem& problem, const Place<T>& place
     b = load_channels<V, Policy::kSplat>(place.in, second, place.in_stride);
   }
   const TableRow<Real> row = table_row<Real>(problem, place.batch, place.seq);
-  if (rotates) {
-    const int pair = kPairsInsideVector ? first / 2 : chunk * V;
-    const Real* cos = static_cast<const Real*>(problem.cos.data) + row.cos;
-    const Real* sin = static_cast<const Real*>(problem.sin.data) + row.sin;
-    const auto cos_a = load_entries<kPairs, V == 1>(cos, pair, problem.cos.stride_pair);
-    const auto sin_a = load_entries<kPairs, V == 1>(sin, pair, problem.sin.stride_pair);
-    if constexpr (kPairsInsideVector) {
-      const auto cos_b = load_entries<kPairs, false>(cos, second / 2, problem.cos.stride_pair);
-      const auto sin_b = load_entries<kPairs, false>(sin, second / 2, problem.sin.stride_pair);
-#pragma unroll
-      for (int i = 0; i < kPairs; ++i) {
-        rotate_pair(a[2 * i], a[2 * i + 1], cos_a[i], row.sign * sin_a[i]);
-        rotate_pair(b[2 * i], b[2 * i + 1], cos_b[i], row.sign * sin_b[i]);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kPairs; ++i) {
-        rotate_pair(a[i], b[i], cos_a[i], row.sign * sin_a[i]);
-      }
+  // Each branch stores for itself: where they met before the stores, the compiler would unpack the vectors, and so
+  // wait for them, before the branch (1.13 instead of less than 1.05 times the copy with a tail, measured on an H200).
+  if (!rotates) {
+    if (row.sign != row.sign) {
+      a = b = splat<V>(narrow<T>(row.sign));
     }
-  } else if (row.sign != row.sign) {
-    a = b = splat<V>(narrow<T>(row.sign));
+    store_channels<V>(place.out, first, place.out_stride, a);
+    if (has_second) {
+      store_channels<V>(place.out, second, place.out_stride, b);
+    }
+    return;
+  }
+  const int pair = kPairsInsideVector ? first / 2 : chunk * V;
+  const Real* cos = static_cast<const Real*>(problem.cos.data) + row.cos;
+  const Real* sin = static_cast<const Real*>(problem.sin.data) + row.sin;
+  const auto cos_a = load_entries<kPairs, V == 1>(cos, pair, problem.cos.stride_pair);
+  const auto sin_a = load_entries<kPairs, V == 1>(sin, pair, problem.sin.stride_pair);
+  if constexpr (kPairsInsideVector) {
+    const auto cos_b = load_entries<kPairs, false>(cos, second / 2, problem.cos.stride_pair);
+    const auto sin_b = load_entries<kPairs, false>(sin, second / 2, problem.sin.stride_pair);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      rotate_pair(a[2 * i], a[2 * i + 1], cos_a[i], row.sign * sin_a[i]);
+      rotate_pair(b[2 * i], b[2 * i + 1], cos_b[i], row.sign * sin_b[i]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      rotate_pair(a[i], b[i], cos_a[i], row.sign * sin_a[i]);
+    }
   }
   store_channels<V>(place.out, first, place.out_stride, a);
-  if (has_second) {
-    store_channels<V>(place.out, second, place.out_stride, b);
-  }
+  store_channels<V>(place.out, second, place.out_stride, b);
 }
 
 }  // namespace posenc::cuda
