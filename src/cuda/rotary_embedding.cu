@@ -36,10 +36,11 @@ template <typename T, typename Policy>
 void launch(const RotaryProblem& problem) {
   const Strides& strides = problem.operands[0].out_strides;
   const bool tokens_first = strides.seq < strides.head;
+  const int64_t max_threads = Policy::kTail ? cuda::kMaxThreadsWithTail : cuda::kMaxThreads;
   const int64_t num_chunks = cuda::num_chunks(Policy::kVectorWidth, problem.num_pairs, problem.head_dim);
   const int64_t num_heads = problem.operands[0].num_heads + problem.operands[1].num_heads;
   const int64_t num_tokens = problem.batch * problem.seq_len;
-  const auto [chunks, heads, tokens] = cuda::block_shape(num_chunks, num_heads, num_tokens, tokens_first);
+  const auto [chunks, heads, tokens] = cuda::block_shape(max_threads, num_chunks, num_heads, num_tokens, tokens_first);
   const int64_t head_groups = cuda::ceil_div(num_heads, heads);
   const int64_t token_groups = cuda::ceil_div(num_tokens, tokens);
   const int64_t chunk_groups = cuda::ceil_div(num_chunks, chunks);

@@ -31,7 +31,6 @@ struct RotaryGrid {
 template <typename T, typename Policy>
 __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
     rotary_embedding_kernel(const __grid_constant__ RotaryProblem problem, const __grid_constant__ RotaryGrid grid) {
-  constexpr int V = Policy::kVectorWidth;
   const uint32_t slow = grid.groups.quotient(blockIdx.x);
   const uint32_t fast = blockIdx.x - slow * grid.groups.divisor;
   const uint32_t token_group = grid.tokens_first ? fast : slow;
