@@ -5,6 +5,8 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <tuple>
+#include <utility>
 
 // What the operators of the rotary family accept. Every implementation passes through here before it launches
 // anything, so a bad argument meets the same message whether the call came from the free function, from Python
@@ -42,5 +44,43 @@ at::Tensor allocate_output(const at::Tensor& input, RotaryProblem::Operand& oper
 int64_t batch_of(const at::Tensor& tensor);
 int64_t seq_len_of(const at::Tensor& tensor);
 Strides strides_of(const at::Tensor& tensor);
+
+/// A kernel of one dispatch key. It fills the outputs of `problem`, whose dtype and device are those of `like`.
+using RotaryKernel = void (*)(const RotaryProblem& problem, const at::Tensor& like);
+
+/// `rotary_embedding` for a dispatch key: checks, outputs, kernel.
+template <RotaryKernel kKernel>
+at::Tensor rotary_embedding(
+    const at::Tensor& x,
+    const at::Tensor& cos,
+    const at::Tensor& sin,
+    const std::optional<at::Tensor>& positions,
+    bool interleaved,
+    bool conjugate) {
+  RotaryProblem problem =
+      rotary_problem({"posenc::rotary_embedding", cos, sin, positions, interleaved, conjugate}, {"x", x});
+  at::Tensor output = allocate_output(x, problem.operands[0]);
+  kKernel(problem, x);
+  return output;
+}
+
+/// `rotary_embedding_qk` likewise.
+template <RotaryKernel kKernel>
+std::tuple<at::Tensor, at::Tensor> rotary_embedding_qk(
+    const at::Tensor& q,
+    const at::Tensor& k,
+    const at::Tensor& cos,
+    const at::Tensor& sin,
+    const std::optional<at::Tensor>& positions,
+    bool interleaved,
+    bool conjugate) {
+  const Rotated second{"k", k};
+  RotaryProblem problem =
+      rotary_problem({"posenc::rotary_embedding_qk", cos, sin, positions, interleaved, conjugate}, {"q", q}, &second);
+  at::Tensor q_out = allocate_output(q, problem.operands[0]);
+  at::Tensor k_out = allocate_output(k, problem.operands[1]);
+  kKernel(problem, q);
+  return {std::move(q_out), std::move(k_out)};
+}
 
 }  // namespace posenc::contract

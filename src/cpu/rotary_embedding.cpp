@@ -11,7 +11,6 @@
 namespace posenc {
 namespace {
 
-using at::Tensor;
 using cpu::arithmetic_t;
 
 /// Elements that make it worth handing work to another thread: some ten microseconds of it.
@@ -96,7 +95,7 @@ int64_t position_at(const PositionsView& positions, int64_t batch, int64_t seq) 
 }
 
 template <typename T>
-void run(const RotaryProblem& problem) {
+void run_typed(const RotaryProblem& problem) {
   using Real = arithmetic_t<T>;
   const int64_t num_heads = problem.operands[0].num_heads + problem.operands[1].num_heads;
   const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, num_heads * problem.head_dim));
@@ -135,46 +134,15 @@ void run(const RotaryProblem& problem) {
   });
 }
 
-void run(const RotaryProblem& problem, at::ScalarType dtype) {
-  cpu::for_dtype(dtype, [&](auto type) { run<typename decltype(type)::type>(problem); });
-}
-
-Tensor rotary_embedding_cpu(
-    const Tensor& x,
-    const Tensor& cos,
-    const Tensor& sin,
-    const std::optional<Tensor>& positions,
-    bool interleaved,
-    bool conjugate) {
-  auto problem =
-      contract::rotary_problem({"posenc::rotary_embedding", cos, sin, positions, interleaved, conjugate}, {"x", x});
-  Tensor output = contract::allocate_output(x, problem.operands[0]);
-  run(problem, x.scalar_type());
-  return output;
-}
-
-std::tuple<Tensor, Tensor> rotary_embedding_qk_cpu(
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& cos,
-    const Tensor& sin,
-    const std::optional<Tensor>& positions,
-    bool interleaved,
-    bool conjugate) {
-  const contract::Rotated rotated_k{"k", k};
-  auto problem = contract::rotary_problem(
-      {"posenc::rotary_embedding_qk", cos, sin, positions, interleaved, conjugate}, {"q", q}, &rotated_k);
-  Tensor q_out = contract::allocate_output(q, problem.operands[0]);
-  Tensor k_out = contract::allocate_output(k, problem.operands[1]);
-  run(problem, q.scalar_type());
-  return {std::move(q_out), std::move(k_out)};
+void run(const RotaryProblem& problem, const at::Tensor& like) {
+  cpu::for_dtype(like.scalar_type(), [&](auto type) { run_typed<typename decltype(type)::type>(problem); });
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, CPU, m) {
-  m.impl("rotary_embedding", rotary_embedding_cpu);
-  m.impl("rotary_embedding_qk", rotary_embedding_qk_cpu);
+  m.impl("rotary_embedding", contract::rotary_embedding<run>);
+  m.impl("rotary_embedding_qk", contract::rotary_embedding_qk<run>);
 }
 
 }  // namespace posenc

@@ -14,8 +14,6 @@
 namespace posenc {
 namespace {
 
-using at::Tensor;
-
 /// Whether all tensors of a call can be read and written in vectors of V elements.
 template <typename T, int V, bool Interleaved, bool Splat>
 bool allows(const RotaryProblem& problem) {
@@ -100,12 +98,13 @@ void launch_widest(const RotaryProblem& problem) {
   }
 }
 
-void run(const RotaryProblem& problem, at::ScalarType dtype) {
+void run(const RotaryProblem& problem, const at::Tensor& like) {
   const int64_t num_heads = problem.operands[0].num_heads + problem.operands[1].num_heads;
   if (problem.batch * problem.seq_len * num_heads == 0) {
     return;
   }
-  cuda::for_dtype(dtype, [&](auto type) {
+  const c10::cuda::CUDAGuard device(like.device());
+  cuda::for_dtype(like.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     cuda::for_bool(problem.interleaved, [&](auto interleaved) {
       launch_widest<T, cuda::kMaxVectorBytes / sizeof(T), decltype(interleaved)::value>(problem);
@@ -113,44 +112,11 @@ void run(const RotaryProblem& problem, at::ScalarType dtype) {
   });
 }
 
-Tensor rotary_embedding_cuda(
-    const Tensor& x,
-    const Tensor& cos,
-    const Tensor& sin,
-    const std::optional<Tensor>& positions,
-    bool interleaved,
-    bool conjugate) {
-  auto problem =
-      contract::rotary_problem({"posenc::rotary_embedding", cos, sin, positions, interleaved, conjugate}, {"x", x});
-  const c10::cuda::CUDAGuard device(x.device());
-  Tensor output = contract::allocate_output(x, problem.operands[0]);
-  run(problem, x.scalar_type());
-  return output;
-}
-
-std::tuple<Tensor, Tensor> rotary_embedding_qk_cuda(
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& cos,
-    const Tensor& sin,
-    const std::optional<Tensor>& positions,
-    bool interleaved,
-    bool conjugate) {
-  const contract::Rotated rotated_k{"k", k};
-  auto problem = contract::rotary_problem(
-      {"posenc::rotary_embedding_qk", cos, sin, positions, interleaved, conjugate}, {"q", q}, &rotated_k);
-  const c10::cuda::CUDAGuard device(q.device());
-  Tensor q_out = contract::allocate_output(q, problem.operands[0]);
-  Tensor k_out = contract::allocate_output(k, problem.operands[1]);
-  run(problem, q.scalar_type());
-  return {std::move(q_out), std::move(k_out)};
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, CUDA, m) {
-  m.impl("rotary_embedding", rotary_embedding_cuda);
-  m.impl("rotary_embedding_qk", rotary_embedding_qk_cuda);
+  m.impl("rotary_embedding", contract::rotary_embedding<run>);
+  m.impl("rotary_embedding_qk", contract::rotary_embedding_qk<run>);
 }
 
 }  // namespace posenc
