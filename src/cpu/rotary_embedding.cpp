@@ -104,11 +104,12 @@ void run_typed(const RotaryProblem& problem) {
       const int64_t batch = token / problem.seq_len;
       const int64_t seq = token % problem.seq_len;
       const bool looked_up = problem.positions.data != nullptr;
-      const int64_t row = looked_up ? position_at(problem.positions, batch, seq) : seq;
-      const bool exists = row >= 0 && row < problem.table_rows;
+      const int64_t position = looked_up ? position_at(problem.positions, batch, seq) : seq;
+      const bool exists = position >= 0 && position < problem.table_rows;
+      const int64_t row = exists ? position : 0;
       const auto row_of = [&](const RotaryTable& table) {
-        const int64_t offset = looked_up ? row * table.stride_row : batch * table.stride_batch + row * table.stride_row;
-        return static_cast<const Real*>(table.data) + (exists ? offset : 0);
+        const int64_t of_batch = looked_up ? 0 : batch * table.stride_batch;
+        return static_cast<const Real*>(table.data) + of_batch + row * table.stride_row;
       };
       const TokenTables<Real> tables{
           row_of(problem.cos), row_of(problem.sin), problem.cos.stride_pair, problem.sin.stride_pair,

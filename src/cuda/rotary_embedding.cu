@@ -42,8 +42,10 @@ void launch(const RotaryProblem& problem) {
   const int64_t head_groups = cuda::ceil_div(num_heads, heads);
   const int64_t token_groups = cuda::ceil_div(num_tokens, tokens);
   const int64_t chunk_groups = cuda::ceil_div(num_chunks, chunks);
+  // Rounded up to whole blocks, tokens are numbered by 31 bits.
   TORCH_CHECK(
-      num_tokens <= cuda::kMaxGridX && token_groups * head_groups <= cuda::kMaxGridX && chunk_groups <= cuda::kMaxGridY,
+      token_groups * tokens <= cuda::kMaxGridX && token_groups * head_groups <= cuda::kMaxGridX &&
+          chunk_groups <= cuda::kMaxGridY,
       "posenc::rotary_embedding: expected at most ", cuda::kMaxGridX, " tokens, as many blocks of ", tokens,
       " tokens and ", heads, " heads, and ", cuda::kMaxGridY, " blocks of ", chunks, " chunks on CUDA, got ",
       num_tokens, ", ", token_groups * head_groups, " and ", chunk_groups);
