@@ -110,7 +110,7 @@ std::string nvml_driver_version() {
 }
 
 std::string driver_version() {
-  const std::string version = nvml_driver_version();
+  std::string version = nvml_driver_version();
   if (!version.empty()) {
     return version;
   }

@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <limits>
 #include <mutex>
-#include <utility>
 #include <vector>
 
 namespace posenc {
@@ -150,7 +149,7 @@ int64_t needed_length(const Tensor& x, const std::optional<Tensor>& positions) {
 RotaryEmbeddingOptions::RotaryEmbeddingOptions(int64_t head_dim) : head_dim_(head_dim) {
 }
 
-RotaryEmbeddingImpl::RotaryEmbeddingImpl(RotaryEmbeddingOptions options_) : options(std::move(options_)) {
+RotaryEmbeddingImpl::RotaryEmbeddingImpl(RotaryEmbeddingOptions options_) : options(options_) {
   // NOLINTNEXTLINE(clang-analyzer-optin.cplusplus.VirtualCall): as LibTorch's own modules do
   reset();
 }

@@ -117,6 +117,7 @@ TEST_F(Logging, LinesOfSeveralThreadsStayWhole) {
   set_log_level(LogLevel::info);
   const std::string text = captured([] {
     std::vector<std::thread> threads;
+    threads.reserve(kThreads);
     for (int t = 0; t < kThreads; ++t) {
       threads.emplace_back([] {
         for (int i = 0; i < kLines; ++i) {

@@ -165,7 +165,7 @@ INSTANTIATE_TEST_SUITE_P(Cpu, RotaryEmbeddingAutograd, ::testing::ValuesIn(targe
 INSTANTIATE_TEST_SUITE_P(Cuda, RotaryEmbeddingAutograd, ::testing::ValuesIn(targets(at::kCUDA)), target_name);
 
 TEST_P(RotaryEmbeddingAutograd, BackwardIsTheAdjointOfForward) {
-  for (RotaryCase c : small_cases()) {
+  for (const RotaryCase& c : small_cases()) {
     SCOPED_TRACE(::testing::Message() << c);
     const RotaryInputs in = with_grad(inputs(c), true, true, false, false);
     const at::Tensor output = rotate(in, in.q);
@@ -179,7 +179,7 @@ TEST_P(RotaryEmbeddingAutograd, BackwardIsTheAdjointOfForward) {
 }
 
 TEST_P(RotaryEmbeddingAutograd, BackwardIsTheConjugateRotation) {
-  for (RotaryCase c : small_cases()) {
+  for (const RotaryCase& c : small_cases()) {
     SCOPED_TRACE(::testing::Message() << c);
     const RotaryInputs in = with_grad(inputs(c), true, true, false, false);
     const auto [q, k] = rotate_qk(in);
@@ -464,8 +464,9 @@ TEST_P(RotaryEmbeddingGraph, SecondBackwardThroughAFreedGraphIsAnError) {
 TEST_P(RotaryEmbeddingGraph, TablesChangedInPlaceBeforeBackwardAreAnError) {
   RotaryInputs in = inputs(true, true, false, false);
   const auto [q, k] = rotate_qk(in);
+  const at::Tensor sum = q.sum() + k.sum();
   in.cos.mul_(2);
-  expect_error([&] { (q.sum() + k.sum()).backward(); }, {"modified by an inplace operation"});
+  expect_error([&] { sum.backward(); }, {"modified by an inplace operation"});
 }
 
 TEST_P(RotaryEmbeddingGraph, InputsChangedInPlaceDoNotMatterWithoutTableGradients) {

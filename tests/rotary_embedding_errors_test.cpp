@@ -45,8 +45,8 @@ std::vector<BadCall> bad_calls() {
                              const std::string& name, const std::vector<std::string>& parts,
                              const std::function<void(RotaryInputs&, at::Device)>& spoil) {
     BadCall call{name, spoil, parts, parts};
-    call.of_one.push_back("expected x");
-    call.of_pair.push_back("expected q");
+    call.of_one.emplace_back("expected x");
+    call.of_pair.emplace_back("expected q");
     calls.push_back(call);
   };
   const auto add_pair = [&calls](

@@ -138,7 +138,7 @@ Tensor rotary_embedding_autograd(
     const std::optional<Tensor>& positions,
     bool interleaved,
     bool conjugate) {
-  const Tensor output = [&] {
+  Tensor output = [&] {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return rotary_embedding(x, cos, sin, positions, interleaved, conjugate);
   }();
@@ -160,7 +160,7 @@ std::tuple<Tensor, Tensor> rotary_embedding_qk_autograd(
     const std::optional<Tensor>& positions,
     bool interleaved,
     bool conjugate) {
-  const auto outputs = [&] {
+  auto outputs = [&] {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return rotary_embedding_qk(q, k, cos, sin, positions, interleaved, conjugate);
   }();
