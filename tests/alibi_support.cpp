@@ -100,7 +100,7 @@ int64_t first_position(int64_t q_len, int64_t k_len, const std::optional<int64_t
 }
 
 /// Distances for the scores of `in`, to be broadcast.
-at::Tensor scalar_distances(const AlibiInputs& in) {
+at::Tensor distances_of(const AlibiInputs& in) {
   return scalar_distances(in.scores.size(-2), in.scores.size(-1), in.query_offset);
 }
 
@@ -192,7 +192,7 @@ at::Tensor scalar_softmax(const AlibiInputs& in) {
 AlibiGradients scalar_add_gradients(const AlibiInputs& in, const at::Tensor& grad) {
   const at::Tensor hidden = scalar_bias(in).isinf();
   const at::Tensor g = widened(grad).masked_fill(hidden, 0);
-  const at::Tensor terms = g * scalar_distances(in);
+  const at::Tensor terms = g * distances_of(in);
   return {g, -per_head(terms), per_head(terms.abs())};
 }
 
@@ -200,7 +200,7 @@ AlibiGradients scalar_softmax_gradients(const AlibiInputs& in, const at::Tensor&
   const at::Tensor p = scalar_softmax(in);
   const at::Tensor g = widened(grad);
   const at::Tensor dx = p * (g - (g * p).sum(-1, /*keepdim=*/true));
-  const at::Tensor terms = dx * scalar_distances(in);
+  const at::Tensor terms = dx * distances_of(in);
   return {dx * in.scale, -per_head(terms), per_head(terms.abs())};
 }
 
@@ -323,7 +323,7 @@ void expect_softmax_gradients(
   }
   if (slopes.defined()) {
     SCOPED_TRACE("gradient to slopes");
-    const at::Tensor error = per_head(dx_error * scalar_distances(in));
+    const at::Tensor error = per_head(dx_error * distances_of(in));
     // The sum over rows and keys itself is to be as good as float64's.
     const at::Tensor sum_error = expected.slopes_magnitude * 1e-6;
     expect_within(slopes, expected.slopes, error + sum_error + expected.slopes.abs() * unit_roundoff(at::kFloat));
