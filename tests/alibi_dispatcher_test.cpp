@@ -192,11 +192,11 @@ std::vector<AlibiCase> reference_cases() {
   return cases;
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Cpu,
-    AlibiReference,
-    ::testing::ValuesIn(reference_cases()),
-    [](const ::testing::TestParamInfo<AlibiCase>& info) { return info.param.name; });
+std::string case_name(const ::testing::TestParamInfo<AlibiCase>& info) {
+  return info.param.name;
+}
+
+INSTANTIATE_TEST_SUITE_P(Cpu, AlibiReference, ::testing::ValuesIn(reference_cases()), case_name);
 
 TEST_P(AlibiReference, IsTheFormula) {
   for (const at::ScalarType dtype : {at::kHalf, at::kBFloat16, at::kFloat, at::kDouble}) {
