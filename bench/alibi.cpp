@@ -127,10 +127,10 @@ std::vector<std::pair<std::string, CallFactory>> implementations(const Configura
   }
   for (const auto& formulation : eager_alibi_biases(configuration.dtype)) {
     all.emplace_back(formulation.name, [formulation, options](const Configuration& c, c10::Device device) -> Call {
-      return [op = c.op, bias = formulation.make(options(c, device))](
-                 const at::Tensor& scores, const at::Tensor& slopes) {
-        return op == Operator::bias ? bias(slopes) : scores + bias(slopes);
-      };
+      return
+          [op = c.op, bias = formulation.make(options(c, device))](const at::Tensor& scores, const at::Tensor& slopes) {
+            return op == Operator::bias ? bias(slopes) : scores + bias(slopes);
+          };
     });
   }
   return all;

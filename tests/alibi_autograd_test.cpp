@@ -365,8 +365,7 @@ TEST_P(AlibiAutograd, SlopeGradientOfALongSoftmaxIsThatOfFloat64) {
   in.slopes = at::tensor({0x1p-11F}).to(device());
   in = with_alibi_grad(in, false, true);
   // Grows with the distance, so that the terms do not cancel.
-  const at::Tensor grad =
-      (scalar_distances(c.q_len, c.k_len) / 4096).unsqueeze(0).to(device(), dtype());
+  const at::Tensor grad = (scalar_distances(c.q_len, c.k_len) / 4096).unsqueeze(0).to(device(), dtype());
   const AlibiGradients expected = scalar_softmax_gradients(in, grad);
   const at::Tensor found = gradients({softmax_of(in)}, {in.slopes}, {grad})[0];
   EXPECT_NEAR(found.item<double>(), expected.slopes.item<double>(), 1e-5 * expected.slopes.abs().item<double>());

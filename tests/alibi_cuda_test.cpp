@@ -301,8 +301,7 @@ TEST_F(AlibiCuda, SlopeGradientsOf16384TokensAreThoseOfFloat64) {
     const at::Tensor grad = at::rand({2, kTokens, kTokens}, options).to(dtype);
     const at::Tensor bias = posenc::alibi_bias(slopes, kTokens, kTokens, /*causal=*/false, dtype);
     const at::Tensor of_bias = gradients({bias}, {slopes}, {grad})[0];
-    const at::Tensor of_sum =
-        gradients({posenc::alibi_add(bias.detach(), slopes)}, {slopes}, {grad})[0];
+    const at::Tensor of_sum = gradients({posenc::alibi_add(bias.detach(), slopes)}, {slopes}, {grad})[0];
     for (int64_t h = 0; h < 2; ++h) {
       const double expected = -(grad[h].to(at::kDouble) * distances).sum().item<double>();
       EXPECT_NEAR(of_bias[h].item<double>(), expected, 1e-5 * std::abs(expected));
@@ -358,9 +357,8 @@ TEST_F(AlibiCuda, MoreThanTwoToThe31ElementsWork) {
       }
       {
         const at::Tensor sum = add_of(in);
-        for_some_rows([&](int64_t head, int64_t begin, const AlibiInputs& part) {
-          expect_sum(rows(sum, head, begin), part);
-        });
+        for_some_rows(
+            [&](int64_t head, int64_t begin, const AlibiInputs& part) { expect_sum(rows(sum, head, begin), part); });
         const at::Tensor ones = at::ones({}, options).expand_as(sum);
         const TensorList found = gradients({sum}, {in.scores, in.slopes}, {ones});
         for_some_rows([&](int64_t head, int64_t begin, const AlibiInputs& part) {

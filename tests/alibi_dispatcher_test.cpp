@@ -65,8 +65,7 @@ TEST(AlibiDispatcher, CallsByNameEqualTheFreeFunctions) {
   expect_same_bits(
       call_boxed("posenc::alibi_bias", {in.slopes, c.q_len, c.k_len, true, at::kHalf, in.query_offset}),
       bias_of(in, at::kHalf));
-  expect_same_bits(
-      call_boxed("posenc::alibi_add", {in.scores, in.slopes, true, in.query_offset}), add_of(in));
+  expect_same_bits(call_boxed("posenc::alibi_add", {in.scores, in.slopes, true, in.query_offset}), add_of(in));
   expect_same_bits(
       call_boxed("posenc::alibi_softmax", {in.scores, in.slopes, 0.5, true, in.key_padding_mask, in.query_offset}),
       softmax_of(in));
@@ -111,8 +110,7 @@ TEST(AlibiMeta, ResultsHaveTheShapeDtypeAndStridesOfTheCpu) {
 
 TEST(AlibiMeta, SizesBeyondAnyMemoryWork) {
   const at::Tensor slopes = at::empty({64}, at::kMeta);
-  EXPECT_EQ(
-      posenc::alibi_bias(slopes, 1'000'000, 1'000'000).sizes(), at::IntArrayRef({64, 1'000'000, 1'000'000}));
+  EXPECT_EQ(posenc::alibi_bias(slopes, 1'000'000, 1'000'000).sizes(), at::IntArrayRef({64, 1'000'000, 1'000'000}));
 }
 
 TEST(AlibiMeta, InPlaceReturnsItsArgument) {
@@ -235,9 +233,9 @@ TEST(AlibiScalarLoop, IsTheFormula) {
   const double e2 = std::exp(-2.0);
   expect_within(
       scalar_softmax(in),
-      at::tensor({e / (1 + 2 * e), 1 / (1 + 2 * e), e / (1 + 2 * e), e2 / (1 + e + e2), e / (1 + e + e2),
-                  1 / (1 + e + e2)},
-                 at::kDouble)
+      at::tensor(
+          {e / (1 + 2 * e), 1 / (1 + 2 * e), e / (1 + 2 * e), e2 / (1 + e + e2), e / (1 + e + e2), 1 / (1 + e + e2)},
+          at::kDouble)
           .view({1, 2, 3}),
       at::full({}, 1e-15, at::kDouble));
   in.causal = true;

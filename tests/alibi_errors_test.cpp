@@ -33,10 +33,10 @@ std::vector<BadCall> bad_calls() {
   const auto add = [&calls](const std::string& name, const std::vector<std::string>& parts, const Spoil& spoil) {
     calls.push_back({name, spoil, parts, parts});
   };
-  const auto add_softmax =
-      [&calls](const std::string& name, const std::vector<std::string>& parts, const Spoil& spoil) {
-        calls.push_back({name, spoil, {}, parts});
-      };
+  const auto add_softmax = [&calls](
+                               const std::string& name, const std::vector<std::string>& parts, const Spoil& spoil) {
+    calls.push_back({name, spoil, {}, parts});
+  };
 
   // Scores.
   for (const Sizes& sizes : {Sizes{}, Sizes{7}, Sizes{5, 7}, Sizes{1, 2, 3, 5, 7}}) {
@@ -49,14 +49,12 @@ std::vector<BadCall> bad_calls() {
         {"expected scores", "float16, bfloat16, float32 or float64", std::string("got ") + at::toString(dtype)},
         [dtype](AlibiInputs& in, at::Device) { in.scores = at::zeros_like(in.scores).to(dtype); });
   }
-  add("UndefinedScores", {"expected scores", "undefined"}, [](AlibiInputs& in, at::Device) {
-    in.scores = at::Tensor();
-  });
+  add("UndefinedScores", {"expected scores", "undefined"},
+      [](AlibiInputs& in, at::Device) { in.scores = at::Tensor(); });
 
   // Slopes.
-  add("UndefinedSlopes", {"expected slopes", "undefined"}, [](AlibiInputs& in, at::Device) {
-    in.slopes = at::Tensor();
-  });
+  add("UndefinedSlopes", {"expected slopes", "undefined"},
+      [](AlibiInputs& in, at::Device) { in.slopes = at::Tensor(); });
   for (const Sizes& sizes : {Sizes{2}, Sizes{4}, Sizes{1}, Sizes{}, Sizes{3, 1}, Sizes{1, 3, 1, 1}}) {
     std::string name = "SlopesOfSizes";
     for (const int64_t size : sizes) {
@@ -80,9 +78,8 @@ std::vector<BadCall> bad_calls() {
     in.slopes = in.slopes.to(at::kBFloat16);
   });
   // Meta stands for a device that is always there.
-  add("SlopesOnAnotherDevice", {"expected slopes", "device of scores", "got meta"}, [](AlibiInputs& in, at::Device) {
-    in.slopes = in.slopes.to(at::kMeta);
-  });
+  add("SlopesOnAnotherDevice", {"expected slopes", "device of scores", "got meta"},
+      [](AlibiInputs& in, at::Device) { in.slopes = in.slopes.to(at::kMeta); });
 
   // The offset of the queries.
   for (const int64_t offset :
@@ -243,8 +240,9 @@ TEST_P(AlibiBiasErrors, OfDtypesThatCannotHoldIt) {
 }
 
 TEST_P(AlibiBiasErrors, OfOffsetsBeyondInt32) {
-  for (const int64_t offset : {int64_t{1} << 31, -(int64_t{1} << 31), std::numeric_limits<int64_t>::max(),
-                               std::numeric_limits<int64_t>::min()}) {
+  for (const int64_t offset :
+       {int64_t{1} << 31, -(int64_t{1} << 31), std::numeric_limits<int64_t>::max(),
+        std::numeric_limits<int64_t>::min()}) {
     expect_rejected(
         [&] { posenc::alibi_bias(slopes(), 2, 2, /*causal=*/false, at::kFloat, offset); },
         {"query_offset", "2^31", "got " + std::to_string(offset)});

@@ -359,8 +359,9 @@ TEST(AlibiSubmodule, PrintsItsOptions) {
   std::ostringstream stream;
   stream << *ALiBiBias(ALiBiBiasOptions(4).causal(true).max_bias(16).learnable(true).head_offset(2).total_heads(8));
   const std::string text = stream.str();
-  for (const char* part : {"posenc::ALiBiBias(", "num_heads=4", "causal=true", "max_bias=16", "learnable=true",
-                           "head_offset=2", "total_heads=8"}) {
+  for (const char* part :
+       {"posenc::ALiBiBias(", "num_heads=4", "causal=true", "max_bias=16", "learnable=true", "head_offset=2",
+        "total_heads=8"}) {
     EXPECT_NE(text.find(part), std::string::npos) << "'" << part << "' is not in: " << text;
   }
 }

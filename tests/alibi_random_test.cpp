@@ -19,9 +19,7 @@ class RandomCases {
  public:
   explicit RandomCases(uint64_t case_seed) : generator_(case_seed) {}
 
-  int64_t between(int64_t low, int64_t high) {
-    return std::uniform_int_distribution<int64_t>(low, high)(generator_);
-  }
+  int64_t between(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator_); }
   bool coin() { return between(0, 1) == 1; }
 
   AlibiCase draw() {

@@ -28,9 +28,7 @@ std::ostream& operator<<(std::ostream& stream, const AlibiCase& c) {
 }
 
 at::Tensor random_mask(int64_t batch, int64_t k_len, at::DeviceType device, MaskStrides strides) {
-  const auto draw = [device](at::IntArrayRef sizes) {
-    return at::randint(3, sizes, at::kLong).eq(0).to(device);
-  };
+  const auto draw = [device](at::IntArrayRef sizes) { return at::randint(3, sizes, at::kLong).eq(0).to(device); };
   switch (strides) {
     case MaskStrides::dense:
       break;
@@ -71,8 +69,7 @@ AlibiInputs with_alibi_grad(const AlibiInputs& in, bool scores, bool slopes) {
 }
 
 at::Tensor bias_of(const AlibiInputs& in, at::ScalarType dtype) {
-  return posenc::alibi_bias(
-      in.slopes, in.scores.size(-2), in.scores.size(-1), in.causal, dtype, in.query_offset);
+  return posenc::alibi_bias(in.slopes, in.scores.size(-2), in.scores.size(-1), in.causal, dtype, in.query_offset);
 }
 
 at::Tensor add_of(const AlibiInputs& in) {
@@ -107,11 +104,6 @@ at::Tensor distances_of(const AlibiInputs& in) {
 /// Sum over everything but the heads of scores of three or four dimensions.
 at::Tensor per_head(const at::Tensor& terms) {
   return terms.dim() == 4 ? terms.sum({0, 2, 3}) : terms.sum({1, 2});
-}
-
-/// Slopes `[H, 1, 1]`.
-at::Tensor broadcast_slopes(const at::Tensor& slopes) {
-  return widened(slopes).view({-1, 1, 1});
 }
 
 }  // namespace
@@ -151,9 +143,8 @@ at::Tensor scalar_bias(
 }
 
 at::Tensor scalar_bias(const AlibiInputs& in) {
-  const at::Tensor bias =
-      scalar_bias(in.slopes, in.scores.size(-2), in.scores.size(-1), in.causal, in.query_offset)
-          .expand(in.scores.sizes());
+  const at::Tensor bias = scalar_bias(in.slopes, in.scores.size(-2), in.scores.size(-1), in.causal, in.query_offset)
+                              .expand(in.scores.sizes());
   if (!in.key_padding_mask) {
     return bias;
   }
@@ -239,9 +230,9 @@ at::Tensor softmax_relative_error(const AlibiInputs& in, const at::Tensor& p) {
   return exponent + (exponent * p).sum(-1, /*keepdim=*/true) + (n + 32) * u;
 }
 
-/// Exponentials below the normal numbers of float32 may be flushed to zero.
+/// Exponentials below the normal numbers of float32, or in the last binade above them, may be flushed to zero.
 double smallest_exponential(at::ScalarType dtype) {
-  return dtype == at::kDouble ? 0 : 0x1p-126;
+  return dtype == at::kDouble ? 0 : 0x1p-125;
 }
 
 }  // namespace
@@ -276,16 +267,15 @@ void expect_sum(const at::Tensor& actual, const AlibiInputs& in) {
   const auto error_of = [&](double u) { return (bias.abs() * (2 + u) + expected.abs()) * u; };
   const at::Tensor computed =
       error_of(arithmetic_roundoff(actual.scalar_type())) + error_of(unit_roundoff(at::kDouble));
-  expect_within_or_infinite(
-      actual, expected, computed + store_error(expected.abs() + computed, actual.scalar_type()));
+  expect_within_or_infinite(actual, expected, computed + store_error(expected.abs() + computed, actual.scalar_type()));
 }
 
 void expect_softmax(const at::Tensor& actual, const AlibiInputs& in) {
   ASSERT_EQ(actual.scalar_type(), in.scores.scalar_type());
   const at::Tensor p = scalar_softmax(in);
   const at::ScalarType dtype = actual.scalar_type();
-  const at::Tensor computed = p * (softmax_relative_error(in, p) + (p.size(-1) + 4) * unit_roundoff(at::kDouble)) +
-      smallest_exponential(dtype);
+  const at::Tensor computed =
+      p * (softmax_relative_error(in, p) + (p.size(-1) + 4) * unit_roundoff(at::kDouble)) + smallest_exponential(dtype);
   const at::Tensor hidden = scalar_bias(in).isinf();
   // What is masked is zero exactly.
   expect_within(actual, p, (computed + store_error(p + computed, dtype)).masked_fill(hidden, 0));
@@ -307,8 +297,7 @@ void expect_softmax_gradients(
   const at::Tensor p_error = p * softmax_relative_error(in, p) + smallest_exponential(dtype) + store_error(p, dtype);
   const at::Tensor gp = g * p;
   const at::Tensor mean = gp.sum(-1, /*keepdim=*/true);
-  const at::Tensor mean_error =
-      (g.abs() * p_error + gp.abs() * ((n + 2) * u)).sum(-1, /*keepdim=*/true);
+  const at::Tensor mean_error = (g.abs() * p_error + gp.abs() * ((n + 2) * u)).sum(-1, /*keepdim=*/true);
   const at::Tensor dx_error =
       (p_error * ((g - mean).abs() + mean_error) + p * (mean_error + (g.abs() + mean.abs()) * (4 * u)))
           .masked_fill(scalar_bias(in).isinf(), 0);

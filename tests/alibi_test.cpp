@@ -37,13 +37,15 @@ TEST(AlibiSlopes, OfSixHeads) {
 }
 
 TEST(AlibiSlopes, OfEightHeadsAreThoseOfThePaper) {
-  expect_slopes(posenc::alibi_slopes(8), {1.0 / 2, 1.0 / 4, 1.0 / 8, 1.0 / 16, 1.0 / 32, 1.0 / 64, 1.0 / 128, 1.0 / 256});
+  expect_slopes(
+      posenc::alibi_slopes(8), {1.0 / 2, 1.0 / 4, 1.0 / 8, 1.0 / 16, 1.0 / 32, 1.0 / 64, 1.0 / 128, 1.0 / 256});
 }
 
 TEST(AlibiSlopes, OfTwelveHeads) {
   expect_slopes(
-      posenc::alibi_slopes(12), {1.0 / 2, 1.0 / 4, 1.0 / 8, 1.0 / 16, 1.0 / 32, 1.0 / 64, 1.0 / 128, 1.0 / 256,
-                                 0.70710678118654752, 0.35355339059327376, 0.17677669529663688, 0.088388347648318441});
+      posenc::alibi_slopes(12),
+      {1.0 / 2, 1.0 / 4, 1.0 / 8, 1.0 / 16, 1.0 / 32, 1.0 / 64, 1.0 / 128, 1.0 / 256, 0.70710678118654752,
+       0.35355339059327376, 0.17677669529663688, 0.088388347648318441});
 }
 
 TEST(AlibiSlopes, OfFortyHeads) {
@@ -195,7 +197,8 @@ TEST_P(AlibiGrid, SumIsTheFormula) {
 
 TEST_P(AlibiGrid, SumInPlaceHasTheSameBits) {
   // Expanded memory cannot be written.
-  at::Tensor scores = inputs_.scores.is_non_overlapping_and_dense() ? inputs_.scores.clone() : inputs_.scores.contiguous().clone();
+  at::Tensor scores =
+      inputs_.scores.is_non_overlapping_and_dense() ? inputs_.scores.clone() : inputs_.scores.contiguous().clone();
   const at::Tensor expected = add_of(inputs_);
   posenc::alibi_add_(scores, inputs_.slopes, inputs_.causal, inputs_.query_offset);
   expect_same_bits(scores, expected);
@@ -247,7 +250,7 @@ TEST_P(Alibi, BiasOfThreeByFourByHand) {
   expect_same_bits(
       posenc::alibi_bias(slopes, 3, 4, /*causal=*/false, dtype()),
       values({-0.5, 0, -0.5, -1, -1, -0.5, 0, -0.5, -1.5, -1, -0.5, 0,  //
-              -2, 0, -2, -4, -4, -2, 0, -2, -6, -4, -2, 0})
+              -2,   0, -2,   -4, -4, -2,   0, -2,   -6,   -4, -2,   0})
           .view({2, 3, 4}));
   expect_same_bits(
       posenc::alibi_bias(slopes, 3, 4, /*causal=*/true, dtype()).select(0, 0),

@@ -81,9 +81,9 @@ std::string device_name(const ::testing::TestParamInfo<at::DeviceType>& info) {
 // Random calls of the operators
 
 const char* strides_name(Strides strides) {
-  constexpr const char* kNames[kStrides] = {"dense",       "head_major", "token_major", "head_slice",
-                                            "odd_offset",  "every_other", "reversed",   "one_batch",
-                                            "one_token",   "one_head",   "one_channel", "one_value"};
+  constexpr const char* kNames[kStrides] = {"dense",      "head_major",  "token_major", "head_slice",
+                                            "odd_offset", "every_other", "reversed",    "one_batch",
+                                            "one_token",  "one_head",    "one_channel", "one_value"};
   return kNames[static_cast<int>(strides)];
 }
 
@@ -142,10 +142,9 @@ std::vector<int64_t> RotaryCase::sizes(int64_t heads) const {
 }
 
 std::ostream& operator<<(std::ostream& stream, const RotaryCase& c) {
-  return stream << c.name << ": q " << at::IntArrayRef(c.sizes(c.q_heads)) << " "
-                << strides_name(c.q_strides) << ", k " << at::IntArrayRef(c.sizes(c.k_heads)) << " "
-                << strides_name(c.k_strides) << ", rotary_dim " << c.rotary_dim << ", tables "
-                << kTableShapeNames[static_cast<int>(c.tables)] << " "
+  return stream << c.name << ": q " << at::IntArrayRef(c.sizes(c.q_heads)) << " " << strides_name(c.q_strides) << ", k "
+                << at::IntArrayRef(c.sizes(c.k_heads)) << " " << strides_name(c.k_strides) << ", rotary_dim "
+                << c.rotary_dim << ", tables " << kTableShapeNames[static_cast<int>(c.tables)] << " "
                 << kTableStridesNames[static_cast<int>(c.table_strides)] << " with " << c.spare_rows
                 << " spare rows, positions " << kPositionShapeNames[static_cast<int>(c.positions)] << " "
                 << kPositionStridesNames[static_cast<int>(c.position_strides)] << " " << c.position_dtype
