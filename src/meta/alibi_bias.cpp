@@ -1,7 +1,7 @@
 #include <contract/alibi.h>
+#include <meta/detail/symbolic.h>
 
 #include <ATen/ops/empty.h>
-#include <meta/detail/symbolic.h>
 #include <torch/library.h>
 
 namespace posenc {
@@ -11,8 +11,8 @@ using at::Tensor;
 
 Tensor alibi_bias_meta(
     const Tensor& slopes,
-    const c10::SymInt& q_len,
-    const c10::SymInt& k_len,
+    c10::SymInt q_len,  // NOLINT(performance-unnecessary-value-param): how the dispatcher knows a symbol
+    c10::SymInt k_len,  // NOLINT(performance-unnecessary-value-param)
     bool causal,
     at::ScalarType dtype,
     std::optional<int64_t> query_offset) {
