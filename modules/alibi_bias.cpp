@@ -23,8 +23,8 @@ class ALiBiBiasImpl::FixedSlopes {
 
   Tensor on(const torch::Device& device) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = std::find_if(
-        copies_.begin(), copies_.end(), [&](const Tensor& copy) { return copy.device() == device; });
+    const auto found =
+        std::find_if(copies_.begin(), copies_.end(), [&](const Tensor& copy) { return copy.device() == device; });
     if (found != copies_.end()) {
       return *found;
     }
@@ -123,8 +123,7 @@ Tensor ALiBiBiasImpl::softmax(
     const std::optional<Tensor>& key_padding_mask,
     std::optional<int64_t> query_offset) {
   TORCH_CHECK(scores.defined(), "posenc::ALiBiBias: expected scores to be a tensor, got an undefined one");
-  return alibi_softmax(
-      scores, slopes_on(scores.device()), scale, options.causal(), key_padding_mask, query_offset);
+  return alibi_softmax(scores, slopes_on(scores.device()), scale, options.causal(), key_padding_mask, query_offset);
 }
 
 Tensor ALiBiBiasImpl::slopes_on(const torch::Device& device) {

@@ -49,8 +49,7 @@ Tensor alibi_bias_autograd(
   }();
   const std::array<std::reference_wrapper<const Tensor>, 1> differentiable{slopes};
   if (autograd::any_requires_grad(differentiable)) {
-    torch::autograd::set_history(
-        output, autograd::make_node<AlibiBiasBackward>(differentiable, causal, query_offset));
+    torch::autograd::set_history(output, autograd::make_node<AlibiBiasBackward>(differentiable, causal, query_offset));
   }
   return output;
 }

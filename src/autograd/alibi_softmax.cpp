@@ -83,8 +83,8 @@ class AlibiSoftmaxBackwardBackward : public torch::autograd::Node {
       v = grads[0].to(wide) * settings_.scale;
     }
     if (grads[1].defined()) {
-      const Tensor bias = alibi_bias(
-          grads[1], p.size(-2), p.size(-1), /*causal=*/false, wide, settings_.query_offset);  // -w d
+      const Tensor bias =
+          alibi_bias(grads[1], p.size(-2), p.size(-1), /*causal=*/false, wide, settings_.query_offset);  // -w d
       v = v.defined() ? v + bias : bias;
     }
     const Tensor pv = (p * v).sum(-1, /*keepdim=*/true);
@@ -126,8 +126,7 @@ Tensor alibi_softmax_autograd(
   }();
   const std::array<std::reference_wrapper<const Tensor>, 2> differentiable{scores, slopes};
   if (autograd::any_requires_grad(differentiable)) {
-    const auto node =
-        autograd::make_node<AlibiSoftmaxBackward>(differentiable, Settings{scale, causal, query_offset});
+    const auto node = autograd::make_node<AlibiSoftmaxBackward>(differentiable, Settings{scale, causal, query_offset});
     torch::autograd::set_history(output, node);
     static_cast<AlibiSoftmaxBackward&>(*node).save(output);
   }

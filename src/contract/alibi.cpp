@@ -33,13 +33,8 @@ AlibiShape shape_of(const AlibiArguments& a, int64_t batch, int64_t num_heads, i
       offset >= k_len - kMax && offset <= kMax - q_len, a.op,
       ": expected a query_offset for which all distances are below 2^31, ", k_len - kMax, " to ", kMax - q_len, " for ",
       q_len, " queries and ", k_len, " keys, got ", offset);
-  return {
-      batch,
-      num_heads,
-      static_cast<int32_t>(q_len),
-      static_cast<int32_t>(k_len),
-      static_cast<int32_t>(offset),
-      a.causal};
+  return {batch,   num_heads, static_cast<int32_t>(q_len), static_cast<int32_t>(k_len), static_cast<int32_t>(offset),
+          a.causal};
 }
 
 /// Whether two elements may be the same memory. Exact for slices and permutations of dense tensors.
@@ -104,8 +99,7 @@ AlibiAddProblem alibi_bias_problem(
     int64_t q_len,
     int64_t k_len,
     at::ScalarType dtype) {
-  TORCH_CHECK(
-      is_served(dtype), a.op, ": expected dtype float16, bfloat16, float32 or float64, got ", dtype);
+  TORCH_CHECK(is_served(dtype), a.op, ": expected dtype float16, bfloat16, float32 or float64, got ", dtype);
   TORCH_CHECK(
       q_len >= 0 && k_len >= 0, a.op, ": expected q_len and k_len that are not negative, got ", q_len, " and ", k_len);
   TORCH_CHECK(slopes.defined(), a.op, ": expected slopes to be a tensor, got an undefined one");
@@ -118,8 +112,7 @@ AlibiAddProblem alibi_bias_problem(
 AlibiAddProblem alibi_add_problem(const AlibiArguments& a, const Tensor& scores, const Tensor& slopes) {
   AlibiAddProblem problem{};
   problem.shape = alibi_shape(a, "scores", scores);
-  problem.slopes =
-      alibi_slopes_view(a.op, slopes, problem.shape.num_heads, scores.scalar_type(), scores.device());
+  problem.slopes = alibi_slopes_view(a.op, slopes, problem.shape.num_heads, scores.scalar_type(), scores.device());
   problem.in = scores_in(scores);
   return problem;
 }
@@ -153,8 +146,7 @@ AlibiSoftmaxProblem alibi_softmax_problem(
     const std::optional<Tensor>& key_padding_mask) {
   AlibiSoftmaxProblem problem{};
   problem.shape = alibi_shape(a, "scores", scores);
-  problem.slopes =
-      alibi_slopes_view(a.op, slopes, problem.shape.num_heads, scores.scalar_type(), scores.device());
+  problem.slopes = alibi_slopes_view(a.op, slopes, problem.shape.num_heads, scores.scalar_type(), scores.device());
   problem.in = scores_in(scores);
   problem.scale = scale;
   if (key_padding_mask.has_value()) {

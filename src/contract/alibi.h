@@ -40,10 +40,7 @@ AlibiAddProblem alibi_bias_problem(
     int64_t q_len,
     int64_t k_len,
     at::ScalarType dtype);
-AlibiAddProblem alibi_add_problem(
-    const AlibiArguments& arguments,
-    const at::Tensor& scores,
-    const at::Tensor& slopes);
+AlibiAddProblem alibi_add_problem(const AlibiArguments& arguments, const at::Tensor& scores, const at::Tensor& slopes);
 AlibiAddProblem alibi_add_in_place_problem(
     const AlibiArguments& arguments,
     at::Tensor& scores,

@@ -56,10 +56,8 @@ void run(const AlibiShape& shape, const ScoresIn& grad, cpu::arithmetic_t<T>* re
 }
 
 Tensor alibi_slopes_backward_cpu(const Tensor& grad, bool causal, std::optional<int64_t> query_offset) {
-  const AlibiShape shape =
-      contract::alibi_shape({"posenc::alibi_slopes_backward", causal, query_offset}, "grad", grad);
-  Tensor result =
-      at::empty({shape.num_heads}, grad.options().dtype(contract::alibi_slopes_dtype(grad.scalar_type())));
+  const AlibiShape shape = contract::alibi_shape({"posenc::alibi_slopes_backward", causal, query_offset}, "grad", grad);
+  Tensor result = at::empty({shape.num_heads}, grad.options().dtype(contract::alibi_slopes_dtype(grad.scalar_type())));
   cpu::for_dtype(grad.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     run<T>(shape, contract::scores_in(grad), result.mutable_data_ptr<cpu::arithmetic_t<T>>());

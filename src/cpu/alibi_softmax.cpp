@@ -271,8 +271,7 @@ std::tuple<Tensor, Tensor> alibi_softmax_backward_cpu(
     using T = typename decltype(type)::type;
     run_backward<T>(problem);
     if (slopes_grad) {
-      slopes = at::empty(
-          {shape.num_heads}, probs.options().dtype(contract::alibi_slopes_dtype(probs.scalar_type())));
+      slopes = at::empty({shape.num_heads}, probs.options().dtype(contract::alibi_slopes_dtype(probs.scalar_type())));
       cpu::sum_rows_of_heads(shape, row_sums.data(), slopes.mutable_data_ptr<cpu::arithmetic_t<T>>());
     }
   });

@@ -69,8 +69,7 @@ void run(const AlibiShape& shape, const ScoresIn& grad, Tensor& result) {
 Tensor alibi_slopes_backward_cuda(const Tensor& grad, bool causal, std::optional<int64_t> query_offset) {
   const AlibiShape shape = contract::alibi_shape({kOp, causal, query_offset}, "grad", grad);
   const c10::cuda::CUDAGuard device(grad.device());
-  Tensor result =
-      at::empty({shape.num_heads}, grad.options().dtype(contract::alibi_slopes_dtype(grad.scalar_type())));
+  Tensor result = at::empty({shape.num_heads}, grad.options().dtype(contract::alibi_slopes_dtype(grad.scalar_type())));
   if (cuda::is_empty(shape)) {
     return result.zero_();
   }

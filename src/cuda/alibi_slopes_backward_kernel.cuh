@@ -1,8 +1,8 @@
 #pragma once
 
 #include <cuda/detail/launch.h>
-#include <cuda/detail/reduce.cuh>
 #include <cuda/detail/score_grid.h>
+#include <cuda/detail/reduce.cuh>
 #include <cuda/detail/score_vectors.cuh>
 
 // The sum of gradient times distance for each head, in two stages: a block sums some rows of one head, and a second
@@ -13,9 +13,12 @@ namespace posenc::cuda {
 /// 16-byte loads in flight of one thread.
 constexpr int kSumVectors = 4;
 
+/// Blocks that an SM holds at least: the vectors in flight spill at the 40 registers of kMinBlocks.
+constexpr int kMinSumBlocks = 10;
+
 /// `sums` is `[H, B, row groups]`.
 template <typename T, int V, bool Causal>
-__global__ void __launch_bounds__(kMaxThreads, kMinBlocks) alibi_slopes_backward_kernel(
+__global__ void __launch_bounds__(kMaxThreads, kMinSumBlocks) alibi_slopes_backward_kernel(
     const __grid_constant__ AlibiShape shape,
     const __grid_constant__ ScoresIn grad,
     int32_t rows_per_block,
@@ -62,7 +65,9 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) alibi_slopes_backward
 /// The same where all keys of a row share one gradient, as from a sum: a thread a row, and its sum in closed form.
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads) alibi_slopes_backward_of_expanded_kernel(
-    const __grid_constant__ AlibiShape shape, const __grid_constant__ ScoresIn grad, double* __restrict__ sums) {
+    const __grid_constant__ AlibiShape shape,
+    const __grid_constant__ ScoresIn grad,
+    double* __restrict__ sums) {
   __shared__ double scratch[kWarp];
   const int64_t query = int64_t{blockIdx.x} * kMaxThreads + threadIdx.x;
   double sum = 0;

@@ -33,8 +33,8 @@ RowLaunch row_launch(const char* op, const AlibiShape& shape, int64_t per_thread
   const int64_t rows = std::max<int64_t>(1, cuda::kMaxThreads / threads);
   const int64_t blocks = cuda::ceil_div(shape.q_len, rows);
   TORCH_CHECK(
-      cuda::fits_grid(blocks, shape), op, ": expected at most ", cuda::kMaxGridY,
-      " heads and batches on CUDA, got ", shape.num_heads, " and ", shape.batch);
+      cuda::fits_grid(blocks, shape), op, ": expected at most ", cuda::kMaxGridY, " heads and batches on CUDA, got ",
+      shape.num_heads, " and ", shape.batch);
   return {dim3(blocks, shape.num_heads, shape.batch), dim3(threads, rows)};
 }
 
@@ -118,8 +118,7 @@ Tensor alibi_softmax_cuda(
     const std::optional<Tensor>& key_padding_mask,
     std::optional<int64_t> query_offset) {
   constexpr const char* kOp = "posenc::alibi_softmax";
-  auto problem =
-      contract::alibi_softmax_problem({kOp, causal, query_offset}, scores, slopes, scale, key_padding_mask);
+  auto problem = contract::alibi_softmax_problem({kOp, causal, query_offset}, scores, slopes, scale, key_padding_mask);
   const c10::cuda::CUDAGuard device(scores.device());
   Tensor output = contract::allocate_output(scores, problem.out);
   if (!cuda::is_empty(problem.shape)) {
@@ -144,8 +143,7 @@ std::tuple<Tensor, Tensor> alibi_softmax_backward_cuda(
   Tensor slopes;
   Tensor row_sums;
   if (slopes_grad) {
-    slopes =
-        at::empty({shape.num_heads}, probs.options().dtype(contract::alibi_slopes_dtype(probs.scalar_type())));
+    slopes = at::empty({shape.num_heads}, probs.options().dtype(contract::alibi_slopes_dtype(probs.scalar_type())));
     if (empty) {
       slopes.zero_();
     } else {

@@ -1,7 +1,7 @@
 #pragma once
 
-#include <cuda/detail/reduce.cuh>
 #include <cuda/detail/score_grid.h>
+#include <cuda/detail/reduce.cuh>
 #include <cuda/detail/score_vectors.cuh>
 
 #include <cuda_pipeline_primitives.h>
@@ -24,9 +24,23 @@ struct RowPolicy {
   static constexpr bool kCausal = IsCausal;
 };
 
-/// Blocks of the largest size that an SM must hold: where a thread keeps 32 registers, two fit.
-template <int Bytes>
-constexpr int kMinRowBlocks = Bytes <= 128 ? 2 : 1;
+/// Blocks of the largest size that an SM must hold: where a thread keeps 32 registers of a row, two fit. Single
+/// elements come with an address each, for which 64 registers are too few.
+template <int VectorWidth, int Bytes>
+constexpr int kMinRowBlocks = VectorWidth > 1 && Bytes <= 128 ? 2 : 1;
+
+/// Keeps the compiler from carrying the widened elements of a vector past this point: they would take twice the
+/// registers of the packed ones, and spill.
+template <typename T, int V>
+__device__ void keep_packed(Vector<T, V>& vector) {
+  if constexpr (sizeof(T) == 2 && V % 2 == 0) {
+    auto* const words = reinterpret_cast<uint32_t*>(&vector);
+#pragma unroll
+    for (int i = 0; i < V / 2; ++i) {
+      asm volatile("" : "+r"(words[i]));
+    }
+  }
+}
 
 /// Narrow results do not show that this one is only good to 5e-6.
 template <typename T>
@@ -88,7 +102,9 @@ __device__ Real reciprocal_or_zero(Real sum) {
 template <typename T, typename Policy>
 __global__ void __launch_bounds__(
     kMaxRowThreads,
-    kMinRowBlocks<Policy::kVectorWidth * Policy::kCount * static_cast<int>(sizeof(arithmetic_t<T>))>)
+    kMinRowBlocks<
+        Policy::kVectorWidth,
+        Policy::kVectorWidth * Policy::kCount* static_cast<int>(sizeof(arithmetic_t<T>))>)
     alibi_softmax_kernel(const __grid_constant__ AlibiSoftmaxProblem problem) {
   using Real = arithmetic_t<T>;
   constexpr int V = Policy::kVectorWidth;
@@ -152,8 +168,8 @@ __global__ void __launch_bounds__(
 
 /// One row a block, of any length.
 template <typename T, int V>
-__global__ void __launch_bounds__(kMaxRowThreads) alibi_softmax_long_kernel(
-    const __grid_constant__ AlibiSoftmaxProblem problem) {
+__global__ void __launch_bounds__(kMaxRowThreads)
+    alibi_softmax_long_kernel(const __grid_constant__ AlibiSoftmaxProblem problem) {
   using Real = arithmetic_t<T>;
   __shared__ Real scratch[2][kMaxRowWarps];
   const SoftmaxRow<T> row(problem, blockIdx.x, problem.shape.causal);
@@ -229,7 +245,9 @@ __device__ arithmetic_t<T> softmax_gradient(
 template <typename T, typename Policy, bool Staged>
 __global__ void __launch_bounds__(
     kMaxRowThreads,
-    kMinRowBlocks<Policy::kVectorWidth * Policy::kCount * static_cast<int>(sizeof(T)) * (Staged ? 1 : 2)>)
+    kMinRowBlocks<
+        Policy::kVectorWidth,
+        Policy::kVectorWidth * Policy::kCount* static_cast<int>(sizeof(T)) * (Staged ? 1 : 2)>)
     alibi_softmax_backward_kernel(const __grid_constant__ AlibiSoftmaxBackwardProblem problem) {
   using Real = arithmetic_t<T>;
   constexpr int V = Policy::kVectorWidth;
@@ -293,6 +311,13 @@ __global__ void __launch_bounds__(
     }
   }
   r = reduce_row(r, Real(0), Sum(), scratch);
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    keep_packed(probs[u]);
+    if constexpr (!Staged) {
+      keep_packed(grads[u]);
+    }
+  }
   T* out = static_cast<T*>(problem.out.data) + problem.out.strides.row(blockIdx.z, blockIdx.y, query);
   const Real scale = static_cast<Real>(problem.scale);
   const bool live = own_query < q_len;
@@ -316,8 +341,8 @@ __global__ void __launch_bounds__(
 
 /// One row a block, of any length.
 template <typename T, int V>
-__global__ void __launch_bounds__(kMaxRowThreads) alibi_softmax_backward_long_kernel(
-    const __grid_constant__ AlibiSoftmaxBackwardProblem problem) {
+__global__ void __launch_bounds__(kMaxRowThreads)
+    alibi_softmax_backward_long_kernel(const __grid_constant__ AlibiSoftmaxBackwardProblem problem) {
   using Real = arithmetic_t<T>;
   __shared__ Real scratch[kMaxRowWarps];
   __shared__ double moments[kMaxRowWarps];

@@ -13,11 +13,7 @@ bool is_symbolic(const Tensor& scores, const Tensor& slopes) {
   return meta::has_symbolic_sizes(scores) || meta::has_symbolic_sizes(slopes);
 }
 
-Tensor alibi_add_meta(
-    const Tensor& scores,
-    const Tensor& slopes,
-    bool causal,
-    std::optional<int64_t> query_offset) {
+Tensor alibi_add_meta(const Tensor& scores, const Tensor& slopes, bool causal, std::optional<int64_t> query_offset) {
   if (!is_symbolic(scores, slopes)) {
     contract::alibi_add_problem({"posenc::alibi_add", causal, query_offset}, scores, slopes);
   }

@@ -13,8 +13,7 @@ Tensor alibi_slopes_backward_meta(const Tensor& grad, bool causal, std::optional
   if (!meta::has_symbolic_sizes(grad)) {
     contract::alibi_shape({"posenc::alibi_slopes_backward", causal, query_offset}, "grad", grad);
   }
-  return at::empty_symint(
-      {grad.sym_size(-3)}, grad.options().dtype(contract::alibi_slopes_dtype(grad.scalar_type())));
+  return at::empty_symint({grad.sym_size(-3)}, grad.options().dtype(contract::alibi_slopes_dtype(grad.scalar_type())));
 }
 
 }  // namespace

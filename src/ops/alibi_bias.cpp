@@ -24,9 +24,8 @@ Tensor alibi_bias_symint(
     bool causal,
     at::ScalarType dtype,
     std::optional<int64_t> query_offset) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("posenc::alibi_bias", "")
-                             .typed<decltype(alibi_bias_symint)>();
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("posenc::alibi_bias", "").typed<decltype(alibi_bias_symint)>();
   return op.call(slopes, std::move(q_len), std::move(k_len), causal, dtype, query_offset);
 }
 

@@ -24,8 +24,8 @@ void launch_alibi_add(const char* op, const AlibiAddProblem& problem) {
       shape.num_heads, " and ", shape.batch);
   const dim3 grid(blocks, shape.num_heads, shape.batch);
   const dim3 block(along_keys, along_queries);
-  alibi_add_kernel<T, Policy><<<grid, block, 0, c10::cuda::getCurrentCUDAStream()>>>(
-      problem, Divider(static_cast<uint32_t>(key_groups)));
+  alibi_add_kernel<T, Policy>
+      <<<grid, block, 0, c10::cuda::getCurrentCUDAStream()>>>(problem, Divider(static_cast<uint32_t>(key_groups)));
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
