@@ -179,7 +179,7 @@ TEST_P(AlibiModule, ShardsAreSlicesOfTheWhole) {
 TEST_P(AlibiModule, CustomSlopesAreUsed) {
   AlibiInputs in = inputs();
   for (const at::ScalarType given : {at::kFloat, at::kDouble, at::kHalf}) {
-    const at::Tensor slopes = at::tensor({0.5, 0.125, 2.0}, given);
+    const at::Tensor slopes = at::tensor({0.5, 0.125, 2.0}, at::kDouble).to(given);
     in.slopes = slopes.to(device(), at::kFloat);
     for (const bool learnable : {false, true}) {
       ALiBiBias alibi(ALiBiBiasOptions(kHeads).slopes(slopes).learnable(learnable));
