@@ -70,7 +70,9 @@ class AlibiSoftmaxBackwardBackward : public torch::autograd::Node {
   variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
     variable_list result(2);
-    if (!grads[0].defined() && !grads[1].defined()) {
+    // With fixed slopes there is one output only.
+    const Tensor slopes_grad = grads.size() > 1 ? grads[1] : Tensor();
+    if (!grads[0].defined() && !slopes_grad.defined()) {
       return result;
     }
     const Tensor probs = probs_.unpack();
@@ -82,9 +84,9 @@ class AlibiSoftmaxBackwardBackward : public torch::autograd::Node {
     if (grads[0].defined()) {
       v = grads[0].to(wide) * settings_.scale;
     }
-    if (grads[1].defined()) {
+    if (slopes_grad.defined()) {
       const Tensor bias =
-          alibi_bias(grads[1], p.size(-2), p.size(-1), /*causal=*/false, wide, settings_.query_offset);  // -w d
+          alibi_bias(slopes_grad, p.size(-2), p.size(-1), /*causal=*/false, wide, settings_.query_offset);  // -w d
       v = v.defined() ? v + bias : bias;
     }
     const Tensor pv = (p * v).sum(-1, /*keepdim=*/true);
