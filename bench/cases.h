@@ -9,6 +9,9 @@ namespace posenc::bench {
 /// RoPE: rotary_embedding.cpp.
 void add_rotary_embedding(Suite& suite, Device& device, Protocol protocol);
 
+/// ALiBi: alibi.cpp.
+void add_alibi(Suite& suite, Device& device, Protocol protocol);
+
 /// Host time of single calls on tensors so small that nothing else counts: host_cost.cpp.
 void add_host_cost(Suite& suite, Device& device);
 

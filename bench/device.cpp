@@ -75,6 +75,11 @@ class CpuDevice final : public Device {
     return [source = random_bytes(bytes, torch_device())] { source.clone(); };
   }
 
+  // So does the fill.
+  Work make_fill(int64_t bytes) override {
+    return [bytes] { at::full({bytes}, 1, at::kByte); };
+  }
+
   void release_memory() override {}
 
  private:
@@ -215,6 +220,13 @@ class CudaDevice final : public Device {
       C10_CUDA_CHECK(cudaMemcpyAsync(
           destination.mutable_data_ptr(), source.const_data_ptr(), source.nbytes(), cudaMemcpyDeviceToDevice,
           current_stream()));
+    };
+  }
+
+  Work make_fill(int64_t bytes) override {
+    at::Tensor destination = at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(torch_device()));
+    return [destination] {
+      C10_CUDA_CHECK(cudaMemsetAsync(destination.mutable_data_ptr(), 1, destination.nbytes(), current_stream()));
     };
   }
 

@@ -28,8 +28,8 @@ constexpr std::string_view kProtocolFlag = "--protocol=";
 void print_help() {
   std::cout << "posenc_bench [--protocol={kernel|wall}]\n"
                "          kernel (default): device time of the forward call, and of the backward pass with gradients\n"
-               "          given, against the copy of as many bytes; then the host's cost per call\n"
-               "          wall: wall clock with device synchronisation, (q'.sum() + k'.sum()).backward()\n\n";
+               "          given, against the copy or fill of as many bytes; then the host's cost per call\n"
+               "          wall: wall clock with device synchronisation, the sum of the results and its backward()\n\n";
   benchmark::PrintDefaultHelp();
 }
 
@@ -65,7 +65,7 @@ std::string protocol_description(Protocol protocol, const Device& device) {
   if (protocol == Protocol::kernel) {
     return device.clock_description() + "; gradients given; median";
   }
-  return "wall clock with device synchronisation, (q'.sum() + k'.sum()).backward(), fresh forward; median";
+  return "wall clock with device synchronisation, backward() of the sum of the results, fresh forward; median";
 }
 
 /// States in the JSON and in the first lines where the figures come from; returns the latter.
@@ -89,6 +89,7 @@ int run(int argc, char** argv) {
   const std::unique_ptr<Device> device = make_device();
   Suite suite;
   add_rotary_embedding(suite, *device, protocol);
+  add_alibi(suite, *device, protocol);
   if (protocol == Protocol::kernel) {
     keep_freed_memory();
     add_host_cost(suite, *device);

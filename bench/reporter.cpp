@@ -23,7 +23,7 @@ const char* row_title(Pass pass) {
 }
 
 bool is_formulation(const std::string& implementation) {
-  return implementation != kPosenc && implementation != kCopy;
+  return implementation != kPosenc && implementation != kCopy && implementation != kFill;
 }
 
 std::string fixed(double value, int decimals) {
@@ -145,14 +145,15 @@ void MarkdownReporter::Finalize() {
 }
 
 void MarkdownReporter::record(const Case& benchmark_case, double seconds) {
-  const auto& [encoding, label, title, pass, implementation, bytes] = benchmark_case;
+  const auto& [encoding, label, title, pass, implementation, bytes, trivial] = benchmark_case;
   if (current_ && (current_->encoding != encoding || current_->label != label)) {
     report_configuration();
   }
   if (!current_) {
-    current_ = Configuration{encoding, label, title, {}, {}};
+    current_ = Configuration{encoding, label, title, {}, {}, {}};
   }
   entry(current_->measured, implementation)[index(pass)] = seconds;
+  current_->trivial[index(pass)] = trivial;
   if (bytes > 0) {
     current_->bytes[index(pass)] = static_cast<double>(bytes);
   }
@@ -185,6 +186,7 @@ void MarkdownReporter::report_configuration() {
 void MarkdownReporter::print_table(const Configuration& configuration, const Seconds& libtorch) {
   const Seconds posenc = find(configuration, kPosenc);
   const Seconds copy = find(configuration, kCopy);
+  const Seconds fill = find(configuration, kFill);
   PerPass<double> bytes = configuration.bytes;
   auto& total_bytes = bytes[index(Pass::total)];
   total_bytes = total_bytes ? total_bytes : sum_of_passes(bytes);
@@ -193,9 +195,10 @@ void MarkdownReporter::print_table(const Configuration& configuration, const Sec
   print_header(out, {"Pass", "LibTorch (ms)", "posenc (ms)", "Speedup", "GB/s", "% of copy speed"});
   for (const Pass pass : kPasses) {
     const auto i = index(pass);
-    const auto speedup = quotient(libtorch[i], posenc[i]);
+    const auto speedup = configuration.trivial[i] ? std::nullopt : quotient(libtorch[i], posenc[i]);
     const auto bytes_per_second = quotient(bytes[i], posenc[i]);
     const auto of_copy = quotient(copy[i], posenc[i]);
+    const auto of_fill = quotient(fill[i], posenc[i]);
     if (speedup) {
       speedups[i].push_back(*speedup);
     }
@@ -203,22 +206,25 @@ void MarkdownReporter::print_table(const Configuration& configuration, const Sec
         out,
         {row_title(pass), milliseconds(libtorch[i]), milliseconds(posenc[i]), fixed(speedup, 2, "x"),
          bytes_per_second ? fixed(*bytes_per_second * 1e-9, bytes_per_second < 1e11 ? 1 : 0) : "-",
-         of_copy ? fixed(*of_copy * 100, 1) : "-"});
+         of_copy       ? fixed(*of_copy * 100, 1)
+             : of_fill ? fixed(*of_fill * 100, 1) + " (fill)"
+                       : "-"});
   }
-  print_copy_ratios(posenc, copy);
+  print_ratios(posenc, copy, kCopy);
+  print_ratios(posenc, fill, kFill);
 }
 
-void MarkdownReporter::print_copy_ratios(const Seconds& posenc, const Seconds& copy) {
+void MarkdownReporter::print_ratios(const Seconds& posenc, const Seconds& measured, const char* yardstick) {
   std::ostringstream ratios;
   for (const Pass pass : kPasses) {
     const auto i = index(pass);
-    if (const auto ratio = quotient(posenc[i], copy[i])) {
+    if (const auto ratio = quotient(posenc[i], measured[i])) {
       ratios << (ratios.tellp() > 0 ? ", " : "") << to_string(pass) << " " << fixed(*ratio, 3) << " ("
-             << milliseconds(copy[i]) << " ms)";
+             << milliseconds(measured[i]) << " ms)";
     }
   }
   if (ratios.tellp() > 0) {
-    GetOutputStream() << "\nposenc takes this many times as long as the copy: " << ratios.str() << ".\n";
+    GetOutputStream() << "\nposenc takes this many times as long as the " << yardstick << ": " << ratios.str() << ".\n";
   }
 }
 

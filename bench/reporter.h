@@ -43,6 +43,7 @@ class MarkdownReporter final : public benchmark::BenchmarkReporter {
     /// By implementation, in the order of the runs.
     std::vector<std::pair<std::string, Seconds>> measured;
     PerPass<double> bytes;
+    std::array<bool, 3> trivial{};
   };
 
   /// Speedups of all configurations of an encoding so far.
@@ -51,7 +52,8 @@ class MarkdownReporter final : public benchmark::BenchmarkReporter {
   void record(const Case& benchmark_case, double seconds);
   void report_configuration();
   void print_table(const Configuration& configuration, const Seconds& libtorch);
-  void print_copy_ratios(const Seconds& posenc, const Seconds& copy);
+  /// How many times as long as `yardstick`, a copy or a fill, the passes take that it was measured for.
+  void print_ratios(const Seconds& posenc, const Seconds& measured, const char* yardstick);
   void report_host_costs();
   void report_summary();
 

@@ -52,9 +52,28 @@ inline TensorList random_like(const TensorList& tensors) {
   return result;
 }
 
-/// Expects the gradients of `function` at `inputs`, float64 tensors of which some require grad, to be those of central
-/// differences. All columns of the Jacobian are compared, contracted with a random cotangent.
-inline void gradcheck(const Differentiable& function, const TensorList& inputs) {
+/// How derivatives are taken by differences, and how closely they have to be met, relative to one plus their size.
+struct Differences {
+  double step;
+  double tolerance;
+  /// Five points instead of three: for functions whose third derivative is not zero.
+  bool five_points;
+};
+
+/// For functions that are linear in each single element, as a rotation and its gradients are: the truncation error is
+/// zero for any step; a large one keeps the rounding error, about 1e-16 * |sum| / step, small.
+constexpr Differences kMultilinear{0x1p-7, 1e-10, false};
+
+/// For smooth ones: with five points the truncation error is step^4 / 30, here 2e-15, times the fifth derivative.
+constexpr Differences kSmooth{0x1p-11, 1e-8, true};
+
+/// Expects the gradients of `function` at `inputs`, of which some require grad, to be those of central differences. All
+/// columns of the Jacobian are compared, contracted with a random cotangent. Inputs are float64, or narrower ones whose
+/// elements can be moved by the step exactly; gradients are then as exact as their dtype.
+inline void gradcheck(
+    const Differentiable& function,
+    const TensorList& inputs,
+    const Differences& differences = kMultilinear) {
   const TensorList outputs = function(inputs);
   const TensorList cotangents = random_like(outputs);
   const TensorList analytic = gradients(outputs, inputs, cotangents);
@@ -71,10 +90,6 @@ inline void gradcheck(const Differentiable& function, const TensorList& inputs) 
     if (!inputs[i].requires_grad()) {
       continue;
     }
-    // A rotation and its gradients are linear in each single element, so the truncation error is zero for any step;
-    // a large one keeps the rounding error, about 1e-16 * |sum| / step, small.
-    constexpr double step = 0x1p-7;
-    constexpr double tolerance = 1e-10;
     TensorList moved = inputs;
     for (at::Tensor& tensor : moved) {
       tensor = tensor.detach();
@@ -85,21 +100,28 @@ inline void gradcheck(const Differentiable& function, const TensorList& inputs) 
     for (int64_t j = 0; j < flat.numel(); ++j) {
       const at::Tensor element = flat[j];
       const double value = element.item<double>();
-      element.fill_(value + step);
-      const double above = contracted(moved);
-      element.fill_(value - step);
-      const double below = contracted(moved);
+      const auto moved_by = [&](double steps) {
+        element.fill_(value + steps * differences.step);
+        return contracted(moved);
+      };
+      const double three_points = (moved_by(1) - moved_by(-1)) / 2;
+      const double derivative =
+          differences.five_points ? (8 * three_points - (moved_by(2) - moved_by(-2)) / 2) / 6 : three_points;
       element.fill_(value);
-      expected[j].fill_((above - below) / (2 * step));
+      expected[j].fill_(derivative / differences.step);
     }
     SCOPED_TRACE(::testing::Message() << "gradient of input " << i);
-    expect_within(
-        analytic[i], expected.view(inputs[i].sizes()), (expected.view(inputs[i].sizes()).abs() + 1) * tolerance);
+    const at::Tensor shaped = expected.view(inputs[i].sizes());
+    const double rounding = unit_roundoff(analytic[i].scalar_type());
+    expect_within(analytic[i], shaped, (shaped.abs() + 1) * differences.tolerance + shaped.abs() * rounding);
   }
 }
 
 /// As `gradcheck`, of the gradients of `function`: as a function of its inputs and of the cotangents.
-inline void gradgradcheck(const Differentiable& function, const TensorList& inputs) {
+inline void gradgradcheck(
+    const Differentiable& function,
+    const TensorList& inputs,
+    const Differences& differences = kMultilinear) {
   TensorList all = inputs;
   for (const at::Tensor& cotangent : random_like(function(inputs))) {
     all.push_back(cotangent.detach().requires_grad_());
@@ -122,7 +144,7 @@ inline void gradgradcheck(const Differentiable& function, const TensorList& inpu
         found.end());
     return found;
   };
-  gradcheck(gradient, all);
+  gradcheck(gradient, all, differences);
 }
 
 }  // namespace posenc::test

@@ -2,21 +2,18 @@
 
 #if POSENC_CUDA
 
+#include "cuda_support.h"
 #include "gradcheck.h"
 
 #include <posenc/modules/rotary_embedding.h>
 #include <posenc/rotary_embedding.h>
 
 #include <ATen/ATen.h>
-#include <ATen/cuda/CUDAGraph.h>
 #include <ATen/cuda/Sleep.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include <cuda_runtime_api.h>
-
-#include <map>
 #include <thread>
 
 namespace posenc::test {
@@ -39,60 +36,16 @@ class RotaryEmbeddingCuda : public ::testing::Test {
     }
     return in;
   }
-
-  /// Why a test of so many gigabytes cannot run; empty when it can.
-  static std::string too_large(double gigabytes) {
-    if (env_int("POSENC_TEST_SMALL", 0) != 0) {
-      return "POSENC_TEST_SMALL is set";
-    }
-    size_t free = 0;
-    size_t total = 0;
-    C10_CUDA_CHECK(cudaMemGetInfo(&free, &total));
-    const double available = static_cast<double>(free) / 1e9;
-    return available < gigabytes ? c10::str("needs ", gigabytes, " GB of GPU memory, ", available, " GB are free") : "";
-  }
 };
 
-/// What needs the caching allocator. compute-sanitizer wants it off, and then every allocation waits for the GPU.
+/// What needs the caching allocator.
 class RotaryEmbeddingCudaGraph : public RotaryEmbeddingCuda {
  protected:
   void SetUp() override {
     RotaryEmbeddingCuda::SetUp();
-    if (!IsSkipped() && !HasFatalFailure() && env_int("PYTORCH_NO_CUDA_MEMORY_CACHING", 0) != 0) {
-      GTEST_SKIP() << "PYTORCH_NO_CUDA_MEMORY_CACHING is set";
-    }
+    require_caching_allocator();
   }
 };
-
-/// Records what `action` does on the GPU, on a stream of its own.
-void capture(at::cuda::CUDAGraph& graph, const std::function<void()>& action) {
-  const c10::cuda::CUDAStreamGuard guard(c10::cuda::getStreamFromPool());
-  // Kernels are loaded, and the allocator is filled, outside of the capture.
-  action();
-  c10::cuda::device_synchronize();
-  graph.capture_begin();
-  action();
-  graph.capture_end();
-}
-
-using NodeCounts = std::map<cudaGraphNodeType, int>;
-
-/// How many nodes of each type `action` becomes when it is recorded.
-NodeCounts recorded_nodes(const std::function<void()>& action) {
-  at::cuda::CUDAGraph graph(/*keep_graph=*/true);
-  capture(graph, action);
-  size_t count = 0;
-  C10_CUDA_CHECK(cudaGraphGetNodes(graph.raw_cuda_graph(), nullptr, &count));
-  std::vector<cudaGraphNode_t> nodes(count);
-  C10_CUDA_CHECK(cudaGraphGetNodes(graph.raw_cuda_graph(), nodes.data(), &count));
-  NodeCounts counts;
-  for (const cudaGraphNode_t node : nodes) {
-    cudaGraphNodeType type{};
-    C10_CUDA_CHECK(cudaGraphNodeGetType(node, &type));
-    ++counts[type];
-  }
-  return counts;
-}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Launches
@@ -153,9 +106,6 @@ TEST_F(RotaryEmbeddingCudaGraph, NothingIsAllocatedOutsideTheCachingAllocator) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Streams, threads, devices
-
-/// Cycles of a GPU that take the better part of a second.
-constexpr int64_t kLongSleep = 1'000'000'000;
 
 TEST_F(RotaryEmbeddingCuda, RunsOnTheCurrentStream) {
   const RotaryInputs in = inputs();

@@ -80,11 +80,15 @@ std::string device_name(const ::testing::TestParamInfo<at::DeviceType>& info) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Random calls of the operators
 
+const char* strides_name(Strides strides) {
+  constexpr const char* kNames[kStrides] = {"dense",      "head_major",  "token_major", "head_slice",
+                                            "odd_offset", "every_other", "reversed",    "one_batch",
+                                            "one_token",  "one_head",    "one_channel", "one_value"};
+  return kNames[static_cast<int>(strides)];
+}
+
 namespace {
 
-const char* const kStridesNames[kStrides] = {"dense",      "head_major",  "token_major", "head_slice",
-                                             "odd_offset", "every_other", "reversed",    "one_batch",
-                                             "one_token",  "one_head",    "one_channel", "one_value"};
 const char* const kPositionShapeNames[kPositionShapes] = {"absent", "per_token", "per_batch"};
 const char* const kPositionStridesNames[kPositionStrides] = {"dense", "every_other", "expanded"};
 const char* const kTableShapeNames[kTableShapes] = {"by_position", "per_token", "per_token_shared"};
@@ -138,10 +142,9 @@ std::vector<int64_t> RotaryCase::sizes(int64_t heads) const {
 }
 
 std::ostream& operator<<(std::ostream& stream, const RotaryCase& c) {
-  return stream << c.name << ": q " << at::IntArrayRef(c.sizes(c.q_heads)) << " "
-                << kStridesNames[static_cast<int>(c.q_strides)] << ", k " << at::IntArrayRef(c.sizes(c.k_heads)) << " "
-                << kStridesNames[static_cast<int>(c.k_strides)] << ", rotary_dim " << c.rotary_dim << ", tables "
-                << kTableShapeNames[static_cast<int>(c.tables)] << " "
+  return stream << c.name << ": q " << at::IntArrayRef(c.sizes(c.q_heads)) << " " << strides_name(c.q_strides) << ", k "
+                << at::IntArrayRef(c.sizes(c.k_heads)) << " " << strides_name(c.k_strides) << ", rotary_dim "
+                << c.rotary_dim << ", tables " << kTableShapeNames[static_cast<int>(c.tables)] << " "
                 << kTableStridesNames[static_cast<int>(c.table_strides)] << " with " << c.spare_rows
                 << " spare rows, positions " << kPositionShapeNames[static_cast<int>(c.positions)] << " "
                 << kPositionStridesNames[static_cast<int>(c.position_strides)] << " " << c.position_dtype

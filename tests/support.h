@@ -105,6 +105,7 @@ enum class Strides {
   one_value,    // stride 0 everywhere, as the gradient of sum()
 };
 constexpr int kStrides = static_cast<int>(Strides::one_value) + 1;
+const char* strides_name(Strides strides);
 
 enum class PositionShape { absent, per_token, per_batch };
 constexpr int kPositionShapes = static_cast<int>(PositionShape::per_batch) + 1;

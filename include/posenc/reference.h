@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
 #include <optional>
 #include <tuple>
 
@@ -30,5 +31,30 @@ POSENC_API std::tuple<at::Tensor, at::Tensor> rotary_embedding_qk(
     const std::optional<at::Tensor>& positions = std::nullopt,
     bool interleaved = false,
     bool conjugate = false);
+
+/// `posenc::alibi_bias` in tensor operations.
+POSENC_API at::Tensor alibi_bias(
+    const at::Tensor& slopes,
+    int64_t q_len,
+    int64_t k_len,
+    bool causal = false,
+    at::ScalarType dtype = at::kFloat,
+    std::optional<int64_t> query_offset = std::nullopt);
+
+/// `posenc::alibi_add` in tensor operations. Scores are widened to float32 (float64 stays) and the sum rounded once.
+POSENC_API at::Tensor alibi_add(
+    const at::Tensor& scores,
+    const at::Tensor& slopes,
+    bool causal = false,
+    std::optional<int64_t> query_offset = std::nullopt);
+
+/// `posenc::alibi_softmax` in tensor operations.
+POSENC_API at::Tensor alibi_softmax(
+    const at::Tensor& scores,
+    const at::Tensor& slopes,
+    double scale = 1.0,
+    bool causal = false,
+    const std::optional<at::Tensor>& key_padding_mask = std::nullopt,
+    std::optional<int64_t> query_offset = std::nullopt);
 
 }  // namespace posenc::reference

@@ -1,4 +1,5 @@
 #include <contract/rotary_embedding.h>
+#include <contract/tensor.h>
 
 #include <posenc/frequencies.h>
 #include <posenc/rotary_embedding.h>
@@ -48,8 +49,7 @@ void check_rotated(const char* op, const Rotated& x) {
       " of shape [B, S, H, D] or [T, H, D], got ", x.tensor.sizes());
   const auto dtype = x.tensor.scalar_type();
   TORCH_CHECK(
-      dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble, op, ": expected ",
-      x.name, " of dtype float16, bfloat16, float32 or float64, got ", dtype);
+      is_served(dtype), op, ": expected ", x.name, " of dtype float16, bfloat16, float32 or float64, got ", dtype);
 }
 
 void check_pair(const char* op, const Rotated& q, const Rotated& k) {
@@ -145,11 +145,6 @@ void check_position_range(const char* op, const Tensor& positions, int64_t rows)
   TORCH_CHECK_INDEX(
       low >= 0 && high < rows, op, ": expected positions in [0, ", rows, "), the rows of cos and sin, got values from ",
       low, " to ", high);
-}
-
-/// The stride of a dimension of one entry means nothing and may be anything: 0 is aligned for every vector width.
-int64_t used_stride(const Tensor& tensor, int64_t dim) {
-  return tensor.size(dim) == 1 ? 0 : tensor.stride(dim);
 }
 
 RotaryTable table_view(const Tensor& table) {

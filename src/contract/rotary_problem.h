@@ -3,13 +3,9 @@
 // What a rotary kernel is given: pointers, extents and strides, checked beforehand. No torch in here, so that
 // the CPU and the CUDA kernels can share it.
 
-#include <cstdint>
+#include <contract/host_device.h>
 
-#if defined(__CUDACC__)
-#define POSENC_HOST_DEVICE __host__ __device__
-#else
-#define POSENC_HOST_DEVICE
-#endif
+#include <cstdint>
 
 namespace posenc {
 

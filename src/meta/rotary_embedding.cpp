@@ -1,4 +1,5 @@
 #include <contract/rotary_embedding.h>
+#include <meta/detail/symbolic.h>
 
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -9,12 +10,7 @@ namespace {
 using at::Tensor;
 using contract::RotaryArguments;
 using contract::Rotated;
-
-/// Sizes that are still symbols (torch.compile with dynamic shapes) cannot be compared with numbers; the kernel
-/// checks them when they are known.
-bool has_symbolic_sizes(const Tensor& tensor) {
-  return tensor.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
-}
+using meta::has_symbolic_sizes;
 
 void check(const RotaryArguments& arguments, const Rotated& q, const Rotated* k) {
   const bool symbolic = has_symbolic_sizes(q.tensor) || (k != nullptr && has_symbolic_sizes(k->tensor)) ||

@@ -33,6 +33,13 @@ std::shared_ptr<torch::autograd::Node> make_node(const Tensors& inputs, Args&&..
   return node;
 }
 
+/// Refuses forward-mode tangents where an operator does not carry them on.
+inline void check_no_tangent(const char* op, const at::Tensor& tensor) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !torch::autograd::isFwGradDefined(tensor), op,
+      ": expected no forward-mode tangents, which it does not carry on, got some: differentiate in backward mode");
+}
+
 /// `positions` as it was before it was saved.
 inline std::optional<at::Tensor> optional_tensor(at::Tensor unpacked) {
   return unpacked.defined() ? std::optional<at::Tensor>(std::move(unpacked)) : std::nullopt;

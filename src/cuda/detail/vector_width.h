@@ -1,5 +1,6 @@
 #pragma once
 
+#include <contract/alibi_problem.h>
 #include <contract/rotary_problem.h>
 
 #include <cstdint>
@@ -25,6 +26,13 @@ template <typename T, int V>
 bool holds_vectors(const void* data, const Strides& strides) {
   return strides.channel == 1 && is_aligned(data, V * sizeof(T)) && strides.batch % V == 0 && strides.seq % V == 0 &&
       strides.head % V == 0;
+}
+
+/// The same for scores, whose rows have `k_len` elements.
+template <typename T, int V>
+bool holds_vectors(const void* data, const ScoreStrides& strides, int32_t k_len) {
+  return k_len % V == 0 && strides.key == 1 && is_aligned(data, V * sizeof(T)) && strides.batch % V == 0 &&
+      strides.head % V == 0 && strides.query % V == 0;
 }
 
 template <typename Real, int Entries>

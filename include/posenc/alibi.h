@@ -1,0 +1,110 @@
+#pragma once
+
+#include <posenc/export.h>
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <optional>
+
+/// Attention with linear biases (ALiBi, Press et al. 2021, https://arxiv.org/abs/2108.12409) as dispatcher
+/// operators: `posenc::alibi_bias`, `alibi_add`, `alibi_add_` and `alibi_softmax`, with kernels for CPU, CUDA and
+/// Meta, and derivatives of any order.
+///
+/// Query i sits at key position `query_offset + i`, and the bias of key j is
+///
+///     bias[h, i, j] = -slopes[h] * |query_offset + i - j|.
+///
+/// Where no `query_offset` is given it is `k_len - q_len`: the last query sits at the last key, as in decoding.
+/// Distances are integers, products and sums float32 (float64 for float64 scores), rounded once to the dtype of the
+/// result. With `causal`, keys beyond the position of the query are minus infinity.
+///
+/// In all operators `slopes` is `[H]` of any stride: float32, or float64 where the scores or the result are float64.
+/// Slopes receive a gradient where they require one; it is deterministic.
+namespace posenc {
+
+/// The published slopes: for `n = 2^k` heads `2^(-max_bias (h + 1) / n)`; otherwise those of the power of two below,
+/// followed by every other one of the power of two above, never sorted. Computed in float64.
+///
+/// @param num_heads  H: positive. With tensor parallelism take the slice of the whole model's slopes.
+/// @param max_bias  8 in the paper; positive.
+/// @return float32 `[H]` on the CPU.
+///
+/// Example:
+/// ```
+/// at::Tensor slopes = posenc::alibi_slopes(/*num_heads=*/12).to(at::kCUDA);
+/// ```
+POSENC_API at::Tensor alibi_slopes(int64_t num_heads, double max_bias = 8.0);
+
+/// The bias itself. `alibi_add` and `alibi_softmax` do not need it: they never store it.
+///
+/// @param q_len,k_len  Sq and Sk: number of queries and of keys, not negative.
+/// @param causal  minus infinity where the key lies beyond the query.
+/// @param dtype  float16, bfloat16, float32 or float64.
+/// @param query_offset  position of query 0; default `k_len - q_len`.
+/// @return `[H, Sq, Sk]`, contiguous, on the device of `slopes`.
+/// @throws c10::Error  naming the argument, what was expected and what came, before anything is launched.
+///
+/// Example:
+/// ```
+/// at::Tensor bias = posenc::alibi_bias(slopes, 2048, 2048);  // [H, 2048, 2048]
+/// ```
+POSENC_API at::Tensor alibi_bias(
+    const at::Tensor& slopes,
+    int64_t q_len,
+    int64_t k_len,
+    bool causal = false,
+    at::ScalarType dtype = at::kFloat,
+    std::optional<int64_t> query_offset = std::nullopt);
+
+/// `scores + bias` in one pass.
+///
+/// @param scores  `[B, H, Sq, Sk]` or `[H, Sq, Sk]`: float16, bfloat16, float32 or float64, any strides (also 0)
+///   without a copy; dense keys are fastest.
+/// @return a new tensor of the shape and dtype of `scores`, in its memory layout where that is dense.
+/// @throws c10::Error  naming the argument, what was expected and what came, before anything is launched.
+///
+/// The gradient of `scores` is the incoming gradient itself, without a kernel or a copy; with `causal`, zero where
+/// the mask hides the key.
+///
+/// Example:
+/// ```
+/// at::Tensor biased = posenc::alibi_add(at::matmul(q, k.transpose(-1, -2)), slopes, /*causal=*/true);
+/// ```
+POSENC_API at::Tensor alibi_add(
+    const at::Tensor& scores,
+    const at::Tensor& slopes,
+    bool causal = false,
+    std::optional<int64_t> query_offset = std::nullopt);
+
+/// `alibi_add` in place.
+///
+/// @param scores  as in `alibi_add`; neither a leaf that requires grad nor a tensor whose elements share memory.
+/// @return `scores`.
+POSENC_API at::Tensor& alibi_add_(
+    at::Tensor& scores,
+    const at::Tensor& slopes,
+    bool causal = false,
+    std::optional<int64_t> query_offset = std::nullopt);
+
+/// `softmax(scale * scores + bias + mask)` over the keys, in one pass; arguments as in `alibi_add`.
+///
+/// @param scale  of the scores, not of the bias.
+/// @param key_padding_mask  `[B, Sk]` bool on the device of `scores`, true where a key is hidden; B is 1 for scores
+///   of three dimensions.
+/// @return probabilities of the shape and dtype of `scores`, in its memory layout where that is dense. A row that
+///   sees no key is zero, and so are its gradients.
+///
+/// Example:
+/// ```
+/// at::Tensor p = posenc::alibi_softmax(scores, slopes, 1 / std::sqrt(head_dim), /*causal=*/true, padding);
+/// ```
+POSENC_API at::Tensor alibi_softmax(
+    const at::Tensor& scores,
+    const at::Tensor& slopes,
+    double scale = 1.0,
+    bool causal = false,
+    const std::optional<at::Tensor>& key_padding_mask = std::nullopt,
+    std::optional<int64_t> query_offset = std::nullopt);
+
+}  // namespace posenc

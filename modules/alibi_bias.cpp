@@ -1,0 +1,164 @@
+#include <posenc/modules/alibi_bias.h>
+
+#include <posenc/alibi.h>
+
+#include <torch/utils.h>
+
+#include <algorithm>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+namespace posenc {
+
+using torch::Tensor;
+
+/// The slopes of one set of options, by device; float32. Copies are never replaced nor freed before this object is:
+/// kernels in flight on other streams and captured graphs may still read them.
+class ALiBiBiasImpl::FixedSlopes {
+ public:
+  explicit FixedSlopes(Tensor on_cpu) : copies_{std::move(on_cpu)} {}
+
+  bool serve(const Tensor& on_cpu) const { return on_cpu.equal(copies_.front()); }
+
+  Tensor on(const torch::Device& device) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found =
+        std::find_if(copies_.begin(), copies_.end(), [&](const Tensor& copy) { return copy.device() == device; });
+    if (found != copies_.end()) {
+      return *found;
+    }
+    // With a wait, so that no other stream reads them before they are there. Not under the caller's inference mode: a
+    // training step may use them next.
+    const torch::InferenceMode no_inference(false);
+    const torch::NoGradGuard no_grad;
+    return copies_.emplace_back(copies_.front().to(device));
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<Tensor> copies_;  // the first one on the CPU
+};
+
+namespace {
+
+/// Slopes of the heads that a module serves, float32 on the CPU, in memory of their own.
+Tensor slopes_of(const ALiBiBiasOptions& options) {
+  const int64_t num_heads = options.num_heads();
+  const int64_t total = options.total_heads().value_or(num_heads);
+  TORCH_CHECK(num_heads > 0, "posenc::ALiBiBias: expected a positive num_heads, got ", num_heads);
+  TORCH_CHECK(
+      options.head_offset() >= 0 && num_heads <= total && options.head_offset() <= total - num_heads,
+      "posenc::ALiBiBias: expected heads head_offset to head_offset + num_heads - 1 to be among total_heads = ", total,
+      ", got head_offset = ", options.head_offset(), " and num_heads = ", num_heads);
+  const torch::InferenceMode no_inference(false);
+  const torch::NoGradGuard no_grad;
+  Tensor all;
+  if (options.slopes().defined()) {
+    TORCH_CHECK(
+        options.slopes().dim() == 1 && options.slopes().size(0) == total && options.slopes().is_floating_point(),
+        "posenc::ALiBiBias: expected slopes of a floating dtype and shape [total_heads] = [", total, "], got ",
+        options.slopes().scalar_type(), " ", options.slopes().sizes());
+    all = options.slopes().detach().to(torch::kCPU, torch::kFloat32);
+  } else {
+    all = alibi_slopes(total, options.max_bias());
+  }
+  return all.narrow(0, options.head_offset(), num_heads).clone();
+}
+
+/// A device as tensors report it: `cuda` is the current one.
+torch::Device resolved(const torch::Device& device) {
+  return device.has_index() || device.is_cpu() ? device : torch::empty({0}, device).device();
+}
+
+}  // namespace
+
+ALiBiBiasOptions::ALiBiBiasOptions(int64_t num_heads) : num_heads_(num_heads) {
+}
+
+ALiBiBiasImpl::ALiBiBiasImpl(ALiBiBiasOptions options_) : options(std::move(options_)) {
+  // NOLINTNEXTLINE(clang-analyzer-optin.cplusplus.VirtualCall): as LibTorch's own modules do
+  reset();
+}
+
+void ALiBiBiasImpl::reset() {
+  Tensor initial = slopes_of(options);
+  if (parameters_.contains("slopes")) {  // a second call; clones come without
+    parameters_.erase("slopes");
+  }
+  if (options.learnable()) {
+    fixed_ = nullptr;
+    slopes = register_parameter("slopes", std::move(initial));
+    return;
+  }
+  slopes = Tensor();
+  // Cloneable resets every clone: it keeps the copies it shares with the original.
+  if (fixed_ == nullptr || !fixed_->serve(initial)) {
+    fixed_ = std::make_shared<FixedSlopes>(std::move(initial));
+  }
+}
+
+Tensor ALiBiBiasImpl::forward(const Tensor& scores) {
+  return add(scores);
+}
+
+Tensor ALiBiBiasImpl::add(const Tensor& scores, std::optional<int64_t> query_offset) {
+  TORCH_CHECK(scores.defined(), "posenc::ALiBiBias: expected scores to be a tensor, got an undefined one");
+  return alibi_add(scores, slopes_on(scores.device()), options.causal(), query_offset);
+}
+
+Tensor ALiBiBiasImpl::bias(
+    int64_t q_len,
+    int64_t k_len,
+    torch::Dtype dtype,
+    std::optional<torch::Device> device,
+    std::optional<int64_t> query_offset) {
+  const torch::Device home = slopes.defined() ? slopes.device() : torch::Device(torch::kCPU);
+  return alibi_bias(slopes_on(device.value_or(home)), q_len, k_len, options.causal(), dtype, query_offset);
+}
+
+Tensor ALiBiBiasImpl::softmax(
+    const Tensor& scores,
+    double scale,
+    const std::optional<Tensor>& key_padding_mask,
+    std::optional<int64_t> query_offset) {
+  TORCH_CHECK(scores.defined(), "posenc::ALiBiBias: expected scores to be a tensor, got an undefined one");
+  return alibi_softmax(scores, slopes_on(scores.device()), scale, options.causal(), key_padding_mask, query_offset);
+}
+
+Tensor ALiBiBiasImpl::slopes_on(const torch::Device& device) {
+  if (!slopes.defined()) {
+    return fixed_->on(resolved(device));
+  }
+  TORCH_CHECK(
+      slopes.device() == resolved(device), "posenc::ALiBiBias: expected the learnable slopes on ", resolved(device),
+      ", got them on ", slopes.device(), "; move the module there");
+  return slopes;
+}
+
+void ALiBiBiasImpl::to(torch::Device device, torch::Dtype /*dtype*/, bool non_blocking) {
+  Module::to(device, non_blocking);
+}
+
+void ALiBiBiasImpl::to(torch::Dtype /*dtype*/, bool /*non_blocking*/) {
+}
+
+void ALiBiBiasImpl::to(torch::Device device, bool non_blocking) {
+  Module::to(device, non_blocking);
+}
+
+void ALiBiBiasImpl::pretty_print(std::ostream& stream) const {
+  stream << "posenc::ALiBiBias(num_heads=" << options.num_heads() << std::boolalpha << ", causal=" << options.causal();
+  if (options.slopes().defined()) {
+    stream << ", slopes=custom";
+  } else {
+    stream << ", max_bias=" << options.max_bias();
+  }
+  stream << ", learnable=" << options.learnable();
+  if (options.total_heads().has_value()) {
+    stream << ", head_offset=" << options.head_offset() << ", total_heads=" << *options.total_heads();
+  }
+  stream << ")";
+}
+
+}  // namespace posenc

@@ -1,0 +1,141 @@
+#include <autograd/detail/record.h>
+#include <ops/alibi_add.h>
+#include <ops/alibi_slopes_backward.h>
+#include <posenc/alibi.h>
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/library.h>
+
+#include <array>
+#include <functional>
+
+namespace posenc {
+namespace {
+
+using at::Tensor;
+using torch::autograd::variable_list;
+
+/// The gradient of scores is what comes in, and that of slopes needs nothing else: nothing is saved.
+class AlibiAddBackward : public torch::autograd::Node {
+ public:
+  AlibiAddBackward(bool causal, std::optional<int64_t> query_offset) : causal_(causal), query_offset_(query_offset) {}
+
+  variable_list apply(variable_list&& grads) override {
+    const Tensor& grad = grads[0];
+    variable_list result(2);
+    if (!grad.defined()) {
+      return result;
+    }
+    if (task_should_compute_output(0)) {
+      result[0] = causal_ ? alibi_mask(grad, query_offset_) : grad;
+    }
+    if (task_should_compute_output(1)) {
+      result[1] = alibi_slopes_backward(grad, causal_, query_offset_);
+    }
+    return result;
+  }
+
+  std::string name() const override { return "AlibiAddBackward"; }
+
+ private:
+  bool causal_;
+  std::optional<int64_t> query_offset_;
+};
+
+/// A mask of zeros and ones is its own transpose.
+class AlibiMaskBackward : public torch::autograd::Node {
+ public:
+  explicit AlibiMaskBackward(std::optional<int64_t> query_offset) : query_offset_(query_offset) {}
+
+  variable_list apply(variable_list&& grads) override {
+    variable_list result(1);
+    if (grads[0].defined() && task_should_compute_output(0)) {
+      result[0] = alibi_mask(grads[0], query_offset_);
+    }
+    return result;
+  }
+
+  std::string name() const override { return "AlibiMaskBackward"; }
+
+ private:
+  std::optional<int64_t> query_offset_;
+};
+
+Tensor alibi_add_autograd(
+    const Tensor& scores,
+    const Tensor& slopes,
+    bool causal,
+    std::optional<int64_t> query_offset) {
+  autograd::check_no_tangent("posenc::alibi_add", scores);
+  autograd::check_no_tangent("posenc::alibi_add", slopes);
+  const Tensor output = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return alibi_add(scores, slopes, causal, query_offset);
+  }();
+  const std::array<std::reference_wrapper<const Tensor>, 2> differentiable{scores, slopes};
+  if (autograd::any_requires_grad(differentiable)) {
+    torch::autograd::set_history(output, autograd::make_node<AlibiAddBackward>(differentiable, causal, query_offset));
+  }
+  return output;
+}
+
+Tensor& alibi_add_autograd_(Tensor& scores, const Tensor& slopes, bool causal, std::optional<int64_t> query_offset) {
+  autograd::check_no_tangent("posenc::alibi_add_", scores);
+  autograd::check_no_tangent("posenc::alibi_add_", slopes);
+  const std::array<std::reference_wrapper<const Tensor>, 2> differentiable{scores, slopes};
+  std::shared_ptr<torch::autograd::Node> node;
+  if (autograd::any_requires_grad(differentiable)) {
+    TORCH_CHECK(
+        !(scores.is_leaf() && scores.requires_grad()),
+        "posenc::alibi_add_: expected scores that are no leaf of the graph, got a leaf that requires grad: its value "
+        "cannot change in place; use alibi_add");
+    torch::autograd::check_inplace(scores, /*requires_grad=*/true);  // views that cannot be tracked
+    node = autograd::make_node<AlibiAddBackward>(differentiable, causal, query_offset);
+  }
+  {
+    const at::AutoDispatchBelowAutograd below_autograd;  // to the kernel below that counts versions
+    alibi_add_(scores, slopes, causal, query_offset);
+  }
+  if (node != nullptr) {
+    torch::autograd::rebase_history(scores, node);
+  }
+  return scores;
+}
+
+/// Tells autograd that values saved of `scores` are stale.
+Tensor& alibi_add_version_(Tensor& scores, const Tensor& slopes, bool causal, std::optional<int64_t> query_offset) {
+  {
+    const at::AutoDispatchBelowADInplaceOrView below_version;
+    alibi_add_(scores, slopes, causal, query_offset);
+  }
+  torch::autograd::increment_version(scores);
+  return scores;
+}
+
+Tensor alibi_mask_autograd(const Tensor& grad, std::optional<int64_t> query_offset) {
+  autograd::check_no_tangent("posenc::alibi_mask", grad);
+  const Tensor output = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return alibi_mask(grad, query_offset);
+  }();
+  const std::array<std::reference_wrapper<const Tensor>, 1> differentiable{grad};
+  if (autograd::any_requires_grad(differentiable)) {
+    torch::autograd::set_history(output, autograd::make_node<AlibiMaskBackward>(differentiable, query_offset));
+  }
+  return output;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(posenc, Autograd, m) {
+  m.impl("alibi_add", alibi_add_autograd);
+  m.impl("alibi_add_", alibi_add_autograd_);
+  m.impl("alibi_mask", alibi_mask_autograd);
+}
+
+TORCH_LIBRARY_IMPL(posenc, ADInplaceOrView, m) {
+  m.impl("alibi_add_", alibi_add_version_);
+}
+
+}  // namespace posenc

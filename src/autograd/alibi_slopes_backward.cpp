@@ -1,0 +1,69 @@
+#include <autograd/detail/record.h>
+#include <ops/alibi_add.h>
+#include <ops/alibi_slopes_backward.h>
+#include <posenc/alibi.h>
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/library.h>
+
+#include <array>
+#include <functional>
+#include <vector>
+
+namespace posenc {
+namespace {
+
+using at::Tensor;
+using torch::autograd::variable_list;
+
+/// The gradient of slopes is linear in the gradient of the bias. Its transpose is the bias itself, of what comes in
+/// as slopes, and zero where the mask hides a key.
+class AlibiSlopesBackwardBackward : public torch::autograd::Node {
+ public:
+  AlibiSlopesBackwardBackward(const Tensor& grad, bool causal, std::optional<int64_t> query_offset)
+      : sizes_(grad.sizes().vec()), dtype_(grad.scalar_type()), causal_(causal), query_offset_(query_offset) {}
+
+  variable_list apply(variable_list&& grads) override {
+    variable_list result(1);
+    if (grads[0].defined() && task_should_compute_output(0)) {
+      const int64_t q_len = sizes_[sizes_.size() - 2];
+      const int64_t k_len = sizes_.back();
+      Tensor bias = alibi_bias(grads[0], q_len, k_len, /*causal=*/false, dtype_, query_offset_);
+      if (causal_) {
+        bias = alibi_mask(bias, query_offset_);
+      }
+      result[0] = bias.expand(sizes_);
+    }
+    return result;
+  }
+
+  std::string name() const override { return "AlibiSlopesBackwardBackward"; }
+
+ private:
+  std::vector<int64_t> sizes_;
+  at::ScalarType dtype_;
+  bool causal_;
+  std::optional<int64_t> query_offset_;
+};
+
+Tensor alibi_slopes_backward_autograd(const Tensor& grad, bool causal, std::optional<int64_t> query_offset) {
+  autograd::check_no_tangent("posenc::alibi_slopes_backward", grad);
+  const Tensor output = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return alibi_slopes_backward(grad, causal, query_offset);
+  }();
+  const std::array<std::reference_wrapper<const Tensor>, 1> differentiable{grad};
+  if (autograd::any_requires_grad(differentiable)) {
+    torch::autograd::set_history(
+        output, autograd::make_node<AlibiSlopesBackwardBackward>(differentiable, grad, causal, query_offset));
+  }
+  return output;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(posenc, Autograd, m) {
+  m.impl("alibi_slopes_backward", alibi_slopes_backward_autograd);
+}
+
+}  // namespace posenc

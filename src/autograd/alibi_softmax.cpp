@@ -1,0 +1,170 @@
+#include <autograd/detail/record.h>
+#include <ops/alibi_softmax.h>
+#include <posenc/alibi.h>
+
+#include <ATen/TensorOperators.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/arange.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/library.h>
+
+#include <array>
+#include <functional>
+#include <tuple>
+
+namespace posenc {
+namespace {
+
+using at::Tensor;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+struct Settings {
+  double scale;
+  bool causal;
+  std::optional<int64_t> query_offset;
+};
+
+/// Saves the probabilities alone: what the masks hid has probability zero.
+class AlibiSoftmaxBackward : public torch::autograd::Node {
+ public:
+  explicit AlibiSoftmaxBackward(const Settings& settings) : settings_(settings) {}
+
+  /// After the node has become the history of `probs`.
+  void save(const Tensor& probs) { probs_ = SavedVariable(probs, /*is_output=*/true); }
+
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    variable_list result(2);
+    if (grads[0].defined() && task_should_compute_output({{0, 2}})) {
+      std::tie(result[0], result[1]) = alibi_softmax_backward(
+          grads[0], probs_.unpack(getptr()), settings_.scale, settings_.causal, settings_.query_offset,
+          /*slopes_grad=*/task_should_compute_output(1));
+    }
+    return result;
+  }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    probs_.reset_data();
+  }
+
+  std::string name() const override { return "AlibiSoftmaxBackward"; }
+
+ private:
+  Settings settings_;
+  SavedVariable probs_;
+};
+
+/// With what arrives for `(dscores, dslopes)`, u and w, the inner product of both with the results is
+///
+///     F = sum of p (g - r) v,    r = sum over keys of g p,    v = scale u - w d,
+///
+/// whose derivatives are dF/dg = p (v - sum of p v) and dF/dp = (g - r) v - g (sum of p v). In tensor operations, so
+/// that they can be differentiated further.
+class AlibiSoftmaxBackwardBackward : public torch::autograd::Node {
+ public:
+  AlibiSoftmaxBackwardBackward(const Tensor& grad, const Tensor& probs, const Settings& settings)
+      : settings_(settings), grad_(grad, /*is_output=*/false), probs_(probs, /*is_output=*/false) {}
+
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    variable_list result(2);
+    // With fixed slopes there is one output only.
+    const Tensor slopes_grad = grads.size() > 1 ? grads[1] : Tensor();
+    if (!grads[0].defined() && !slopes_grad.defined()) {
+      return result;
+    }
+    const Tensor probs = probs_.unpack();
+    const auto dtype = probs.scalar_type();
+    const auto wide = dtype == at::kDouble ? at::kDouble : at::kFloat;
+    const Tensor p = probs.to(wide);
+    const Tensor g = grad_.unpack().to(wide);
+    Tensor v;
+    if (grads[0].defined()) {
+      v = grads[0].to(wide) * settings_.scale;
+    }
+    if (slopes_grad.defined()) {
+      const Tensor bias =
+          alibi_bias(slopes_grad, p.size(-2), p.size(-1), /*causal=*/false, wide, settings_.query_offset);  // -w d
+      v = v.defined() ? v + bias : bias;
+    }
+    const Tensor pv = (p * v).sum(-1, /*keepdim=*/true);
+    if (task_should_compute_output(0)) {
+      result[0] = (p * (v - pv)).to(dtype);
+    }
+    if (task_should_compute_output(1)) {
+      const Tensor r = (g * p).sum(-1, /*keepdim=*/true);
+      result[1] = ((g - r) * v - g * pv).to(dtype);
+    }
+    return result;
+  }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    grad_.reset_data();
+    probs_.reset_data();
+  }
+
+  std::string name() const override { return "AlibiSoftmaxBackwardBackward"; }
+
+ private:
+  Settings settings_;
+  SavedVariable grad_, probs_;
+};
+
+Tensor alibi_softmax_autograd(
+    const Tensor& scores,
+    const Tensor& slopes,
+    double scale,
+    bool causal,
+    const std::optional<Tensor>& key_padding_mask,
+    std::optional<int64_t> query_offset) {
+  autograd::check_no_tangent("posenc::alibi_softmax", scores);
+  autograd::check_no_tangent("posenc::alibi_softmax", slopes);
+  const Tensor output = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return alibi_softmax(scores, slopes, scale, causal, key_padding_mask, query_offset);
+  }();
+  const std::array<std::reference_wrapper<const Tensor>, 2> differentiable{scores, slopes};
+  if (autograd::any_requires_grad(differentiable)) {
+    const auto node = autograd::make_node<AlibiSoftmaxBackward>(differentiable, Settings{scale, causal, query_offset});
+    torch::autograd::set_history(output, node);
+    static_cast<AlibiSoftmaxBackward&>(*node).save(output);
+  }
+  return output;
+}
+
+std::tuple<Tensor, Tensor> alibi_softmax_backward_autograd(
+    const Tensor& grad,
+    const Tensor& probs,
+    double scale,
+    bool causal,
+    std::optional<int64_t> query_offset,
+    bool slopes_grad) {
+  autograd::check_no_tangent("posenc::alibi_softmax_backward", grad);
+  autograd::check_no_tangent("posenc::alibi_softmax_backward", probs);
+  auto outputs = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return alibi_softmax_backward(grad, probs, scale, causal, query_offset, slopes_grad);
+  }();
+  const std::array<std::reference_wrapper<const Tensor>, 2> differentiable{grad, probs};
+  if (autograd::any_requires_grad(differentiable)) {
+    const auto node = autograd::make_node<AlibiSoftmaxBackwardBackward>(
+        differentiable, grad, probs, Settings{scale, causal, query_offset});
+    torch::autograd::set_history(std::get<0>(outputs), node);
+    if (slopes_grad) {
+      torch::autograd::set_history(std::get<1>(outputs), node);
+    }
+  }
+  return outputs;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(posenc, Autograd, m) {
+  m.impl("alibi_softmax", alibi_softmax_autograd);
+  m.impl("alibi_softmax_backward", alibi_softmax_backward_autograd);
+}
+
+}  // namespace posenc

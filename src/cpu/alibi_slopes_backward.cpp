@@ -1,0 +1,74 @@
+#include <contract/alibi.h>
+#include <cpu/detail/clones.h>
+#include <cpu/detail/dispatch.h>
+#include <cpu/detail/score_rows.h>
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <vector>
+
+namespace posenc {
+namespace {
+
+using at::Tensor;
+
+/// Sums are formed in float64, eight side by side.
+constexpr int kLanes = 8;
+
+/// The sum of `grad * distance` over the first `count` keys. The stride is 1 where `Dense`.
+template <typename T, bool Dense>
+POSENC_CPU_CLONES double sum_row(const T* grad, int64_t stride, int32_t position, int32_t count) {
+  using Real = cpu::arithmetic_t<T>;
+  const int64_t step = Dense ? 1 : stride;
+  const auto term = [&](int32_t j) {
+    return static_cast<double>(static_cast<Real>(grad[j * step])) * AlibiShape::distance(position, j);
+  };
+  cpu::Lanes<double, kLanes> sums(0);
+  int32_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      sums.values[lane] += term(j + lane);
+    }
+  }
+  for (int lane = 0; j < count; ++j, ++lane) {
+    sums.values[lane] += term(j);
+  }
+  return sums.sum();
+}
+
+/// Rows are summed by themselves, and then one after the other for each head, in one order.
+template <typename T>
+void run(const AlibiShape& shape, const ScoresIn& grad, cpu::arithmetic_t<T>* result) {
+  std::vector<double> row_sums(shape.num_heads * shape.batch * shape.q_len);
+  const auto sum = grad.strides.key == 1 ? sum_row<T, true> : sum_row<T, false>;
+  cpu::for_each_row(shape, /*head_first=*/true, [&](const cpu::ScoreRow& row) {
+    const T* data = static_cast<const T*>(grad.data) + grad.strides.row(row.batch, row.head, row.query);
+    const int32_t position = shape.position(row.query);
+    const int32_t visible = shape.visible(position);
+    if (visible > 0) {
+      row_sums[row.index] = grad.strides.key == 0  // one gradient for the whole row, as from sum()
+          ? static_cast<double>(data[0]) * AlibiShape::sum_of_distances(position, visible)
+          : sum(data, grad.strides.key, position, visible);
+    }
+  });
+  cpu::sum_rows_of_heads(shape, row_sums.data(), result);
+}
+
+Tensor alibi_slopes_backward_cpu(const Tensor& grad, bool causal, std::optional<int64_t> query_offset) {
+  const AlibiShape shape = contract::alibi_shape({"posenc::alibi_slopes_backward", causal, query_offset}, "grad", grad);
+  Tensor result = at::empty({shape.num_heads}, grad.options().dtype(contract::alibi_slopes_dtype(grad.scalar_type())));
+  cpu::for_dtype(grad.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    run<T>(shape, contract::scores_in(grad), result.mutable_data_ptr<cpu::arithmetic_t<T>>());
+  });
+  return result;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(posenc, CPU, m) {
+  m.impl("alibi_slopes_backward", alibi_slopes_backward_cpu);
+}
+
+}  // namespace posenc

@@ -1,0 +1,288 @@
+#include <contract/alibi.h>
+#include <cpu/detail/clones.h>
+#include <cpu/detail/dispatch.h>
+#include <cpu/detail/score_rows.h>
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace posenc {
+namespace {
+
+using at::Tensor;
+
+constexpr int kLanes = 16;
+
+/// exp(x) for x at most 0, to 2 units in the last place, in steps that the compiler can vectorise (Cody and Waite's
+/// reduction by ln 2, then the polynomial of Cephes' expf); zero where float32 has no normal number. NaN stays NaN.
+inline float exp_of_negative(float x) {
+  constexpr float kLog2E = 1.44269504088896341F;
+  constexpr float kRound = 12582912.0F;  // 1.5 * 2^23: its sum with a small number has that number's integer below
+  const float n = (x * kLog2E + kRound) - kRound;
+  const float r = (x - n * 0.693359375F) - n * -2.12194440e-4F;
+  float p = 1.9875691500e-4F;
+  p = p * r + 1.3981999507e-3F;
+  p = p * r + 8.3334519073e-3F;
+  p = p * r + 4.1665795894e-2F;
+  p = p * r + 1.6666665459e-1F;
+  p = p * r + 5.0000001201e-1F;
+  p = (p * r) * r + r + 1.0F;
+  const bool vanishes = x < -87.0F;
+  const int32_t exponent = static_cast<int32_t>(vanishes || n != n ? 0.0F : n) + 127;
+  const int32_t bits = exponent << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof(power));
+  return vanishes ? 0.0F : p * power;
+}
+
+inline double exp_of_negative(double x) {
+  return std::exp(x);
+}
+
+/// The logits of the first `count` keys into `logits`. The stride is 1 where `Dense`.
+template <typename T, bool Dense>
+POSENC_CPU_CLONES void logits_row(
+    const T* in,
+    int64_t stride,
+    cpu::arithmetic_t<T> scale,
+    cpu::arithmetic_t<T> slope,
+    int32_t position,
+    int32_t count,
+    cpu::arithmetic_t<T>* __restrict logits) {
+  using Real = cpu::arithmetic_t<T>;
+  const int64_t step = Dense ? 1 : stride;
+  for (int32_t j = 0; j < count; ++j) {
+    const Real bias = -slope * static_cast<Real>(AlibiShape::distance(position, j));
+    logits[j] = scale * static_cast<Real>(in[j * step]) + bias;
+  }
+}
+
+template <typename Real>
+POSENC_CPU_CLONES Real maximum(const Real* logits, int32_t count) {
+  cpu::Lanes<Real, kLanes> lanes(-std::numeric_limits<Real>::infinity());
+  int32_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      lanes.values[lane] = logits[j + lane] > lanes.values[lane] ? logits[j + lane] : lanes.values[lane];
+    }
+  }
+  for (int lane = 0; j < count; ++j, ++lane) {
+    lanes.values[lane] = logits[j] > lanes.values[lane] ? logits[j] : lanes.values[lane];
+  }
+  return *std::max_element(lanes.values, lanes.values + kLanes);
+}
+
+/// Replaces logits with their exponentials and returns their sum.
+template <typename Real>
+POSENC_CPU_CLONES Real exponentials(Real* logits, Real shift, int32_t count) {
+  for (int32_t j = 0; j < count; ++j) {
+    logits[j] = exp_of_negative(logits[j] - shift);
+  }
+  cpu::Lanes<Real, kLanes> lanes(0);
+  int32_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      lanes.values[lane] += logits[j + lane];
+    }
+  }
+  for (int lane = 0; j < count; ++j, ++lane) {
+    lanes.values[lane] += logits[j];
+  }
+  return lanes.sum();
+}
+
+template <typename T, bool Dense>
+POSENC_CPU_CLONES void scaled_row(
+    const cpu::arithmetic_t<T>* exponentials,
+    cpu::arithmetic_t<T> factor,
+    int32_t count,
+    T* __restrict out,
+    int64_t stride) {
+  const int64_t step = Dense ? 1 : stride;
+  for (int32_t j = 0; j < count; ++j) {
+    out[j * step] = static_cast<T>(exponentials[j] * factor);
+  }
+}
+
+template <typename T>
+void fill_zero(T* out, int64_t stride, int32_t begin, int32_t end) {
+  for (int32_t j = begin; j < end; ++j) {
+    out[j * stride] = static_cast<T>(0.0F);
+  }
+}
+
+template <typename T>
+void run(const AlibiSoftmaxProblem& problem) {
+  using Real = cpu::arithmetic_t<T>;
+  constexpr Real kHidden = -std::numeric_limits<Real>::infinity();
+  const AlibiShape& shape = problem.shape;
+  const int64_t in_stride = problem.in.strides.key;
+  const int64_t out_stride = problem.out.strides.key;
+  const PaddingView& padding = problem.padding;
+  const auto logits_of = in_stride == 1 ? logits_row<T, true> : logits_row<T, false>;
+  const auto scaled = out_stride == 1 ? scaled_row<T, true> : scaled_row<T, false>;
+  cpu::for_each_row(shape, /*head_first=*/false, [&](const cpu::ScoreRow& row) {
+    static thread_local std::vector<Real> buffer;
+    buffer.resize(shape.k_len);
+    Real* logits = buffer.data();
+    const T* in = static_cast<const T*>(problem.in.data) + problem.in.strides.row(row.batch, row.head, row.query);
+    T* out = static_cast<T*>(problem.out.data) + problem.out.strides.row(row.batch, row.head, row.query);
+    const int32_t position = shape.position(row.query);
+    const int32_t visible = shape.visible(position);
+    const Real slope = problem.slopes.slope<Real>(row.head);
+    logits_of(in, in_stride, static_cast<Real>(problem.scale), slope, position, visible, logits);
+    if (padding.data != nullptr) {
+      const bool* hides = padding.data + row.batch * padding.stride_batch;
+      for (int32_t j = 0; j < visible; ++j) {
+        logits[j] = hides[j * padding.stride_key] ? kHidden : logits[j];
+      }
+    }
+    const Real top = maximum(logits, visible);
+    const Real sum = exponentials(logits, top == kHidden ? Real(0) : top, visible);
+    scaled(logits, sum == 0 ? Real(0) : 1 / sum, visible, out, out_stride);
+    fill_zero(out, out_stride, visible, shape.k_len);
+  });
+}
+
+/// The gradient of one row and, where wanted, the sum of `probs * (grad - r) * distance`. Strides are 1 where `Dense`.
+template <typename T>
+struct BackwardRow {
+  const T* grad;
+  const T* probs;
+  T* out;
+  int64_t grad_stride, probs_stride, out_stride;
+  int32_t position, count;
+};
+
+template <typename T, bool Dense>
+POSENC_CPU_CLONES double backward_row(const BackwardRow<T>& row, double scale, bool slopes_grad) {
+  using Real = cpu::arithmetic_t<T>;
+  const T* grad = row.grad;
+  const T* probs = row.probs;
+  T* __restrict out = row.out;
+  const int64_t grad_step = Dense ? 1 : row.grad_stride;
+  const int64_t probs_step = Dense ? 1 : row.probs_stride;
+  const int64_t out_step = Dense ? 1 : row.out_stride;
+  const int32_t position = row.position;
+  const int32_t count = row.count;
+  const auto g = [&](int32_t j) { return static_cast<Real>(grad[j * grad_step]); };
+  const auto p = [&](int32_t j) { return static_cast<Real>(probs[j * probs_step]); };
+
+  cpu::Lanes<Real, kLanes> products(0);
+  int32_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      products.values[lane] += g(j + lane) * p(j + lane);
+    }
+  }
+  for (int lane = 0; j < count; ++j, ++lane) {
+    products.values[lane] += g(j) * p(j);
+  }
+  const Real r = products.sum();
+  const Real factor = static_cast<Real>(scale);
+  for (j = 0; j < count; ++j) {
+    out[j * out_step] = static_cast<T>(factor * (p(j) * (g(j) - r)));
+  }
+  if (!slopes_grad) {
+    return 0;
+  }
+  constexpr int kWideLanes = 8;
+  cpu::Lanes<double, kWideLanes> sums(0);
+  const auto term = [&](int32_t key) {
+    return static_cast<double>(p(key) * (g(key) - r)) * AlibiShape::distance(position, key);
+  };
+  j = 0;
+  for (; j + kWideLanes <= count; j += kWideLanes) {
+    for (int lane = 0; lane < kWideLanes; ++lane) {
+      sums.values[lane] += term(j + lane);
+    }
+  }
+  for (int lane = 0; j < count; ++j, ++lane) {
+    sums.values[lane] += term(j);
+  }
+  return sums.sum();
+}
+
+template <typename T>
+void run_backward(const AlibiSoftmaxBackwardProblem& problem) {
+  const AlibiShape& shape = problem.shape;
+  const auto at_row = [](const ScoreStrides& strides, const cpu::ScoreRow& row) {
+    return strides.row(row.batch, row.head, row.query);
+  };
+  const int64_t strides[] = {problem.grad.strides.key, problem.probs.strides.key, problem.out.strides.key};
+  const bool dense = strides[0] == 1 && strides[1] == 1 && strides[2] == 1;
+  const auto backward = dense ? backward_row<T, true> : backward_row<T, false>;
+  cpu::for_each_row(shape, /*head_first=*/true, [&](const cpu::ScoreRow& at) {
+    const int32_t position = shape.position(at.query);
+    const BackwardRow<T> row{
+        static_cast<const T*>(problem.grad.data) + at_row(problem.grad.strides, at),
+        static_cast<const T*>(problem.probs.data) + at_row(problem.probs.strides, at),
+        static_cast<T*>(problem.out.data) + at_row(problem.out.strides, at),
+        strides[0],
+        strides[1],
+        strides[2],
+        position,
+        shape.visible(position)};
+    const double sum = backward(row, problem.scale, problem.row_sums != nullptr);
+    if (problem.row_sums != nullptr) {
+      problem.row_sums[at.index] = sum;
+    }
+    fill_zero(row.out, row.out_stride, row.count, shape.k_len);
+  });
+}
+
+Tensor alibi_softmax_cpu(
+    const Tensor& scores,
+    const Tensor& slopes,
+    double scale,
+    bool causal,
+    const std::optional<Tensor>& key_padding_mask,
+    std::optional<int64_t> query_offset) {
+  auto problem = contract::alibi_softmax_problem(
+      {"posenc::alibi_softmax", causal, query_offset}, scores, slopes, scale, key_padding_mask);
+  Tensor output = contract::allocate_output(scores, problem.out);
+  cpu::for_dtype(scores.scalar_type(), [&](auto type) { run<typename decltype(type)::type>(problem); });
+  return output;
+}
+
+std::tuple<Tensor, Tensor> alibi_softmax_backward_cpu(
+    const Tensor& grad,
+    const Tensor& probs,
+    double scale,
+    bool causal,
+    std::optional<int64_t> query_offset,
+    bool slopes_grad) {
+  auto problem = contract::alibi_softmax_backward_problem(
+      {"posenc::alibi_softmax_backward", causal, query_offset}, grad, probs, scale);
+  const AlibiShape& shape = problem.shape;
+  Tensor output = contract::allocate_output(probs, problem.out);
+  std::vector<double> row_sums;
+  if (slopes_grad) {
+    row_sums.resize(shape.num_heads * shape.batch * shape.q_len);
+    problem.row_sums = row_sums.data();
+  }
+  Tensor slopes;
+  cpu::for_dtype(probs.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    run_backward<T>(problem);
+    if (slopes_grad) {
+      slopes = at::empty({shape.num_heads}, probs.options().dtype(contract::alibi_slopes_dtype(probs.scalar_type())));
+      cpu::sum_rows_of_heads(shape, row_sums.data(), slopes.mutable_data_ptr<cpu::arithmetic_t<T>>());
+    }
+  });
+  return {output, slopes};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(posenc, CPU, m) {
+  m.impl("alibi_softmax", alibi_softmax_cpu);
+  m.impl("alibi_softmax_backward", alibi_softmax_backward_cpu);
+}
+
+}  // namespace posenc

@@ -1,0 +1,88 @@
+#include <contract/alibi.h>
+#include <cuda/detail/dispatch.h>
+#include <cuda/detail/vector_width.h>
+#include <cuda/alibi_slopes_backward_kernel.cuh>
+
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+namespace posenc {
+namespace {
+
+using at::Tensor;
+
+constexpr const char* kOp = "posenc::alibi_slopes_backward";
+
+/// What a block reads at least, and how many blocks share a head and batch at most: enough bytes to make up for the
+/// end of a block, blocks enough for every SM, and not so many that the second kernel takes long.
+constexpr int64_t kBytesPerBlock = 32 * 1024;
+constexpr int64_t kMaxRowGroups = 2048;
+
+template <typename T, int V>
+void launch(const AlibiShape& shape, const ScoresIn& grad, const dim3& grid, int64_t rows_per_block, double* sums) {
+  const int64_t along_keys = cuda::threads_along_keys(cuda::ceil_div(shape.k_len, V), cuda::kSumVectors);
+  const dim3 block(along_keys, cuda::kMaxThreads / along_keys);
+  cuda::for_bool(shape.causal, [&](auto causal) {
+    cuda::alibi_slopes_backward_kernel<T, V, decltype(causal)::value>
+        <<<grid, block, 0, c10::cuda::getCurrentCUDAStream()>>>(
+            shape, grad, static_cast<int32_t>(rows_per_block), sums);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+}
+
+template <typename T>
+void run(const AlibiShape& shape, const ScoresIn& grad, Tensor& result) {
+  using Real = cuda::arithmetic_t<T>;
+  constexpr int V = cuda::kMaxVectorBytes / sizeof(T);
+  const bool expanded = grad.strides.key == 0;
+  const int64_t row_bytes = int64_t{shape.k_len} * static_cast<int64_t>(sizeof(T));
+  const int64_t rows_per_block = expanded
+      ? cuda::kMaxThreads
+      : std::max(cuda::ceil_div(kBytesPerBlock, row_bytes), cuda::ceil_div(shape.q_len, kMaxRowGroups));
+  const int64_t row_groups = cuda::ceil_div(shape.q_len, rows_per_block);
+  TORCH_CHECK(
+      cuda::fits_grid(row_groups, shape), kOp, ": expected at most ", cuda::kMaxGridY,
+      " heads and batches on CUDA, got ", shape.num_heads, " and ", shape.batch);
+  const int64_t sums_per_head = shape.batch * row_groups;
+  const Tensor sums = at::empty({shape.num_heads, sums_per_head}, result.options().dtype(at::kDouble));
+  auto* const sums_data = sums.mutable_data_ptr<double>();
+  const dim3 grid(row_groups, shape.num_heads, shape.batch);
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  if (expanded) {
+    cuda::alibi_slopes_backward_of_expanded_kernel<T><<<grid, cuda::kMaxThreads, 0, stream>>>(shape, grad, sums_data);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  } else if (cuda::holds_vectors<T, V>(grad.data, grad.strides, shape.k_len)) {
+    launch<T, V>(shape, grad, grid, rows_per_block, sums_data);
+  } else {
+    launch<T, 1>(shape, grad, grid, rows_per_block, sums_data);
+  }
+  cuda::sum_of_heads_kernel<Real><<<dim3(shape.num_heads), cuda::kHeadSumThreads, 0, stream>>>(
+      sums_data, sums_per_head, result.mutable_data_ptr<Real>());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+Tensor alibi_slopes_backward_cuda(const Tensor& grad, bool causal, std::optional<int64_t> query_offset) {
+  const AlibiShape shape = contract::alibi_shape({kOp, causal, query_offset}, "grad", grad);
+  const c10::cuda::CUDAGuard device(grad.device());
+  Tensor result = at::empty({shape.num_heads}, grad.options().dtype(contract::alibi_slopes_dtype(grad.scalar_type())));
+  if (cuda::is_empty(shape)) {
+    return result.zero_();
+  }
+  cuda::for_dtype(grad.scalar_type(), [&](auto type) {
+    run<typename decltype(type)::type>(shape, contract::scores_in(grad), result);
+  });
+  return result;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(posenc, CUDA, m) {
+  m.impl("alibi_slopes_backward", alibi_slopes_backward_cuda);
+}
+
+}  // namespace posenc

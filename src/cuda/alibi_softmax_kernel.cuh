@@ -1,0 +1,391 @@
+#pragma once
+
+#include <cuda/detail/score_grid.h>
+#include <cuda/detail/reduce.cuh>
+#include <cuda/detail/score_vectors.cuh>
+
+#include <cuda_pipeline_primitives.h>
+
+// Softmax of scaled scores with their bias and masks, and its gradient. Threads along x share a row and keep it: what
+// is read once is not read again. Rows too long for that are read twice, by the *long* kernels.
+//
+// The end of a row's reduction waits for all of its loads, so an SM needs rows of other blocks in flight meanwhile:
+// hence few registers, two blocks of the largest size at least.
+namespace posenc::cuda {
+
+constexpr int kMaxRowThreads = 512;
+constexpr int kMaxRowWarps = kMaxRowThreads / kWarp;
+
+/// A tile is what one thread keeps of a row: `Count` vectors, a block's width apart.
+template <int VectorWidth, int Count, bool IsCausal>
+struct RowPolicy {
+  static constexpr int kVectorWidth = VectorWidth;
+  static constexpr int kCount = Count;
+  static constexpr bool kCausal = IsCausal;
+};
+
+/// Blocks of the largest size that an SM must hold: where a thread keeps 32 registers of a row, two fit. Single
+/// elements come with an address each, for which 64 registers are too few.
+template <int VectorWidth, int Bytes>
+constexpr int kMinRowBlocks = VectorWidth > 1 && Bytes <= 128 ? 2 : 1;
+
+/// Keeps the compiler from carrying the widened elements of a vector past this point: they would take twice the
+/// registers of the packed ones, and spill.
+template <typename T, int V>
+__device__ void keep_packed(Vector<T, V>& vector) {
+  if constexpr (sizeof(T) == 2 && V % 2 == 0) {
+    auto* const words = reinterpret_cast<uint32_t*>(&vector);
+#pragma unroll
+    for (int i = 0; i < V / 2; ++i) {
+      asm volatile("" : "+r"(words[i]));
+    }
+  }
+}
+
+/// Narrow results do not show that this one is only good to 5e-6.
+template <typename T>
+__device__ arithmetic_t<T> exponential(arithmetic_t<T> x) {
+  if constexpr (sizeof(T) == 2) {
+    return __expf(x);
+  } else if constexpr (sizeof(T) == 4) {
+    return expf(x);
+  } else {
+    return exp(x);
+  }
+}
+
+/// One row of a call, as seen by one thread.
+template <typename T>
+struct SoftmaxRow {
+  using Real = arithmetic_t<T>;
+
+  const T* in;
+  const bool* hides;  // null where there is no mask
+  int64_t in_stride, hides_stride;
+  Real scale, slope;
+  int32_t position;
+  uint32_t visible;
+
+  __device__ SoftmaxRow(const AlibiSoftmaxProblem& problem, uint32_t query, bool causal) {
+    const AlibiShape& shape = problem.shape;
+    const PaddingView& padding = problem.padding;
+    in = static_cast<const T*>(problem.in.data) + problem.in.strides.row(blockIdx.z, blockIdx.y, query);
+    in_stride = problem.in.strides.key;
+    hides = padding.data == nullptr ? nullptr : padding.data + blockIdx.z * padding.stride_batch;
+    hides_stride = padding.stride_key;
+    scale = static_cast<Real>(problem.scale);
+    slope = problem.slopes.slope<Real>(blockIdx.y);
+    position = shape.position(static_cast<int32_t>(query));
+    visible = static_cast<uint32_t>(causal ? shape.visible(position) : shape.k_len);
+  }
+
+  /// Minus infinity where the query does not see the key.
+  __device__ Real logit(T score, uint32_t key) const {
+    if (key >= visible || (hides != nullptr && hides[key * hides_stride])) {
+      return static_cast<Real>(-INFINITY);
+    }
+    return multiply(widen(score), scale) + bias_of(slope, position, key);
+  }
+};
+
+/// What to subtract from logits: a row that sees nothing has no maximum, and its exponentials must be 0, not NaN.
+template <typename Real>
+__device__ Real shift_of(Real maximum) {
+  return maximum == static_cast<Real>(-INFINITY) ? Real(0) : maximum;
+}
+
+template <typename Real>
+__device__ Real reciprocal_or_zero(Real sum) {
+  return sum == Real(0) ? Real(0) : Real(1) / sum;
+}
+
+template <typename T, typename Policy>
+__global__ void __launch_bounds__(
+    kMaxRowThreads,
+    kMinRowBlocks<
+        Policy::kVectorWidth,
+        Policy::kVectorWidth * Policy::kCount* static_cast<int>(sizeof(arithmetic_t<T>))>)
+    alibi_softmax_kernel(const __grid_constant__ AlibiSoftmaxProblem problem) {
+  using Real = arithmetic_t<T>;
+  constexpr int V = Policy::kVectorWidth;
+  constexpr int U = Policy::kCount;
+  __shared__ Real scratch[2][kMaxRowWarps];
+  const uint32_t own_query = blockIdx.x * blockDim.y + threadIdx.y;
+  const auto q_len = static_cast<uint32_t>(problem.shape.q_len);
+  const auto k_len = static_cast<uint32_t>(problem.shape.k_len);
+  // All threads meet at the reductions: those behind the last query repeat it, and do not store.
+  const uint32_t query = own_query < q_len ? own_query : q_len - 1;
+  const SoftmaxRow<T> row(problem, query, Policy::kCausal);
+  const uint32_t step = blockDim.x * V;
+  const uint32_t first = threadIdx.x * V;
+
+  Vector<T, V> scores[U];
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    scores[u] = Vector<T, V>{};
+    if (first + u * step < row.visible) {
+      scores[u] = load_keys<V>(row.in, first + u * step, row.in_stride);
+    }
+  }
+  Real values[U][V];
+  auto top = static_cast<Real>(-INFINITY);
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      values[u][i] = row.logit(scores[u][i], first + u * step + i);
+      top = Maximum()(top, values[u][i]);
+    }
+  }
+  const Real shift = shift_of(reduce_row(top, static_cast<Real>(-INFINITY), Maximum(), scratch[0]));
+  Real sum = 0;
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      values[u][i] = exponential<T>(values[u][i] - shift);
+      sum += values[u][i];
+    }
+  }
+  const Real factor = reciprocal_or_zero(reduce_row(sum, Real(0), Sum(), scratch[1]));
+  if (own_query >= q_len) {
+    return;
+  }
+  T* out = static_cast<T*>(problem.out.data) + problem.out.strides.row(blockIdx.z, blockIdx.y, query);
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    const uint32_t key = first + u * step;
+    if (key < k_len) {
+      Vector<T, V> result;
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        result[i] = narrow<T>(values[u][i] * factor);
+      }
+      store_keys<V>(out, key, problem.out.strides.key, result);
+    }
+  }
+}
+
+/// One row a block, of any length.
+template <typename T, int V>
+__global__ void __launch_bounds__(kMaxRowThreads)
+    alibi_softmax_long_kernel(const __grid_constant__ AlibiSoftmaxProblem problem) {
+  using Real = arithmetic_t<T>;
+  __shared__ Real scratch[2][kMaxRowWarps];
+  const SoftmaxRow<T> row(problem, blockIdx.x, problem.shape.causal);
+  const uint32_t step = blockDim.x * V;
+  const uint32_t first = threadIdx.x * V;
+
+  // The sum of exponentials relative to the largest logit so far (Milakov and Gimelshein 2018, algorithm 3).
+  auto top = static_cast<Real>(-INFINITY);
+  Real sum = 0;
+  for (uint32_t key = first; key < row.visible; key += step) {
+    const Vector<T, V> scores = load_keys<V>(row.in, key, row.in_stride);
+    Real logits[V];
+    Real next = top;
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      logits[i] = row.logit(scores[i], key + i);
+      next = Maximum()(next, logits[i]);
+    }
+    const Real shift = shift_of(next);
+    sum *= exponential<T>(top - shift);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      sum += exponential<T>(logits[i] - shift);
+    }
+    top = next;
+  }
+  const Real shift = shift_of(reduce_row(top, static_cast<Real>(-INFINITY), Maximum(), scratch[0]));
+  sum *= exponential<T>(top - shift);
+  const Real factor = reciprocal_or_zero(reduce_row(sum, Real(0), Sum(), scratch[1]));
+
+  T* out = static_cast<T*>(problem.out.data) + problem.out.strides.row(blockIdx.z, blockIdx.y, blockIdx.x);
+  for (uint32_t key = first; key < static_cast<uint32_t>(problem.shape.k_len); key += step) {
+    Vector<T, V> scores{};
+    if (key < row.visible) {
+      scores = load_keys<V>(row.in, key, row.in_stride);
+    }
+    Vector<T, V> result;
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      result[i] = narrow<T>(exponential<T>(row.logit(scores[i], key + i) - shift) * factor);
+    }
+    store_keys<V>(out, key, problem.out.strides.key, result);
+  }
+}
+
+// --- Backward -------------------------------------------------------------------------------------------------------
+
+/// What the gradient of one vector adds to the sum that slopes receive; stores the gradient of the scores.
+template <typename T, int V>
+__device__ arithmetic_t<T> softmax_gradient(
+    const Vector<T, V>& grads,
+    const Vector<T, V>& probs,
+    arithmetic_t<T> r,
+    arithmetic_t<T> scale,
+    int32_t position,
+    uint32_t key,
+    uint32_t visible,
+    Vector<T, V>& result) {
+  using Real = arithmetic_t<T>;
+  Real moment = 0;
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    const bool seen = key + i < visible;
+    const Real gradient = seen ? widen(probs[i]) * (widen(grads[i]) - r) : Real(0);
+    moment = multiply_add(gradient, distance<Real>(position, key + i), moment);
+    result[i] = narrow<T>(scale * gradient);
+  }
+  return moment;
+}
+
+/// With `Staged` the incoming gradients wait in shared memory, each thread's own, and only the probabilities in
+/// registers: rows of 16,384 float32 keys would leave an SM room for one block otherwise.
+template <typename T, typename Policy, bool Staged>
+__global__ void __launch_bounds__(
+    kMaxRowThreads,
+    kMinRowBlocks<
+        Policy::kVectorWidth,
+        Policy::kVectorWidth * Policy::kCount* static_cast<int>(sizeof(T)) * (Staged ? 1 : 2)>)
+    alibi_softmax_backward_kernel(const __grid_constant__ AlibiSoftmaxBackwardProblem problem) {
+  using Real = arithmetic_t<T>;
+  constexpr int V = Policy::kVectorWidth;
+  constexpr int U = Policy::kCount;
+  __shared__ Real scratch[kMaxRowWarps];
+  __shared__ double moments[kMaxRowWarps];
+  extern __shared__ uint4 stage_bytes[];
+  const AlibiShape& shape = problem.shape;
+  const uint32_t own_query = blockIdx.x * blockDim.y + threadIdx.y;
+  const auto q_len = static_cast<uint32_t>(shape.q_len);
+  const auto k_len = static_cast<uint32_t>(shape.k_len);
+  const uint32_t query = own_query < q_len ? own_query : q_len - 1;
+  const int32_t position = shape.position(static_cast<int32_t>(query));
+  const uint32_t visible = Policy::kCausal ? static_cast<uint32_t>(shape.visible(position)) : k_len;
+  const uint32_t step = blockDim.x * V;
+  const uint32_t first = threadIdx.x * V;
+  const T* grad = static_cast<const T*>(problem.grad.data) + problem.grad.strides.row(blockIdx.z, blockIdx.y, query);
+  const T* prob = static_cast<const T*>(problem.probs.data) + problem.probs.strides.row(blockIdx.z, blockIdx.y, query);
+
+  auto* const stage = reinterpret_cast<Vector<T, V>*>(stage_bytes) + threadIdx.y * blockDim.x + threadIdx.x;
+  const uint32_t stage_step = blockDim.x * blockDim.y;
+  Vector<T, V> grads[Staged ? 1 : U];
+  Vector<T, V> probs[U];
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    const uint32_t key = first + u * step;
+    probs[u] = Vector<T, V>{};
+    if constexpr (!Staged) {
+      grads[u] = Vector<T, V>{};
+    }
+    if (key < visible) {
+      if constexpr (Staged) {
+        __pipeline_memcpy_async(stage + u * stage_step, grad + key, sizeof(Vector<T, V>));
+      } else {
+        grads[u] = load_keys<V>(grad, key, problem.grad.strides.key);
+      }
+      probs[u] = load_keys<V>(prob, key, problem.probs.strides.key);
+    }
+  }
+  if constexpr (Staged) {
+    __pipeline_commit();
+    __pipeline_wait_prior(0);
+  }
+  const auto grads_of = [&](int u) {
+    if constexpr (Staged) {
+      return first + u * step < visible ? stage[u * stage_step] : Vector<T, V>{};
+    } else {
+      return grads[u];
+    }
+  };
+
+  Real r = 0;
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    const Vector<T, V> g = grads_of(u);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      if (first + u * step + i < visible) {
+        r = multiply_add(widen(g[i]), widen(probs[u][i]), r);
+      }
+    }
+  }
+  r = reduce_row(r, Real(0), Sum(), scratch);
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    keep_packed(probs[u]);
+    if constexpr (!Staged) {
+      keep_packed(grads[u]);
+    }
+  }
+  T* out = static_cast<T*>(problem.out.data) + problem.out.strides.row(blockIdx.z, blockIdx.y, query);
+  const Real scale = static_cast<Real>(problem.scale);
+  const bool live = own_query < q_len;
+  Real moment = 0;
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    const uint32_t key = first + u * step;
+    if (key < k_len && live) {
+      Vector<T, V> result;
+      moment += softmax_gradient(grads_of(u), probs[u], r, scale, position, key, visible, result);
+      store_keys<V>(out, key, problem.out.strides.key, result);
+    }
+  }
+  if (problem.row_sums != nullptr) {
+    const double sum = reduce_row(static_cast<double>(moment), 0.0, Sum(), moments);
+    if (threadIdx.x == 0 && live) {
+      problem.row_sums[(blockIdx.y * shape.batch + blockIdx.z) * q_len + query] = sum;
+    }
+  }
+}
+
+/// One row a block, of any length.
+template <typename T, int V>
+__global__ void __launch_bounds__(kMaxRowThreads)
+    alibi_softmax_backward_long_kernel(const __grid_constant__ AlibiSoftmaxBackwardProblem problem) {
+  using Real = arithmetic_t<T>;
+  __shared__ Real scratch[kMaxRowWarps];
+  __shared__ double moments[kMaxRowWarps];
+  const AlibiShape& shape = problem.shape;
+  const uint32_t query = blockIdx.x;
+  const int32_t position = shape.position(static_cast<int32_t>(query));
+  const auto visible = static_cast<uint32_t>(shape.visible(position));
+  const uint32_t step = blockDim.x * V;
+  const uint32_t first = threadIdx.x * V;
+  const T* grad = static_cast<const T*>(problem.grad.data) + problem.grad.strides.row(blockIdx.z, blockIdx.y, query);
+  const T* prob = static_cast<const T*>(problem.probs.data) + problem.probs.strides.row(blockIdx.z, blockIdx.y, query);
+  Real r = 0;
+  for (uint32_t key = first; key < visible; key += step) {
+    const auto grads = load_keys<V>(grad, key, problem.grad.strides.key);
+    const auto probs = load_keys<V>(prob, key, problem.probs.strides.key);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      if (key + i < visible) {
+        r = multiply_add(widen(grads[i]), widen(probs[i]), r);
+      }
+    }
+  }
+  r = reduce_row(r, Real(0), Sum(), scratch);
+  T* out = static_cast<T*>(problem.out.data) + problem.out.strides.row(blockIdx.z, blockIdx.y, query);
+  double moment = 0;
+  for (uint32_t key = first; key < static_cast<uint32_t>(shape.k_len); key += step) {
+    Vector<T, V> grads{};
+    Vector<T, V> probs{};
+    if (key < visible) {
+      grads = load_keys<V>(grad, key, problem.grad.strides.key);
+      probs = load_keys<V>(prob, key, problem.probs.strides.key);
+    }
+    Vector<T, V> result;
+    moment += static_cast<double>(
+        softmax_gradient(grads, probs, r, static_cast<Real>(problem.scale), position, key, visible, result));
+    store_keys<V>(out, key, problem.out.strides.key, result);
+  }
+  if (problem.row_sums != nullptr) {
+    moment = reduce_row(moment, 0.0, Sum(), moments);
+    if (threadIdx.x == 0) {
+      problem.row_sums[(blockIdx.y * shape.batch + blockIdx.z) * shape.q_len + query] = moment;
+    }
+  }
+}
+
+}  // namespace posenc::cuda

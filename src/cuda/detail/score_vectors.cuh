@@ -1,0 +1,40 @@
+#pragma once
+
+#include <contract/alibi_problem.h>
+#include <cuda/detail/vector.cuh>
+
+// Rows of scores in vectors of V. No torch.
+namespace posenc::cuda {
+
+/// V keys from `key` on; with V = 1 any stride will do.
+template <int V, typename T>
+__device__ Vector<T, V> load_keys(const T* row, uint32_t key, int64_t stride) {
+  if constexpr (V == 1) {
+    return {row[key * stride]};
+  } else {
+    return load<V>(row + key);
+  }
+}
+
+template <int V, typename T>
+__device__ void store_keys(T* row, uint32_t key, int64_t stride, const Vector<T, V>& vector) {
+  if constexpr (V == 1) {
+    row[key * stride] = vector[0];
+  } else {
+    store<V>(row + key, vector);
+  }
+}
+
+/// The distance of a key in the arithmetic of the scores: formed in int32.
+template <typename Real>
+__device__ Real distance(int32_t position, uint32_t key) {
+  return static_cast<Real>(AlibiShape::distance(position, static_cast<int32_t>(key)));
+}
+
+/// Minus the product, rounded by itself: never fused with the sum that follows, so that all paths give the same bits.
+template <typename Real>
+__device__ Real bias_of(Real slope, int32_t position, uint32_t key) {
+  return multiply(-slope, distance<Real>(position, key));
+}
+
+}  // namespace posenc::cuda

@@ -1,0 +1,32 @@
+#include <contract/alibi.h>
+#include <meta/detail/symbolic.h>
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+namespace posenc {
+namespace {
+
+using at::Tensor;
+
+Tensor alibi_bias_meta(
+    const Tensor& slopes,
+    c10::SymInt q_len,  // NOLINT(performance-unnecessary-value-param): how the dispatcher knows a symbol
+    c10::SymInt k_len,  // NOLINT(performance-unnecessary-value-param)
+    bool causal,
+    at::ScalarType dtype,
+    std::optional<int64_t> query_offset) {
+  if (!q_len.is_symbolic() && !k_len.is_symbolic() && !meta::has_symbolic_sizes(slopes)) {
+    contract::alibi_bias_problem(
+        {"posenc::alibi_bias", causal, query_offset}, slopes, q_len.expect_int(), k_len.expect_int(), dtype);
+  }
+  return at::empty_symint({slopes.sym_size(0), q_len, k_len}, slopes.options().dtype(dtype));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(posenc, Meta, m) {
+  m.impl("alibi_bias", alibi_bias_meta);
+}
+
+}  // namespace posenc

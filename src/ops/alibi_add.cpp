@@ -1,0 +1,39 @@
+#include <ops/alibi_add.h>
+#include <posenc/alibi.h>
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+namespace posenc {
+
+using at::Tensor;
+
+TORCH_LIBRARY_FRAGMENT(posenc, m) {
+  m.def(
+      "alibi_add(Tensor scores, Tensor slopes, *, bool causal=False, int? query_offset=None) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "alibi_add_(Tensor(a!) scores, Tensor slopes, *, bool causal=False, int? query_offset=None) -> Tensor(a!)",
+      {at::Tag::pt2_compliant_tag});
+  m.def("alibi_mask(Tensor grad, *, int? query_offset=None) -> Tensor", {at::Tag::pt2_compliant_tag});
+}
+
+Tensor alibi_add(const Tensor& scores, const Tensor& slopes, bool causal, std::optional<int64_t> query_offset) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("posenc::alibi_add", "").typed<decltype(alibi_add)>();
+  return op.call(scores, slopes, causal, query_offset);
+}
+
+Tensor& alibi_add_(Tensor& scores, const Tensor& slopes, bool causal, std::optional<int64_t> query_offset) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("posenc::alibi_add_", "").typed<decltype(alibi_add_)>();
+  return op.call(scores, slopes, causal, query_offset);
+}
+
+Tensor alibi_mask(const Tensor& grad, std::optional<int64_t> query_offset) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("posenc::alibi_mask", "").typed<decltype(alibi_mask)>();
+  return op.call(grad, query_offset);
+}
+
+}  // namespace posenc
