@@ -260,7 +260,7 @@ TEST_F(AlibiCudaGraph, ReplayedModuleUsesItsSlopes) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Sizes
 
-TEST_F(AlibiCuda, MoreThan65535OfAnySizeWork) {
+TEST_F(AlibiCuda, MoreThan65535QueriesOrKeysWork) {
   constexpr int64_t kMany = 65'537;
   const auto check = [](const std::function<void(AlibiCase&)>& change) {
     AlibiCase c;
@@ -280,12 +280,24 @@ TEST_F(AlibiCuda, MoreThan65535OfAnySizeWork) {
     const TensorList found = gradients({softmax}, {in.scores, in.slopes}, {grad});
     expect_softmax_gradients(found[0], found[1], in, grad);
   };
-  check([](AlibiCase& c) { c.batch = kMany; });
-  check([](AlibiCase& c) { c.heads = kMany; });
   check([](AlibiCase& c) { c.q_len = kMany; });
   check([](AlibiCase& c) { c.k_len = kMany; });
-  check([](AlibiCase& c) { c.batched = false, c.heads = kMany; });
-  check([](AlibiCase& c) { c.heads = kMany, c.strides = Strides::reversed; });
+}
+
+TEST_F(AlibiCuda, MoreThan65535HeadsOrBatchesAreAnError) {
+  const auto check = [](int64_t batch, int64_t heads) {
+    AlibiCase c;
+    c.batch = batch;
+    c.heads = heads;
+    c.q_len = 1;
+    c.k_len = 5;
+    SCOPED_TRACE(::testing::Message() << c);
+    const AlibiInputs in = leaves(c);
+    expect_error([&] { add_of(in); }, {"posenc::alibi_add", "65535 heads and batches", "65537"});
+    expect_error([&] { softmax_of(in); }, {"posenc::alibi_softmax", "65535 heads and batches", "65537"});
+  };
+  check(65'537, 1);
+  check(1, 65'537);
 }
 
 TEST_F(AlibiCuda, SlopeGradientsOf16384TokensAreThoseOfFloat64) {
