@@ -20,7 +20,8 @@ POSENC_API at::Tensor rotary_embedding(
     const at::Tensor& sin,
     const std::optional<at::Tensor>& positions = std::nullopt,
     bool interleaved = false,
-    bool conjugate = false);
+    bool conjugate = false,
+    at::IntArrayRef pair_axes = {});
 
 /// `posenc::rotary_embedding_qk` in tensor operations.
 POSENC_API std::tuple<at::Tensor, at::Tensor> rotary_embedding_qk(
@@ -30,7 +31,8 @@ POSENC_API std::tuple<at::Tensor, at::Tensor> rotary_embedding_qk(
     const at::Tensor& sin,
     const std::optional<at::Tensor>& positions = std::nullopt,
     bool interleaved = false,
-    bool conjugate = false);
+    bool conjugate = false,
+    at::IntArrayRef pair_axes = {});
 
 /// `posenc::alibi_bias` in tensor operations.
 POSENC_API at::Tensor alibi_bias(
