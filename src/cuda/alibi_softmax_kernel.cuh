@@ -29,19 +29,6 @@ struct RowPolicy {
 template <int VectorWidth, int Bytes>
 constexpr int kMinRowBlocks = VectorWidth > 1 && Bytes <= 128 ? 2 : 1;
 
-/// Keeps the compiler from carrying the widened elements of a vector past this point: they would take twice the
-/// registers of the packed ones, and spill.
-template <typename T, int V>
-__device__ void keep_packed(Vector<T, V>& vector) {
-  if constexpr (sizeof(T) == 2 && V % 2 == 0) {
-    auto* const words = reinterpret_cast<uint32_t*>(&vector);
-#pragma unroll
-    for (int i = 0; i < V / 2; ++i) {
-      asm volatile("" : "+r"(words[i]));
-    }
-  }
-}
-
 /// Narrow results do not show that this one is only good to 5e-6.
 template <typename T>
 __device__ arithmetic_t<T> exponential(arithmetic_t<T> x) {

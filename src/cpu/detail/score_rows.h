@@ -1,6 +1,7 @@
 #pragma once
 
 #include <contract/alibi_problem.h>
+#include <cpu/detail/lanes.h>
 
 #include <ATen/Parallel.h>
 
@@ -9,9 +10,6 @@
 #include <numeric>
 
 namespace posenc::cpu {
-
-/// Elements that make it worth handing work to another thread: some ten microseconds of it.
-constexpr int64_t kGrainElements = 32768;
 
 /// One query of one head, and its number in the order `[H, B, Sq]` or `[B, H, Sq]`.
 struct ScoreRow {
@@ -38,23 +36,6 @@ void for_each_row(const AlibiShape& shape, bool head_first, const Body& body) {
     }
   });
 }
-
-/// Numbers added side by side, so that the compiler can vectorise a sum or a maximum and its order stays one for all
-/// instruction sets.
-template <typename T, int N>
-struct Lanes {
-  T values[N];
-
-  explicit Lanes(T initial) { std::fill_n(values, N, initial); }
-
-  T sum() const {
-    T total = 0;
-    for (int i = 0; i < N; ++i) {
-      total += values[i];
-    }
-    return total;
-  }
-};
 
 /// The gradient of slopes from the sums of `grad * distance` of all rows, `[H, B, Sq]`.
 template <typename Real>
