@@ -80,6 +80,11 @@ Launch launch_of(const char* op, const RotaryProblem& problem, int vector_width,
       dim3(lanes, rows)};
 }
 
+template <typename Real>
+cuda::NormScalars<Real> scalars_of(const QKNormRotaryProblem& problem) {
+  return {static_cast<Real>(problem.eps), static_cast<Real>(1.0 / static_cast<double>(problem.rotary.head_dim))};
+}
+
 void check_head_dim(const char* op, const RotaryProblem& problem) {
   TORCH_CHECK(
       problem.head_dim <= cuda::kMaxNormHeadDim, op, ": expected a head size of at most ", cuda::kMaxNormHeadDim,
@@ -143,7 +148,8 @@ void run_typed(const QKNormRotaryProblem& problem) {
         cuda::NormPolicy<1, Interleaved, false, cuda::arithmetic_t<T>>>;
     const Launch launch = launch_of("posenc::qk_norm_rotary_embedding", rotary, Policy::kVectorWidth, /*sums=*/false);
     cuda::qk_norm_rotary_embedding_kernel<T, Policy>
-        <<<launch.blocks, launch.threads, 0, c10::cuda::getCurrentCUDAStream()>>>(problem, launch.grid);
+        <<<launch.blocks, launch.threads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+            problem, launch.grid, scalars_of<cuda::arithmetic_t<T>>(problem));
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
 }
@@ -205,8 +211,8 @@ void launch_backward(const QKNormRotaryBackwardProblem& problem, const Tensor& l
   }
   if (launch.blocks.x > 0) {
     const size_t shared_bytes = sums ? launch.threads.y * rotary.head_dim * sizeof(Real) : 0;
-    cuda::qk_norm_rotary_embedding_backward_kernel<T, Policy>
-        <<<launch.blocks, launch.threads, shared_bytes, stream>>>(problem, launch.grid, partial_data);
+    cuda::qk_norm_rotary_embedding_backward_kernel<T, Policy><<<launch.blocks, launch.threads, shared_bytes, stream>>>(
+        problem, launch.grid, scalars_of<Real>(problem.call), partial_data);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
   if (sums) {

@@ -19,9 +19,9 @@
 // second kernel, all of it in one order: the same bits every time, without atomics.
 namespace posenc::cuda {
 
-/// Blocks that an SM holds at least: 48 registers hold a chunk, its row of the tables and its weights, and 80 the
-/// incoming gradient and the sums of the weights as well.
-constexpr int kMinNormBlocks = 10;
+/// Blocks that an SM holds at least: a chunk, its row of the tables and its weights take 64 registers, and 80 with the
+/// incoming gradient and the sums for the weights. One block more, and they spill.
+constexpr int kMinNormBlocks = 8;
 constexpr int kMinNormBackwardBlocks = 6;
 
 /// Sums of channels that a block has shared memory for, in float64 and without asking for more than 48 KiB, and the
@@ -56,6 +56,12 @@ struct NormGrid {
   uint32_t blocks_of_first;
   int32_t num_chunks;     // of one head
   int32_t heads_in_turn;  // that a row of lanes takes one after the other
+};
+
+/// What every head needs, in the arithmetic type: a thread has better to do than to convert and to divide.
+template <typename Real>
+struct NormScalars {
+  Real eps, one_over_head_dim;
 };
 
 /// One head of one token.
@@ -160,6 +166,11 @@ struct ChunkWeights {
   }
 
   __device__ Real operator[](int i) const { return widen(i < V ? a[i] : b[i - V]) + offset; }
+
+  __device__ void keep_packed() {
+    cuda::keep_packed(a);
+    cuda::keep_packed(b);
+  }
 };
 
 /// The sum over the lanes of a head, for all of them. All threads of a warp take part.
@@ -181,9 +192,9 @@ __device__ inline double reciprocal_root(double value) {
 /// The reciprocal of the root mean square of a head; NaN where its token has no row in the tables, so that all that is
 /// multiplied with it is NaN.
 template <typename Real>
-__device__ Real reciprocal_rms(const QKNormRotaryProblem& problem, const TableRow<Real>& row, Real sum_of_squares) {
-  const Real mean = sum_of_squares / static_cast<Real>(problem.rotary.head_dim);
-  return row.sign == row.sign ? reciprocal_root(mean + static_cast<Real>(problem.eps)) : row.sign;
+__device__ Real reciprocal_rms(const NormScalars<Real>& scalars, const TableRow<Real>& row, Real sum_of_squares) {
+  const Real root = reciprocal_root(multiply_add(sum_of_squares, scalars.one_over_head_dim, scalars.eps));
+  return row.sign == row.sign ? root : row.sign;
 }
 
 /// Which heads a row of lanes works on.
@@ -225,7 +236,8 @@ __device__ void normalise_and_rotate(
 template <typename T, typename Policy>
 __global__ void __launch_bounds__(kMaxThreads, kMinNormBlocks) qk_norm_rotary_embedding_kernel(
     const __grid_constant__ QKNormRotaryProblem problem,
-    const __grid_constant__ NormGrid grid) {
+    const __grid_constant__ NormGrid grid,
+    const __grid_constant__ NormScalars<arithmetic_t<T>> scalars) {
   using Real = arithmetic_t<T>;
   const NormRows rows(grid);
   const HeadOrder& order = grid.orders[rows.operand];
@@ -248,9 +260,9 @@ __global__ void __launch_bounds__(kMaxThreads, kMinNormBlocks) qk_norm_rotary_em
     }
     const TableRow<Real> row = table_row<Real>(problem.rotary, index.batch, index.seq);
     const ChunkTables<T, Policy> tables(problem.rotary, row, channels, exists);
-    const ChunkWeights<T, Policy> weights(problem, rows.operand, channels, exists);
-    const Real rstd = reciprocal_rms(problem, row, sum_of_lanes(x.sum_of_squares()));
+    const Real rstd = reciprocal_rms(scalars, row, sum_of_lanes(x.sum_of_squares()));
     x.keep_packed();
+    const ChunkWeights<T, Policy> weights(problem, rows.operand, channels, exists);
     normalise_and_rotate(x, weights, tables, rstd, channels.rotates);
     if (exists && live) {
       x.store(out, out_stride, channels);
@@ -263,7 +275,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinNormBlocks) qk_norm_rotary_em
       sum += x.sum_of_squares();
     }
     const TableRow<Real> row = table_row<Real>(problem.rotary, index.batch, index.seq);
-    const Real rstd = reciprocal_rms(problem, row, sum_of_lanes(sum));
+    const Real rstd = reciprocal_rms(scalars, row, sum_of_lanes(sum));
     for (int chunk = lane; chunk < grid.num_chunks && live; chunk += static_cast<int>(blockDim.x)) {
       const ChunkChannels channels = channels_of_chunk<Policy>(problem.rotary, chunk);
       HeadChunk<T, Policy> x;
@@ -331,6 +343,7 @@ template <typename T, typename Policy>
 __global__ void __launch_bounds__(kMaxThreads, kMinNormBackwardBlocks) qk_norm_rotary_embedding_backward_kernel(
     const __grid_constant__ QKNormRotaryBackwardProblem problem,
     const __grid_constant__ NormGrid grid,
+    const __grid_constant__ NormScalars<arithmetic_t<T>> scalars,
     arithmetic_t<T>* __restrict__ partial_sums) {
   using Real = arithmetic_t<T>;
   constexpr int V = Policy::kVectorWidth;
@@ -351,7 +364,6 @@ __global__ void __launch_bounds__(kMaxThreads, kMinNormBackwardBlocks) qk_norm_r
   if constexpr (Policy::kHeld) {
     const bool exists = lane < grid.num_chunks;
     const ChunkChannels channels = channels_of_chunk<Policy>(rotary, lane);
-    const ChunkWeights<T, Policy> weights(problem.call, rows.operand, channels, exists);
     Real chunk_sums[2 * V] = {};
 #pragma unroll 1
     for (int turn = 0; turn < grid.heads_in_turn; ++turn) {
@@ -368,10 +380,13 @@ __global__ void __launch_bounds__(kMaxThreads, kMinNormBackwardBlocks) qk_norm_r
       const TableRow<Real> row = table_row<Real>(rotary, index.batch, index.seq);
       const ChunkTables<T, Policy> tables(rotary, row, channels, exists);
       const RotatedGradient<T, Policy> h(g, tables, channels.rotates);
-      const Real rstd = reciprocal_rms(problem.call, row, sum_of_lanes(x.sum_of_squares()));
+      ChunkWeights<T, Policy> weights(problem.call, rows.operand, channels, exists);
+      const Real rstd = reciprocal_rms(scalars, row, sum_of_lanes(x.sum_of_squares()));
       x.keep_packed();
-      const Real mean = multiply(rstd, sum_of_lanes(h.sum_of_products(x, weights))) / static_cast<Real>(head_dim);
+      const Real mean =
+          multiply(multiply(rstd, sum_of_lanes(h.sum_of_products(x, weights))), scalars.one_over_head_dim);
       x.keep_packed();
+      weights.keep_packed();
       if (exists && live) {
         h.differentiate(x, weights, rstd, mean, [&](int i, Real value) { chunk_sums[i] += value; });
         x.store(static_cast<T*>(operand.out) + index.offset(operand.out_strides), out_stride, channels);
@@ -427,8 +442,8 @@ __global__ void __launch_bounds__(kMaxThreads, kMinNormBackwardBlocks) qk_norm_r
         squares += x.sum_of_squares();
         products += h.sum_of_products(x, weights);
       });
-      const Real rstd = reciprocal_rms(problem.call, row, sum_of_lanes(squares));
-      const Real mean = multiply(rstd, sum_of_lanes(products)) / static_cast<Real>(head_dim);
+      const Real rstd = reciprocal_rms(scalars, row, sum_of_lanes(squares));
+      const Real mean = multiply(multiply(rstd, sum_of_lanes(products)), scalars.one_over_head_dim);
       if (!live) {
         continue;
       }
