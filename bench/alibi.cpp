@@ -177,34 +177,19 @@ Timing time_backward(Device& device, const Problem& problem) {
       [&] { return device.time([&] { torch::autograd::grad({output}, inputs, {gradient}, /*retain_graph=*/true); }); });
 }
 
-/// A step of a training loop without the loop: a fresh forward, a scalar, its backward. `pass` says which part of it
-/// is on the clock; the total has no synchronisation in its middle.
-Timing time_step(Device& device, const Problem& problem, Pass pass) {
+/// A step of a training loop without the loop: a fresh forward, a scalar, its backward.
+Timing time_training_step(Device& device, const Problem& problem, Pass pass) {
   at::Tensor output;
-  const Work forward = [&] { output = problem.run(); };
-  const Work backward = [&] { output.sum().backward(); };
-  const auto clear = [&] {
+  Step step;
+  step.forward = [&] { output = problem.run(); };
+  step.backward = [&] { output.sum().backward(); };
+  step.clear = [&] {
     output.reset();
     for (const at::Tensor& leaf : problem.leaves()) {
       leaf.mutable_grad().reset();
     }
   };
-  return measure([&] {
-    clear();
-    switch (pass) {
-      case Pass::forward:
-        return wall_time(device, forward);
-      case Pass::backward:
-        forward();
-        return wall_time(device, backward);
-      case Pass::total:
-        break;
-    }
-    return wall_time(device, [&] {
-      forward();
-      backward();
-    });
-  });
+  return time_step(device, step, pass);
 }
 
 /// What a pass cannot avoid, and what moves as many bytes without computing anything.
@@ -275,7 +260,7 @@ class Registration {
         suite_.add(describe(pass, name, /*bytes=*/0), [pass, &device = device_, c = c_, factory = factory] {
           device.release_memory();
           const Problem problem(c, device.torch_device(), factory);
-          return time_step(device, problem, pass);
+          return time_training_step(device, problem, pass);
         });
       }
     }
