@@ -27,6 +27,9 @@ AlibiShape shape_of(const AlibiArguments& a, int64_t batch, int64_t num_heads, i
   TORCH_CHECK(
       q_len <= kMax && k_len <= kMax, a.op, ": expected at most ", kMax, " queries and keys, got ", q_len, " and ",
       k_len);
+  TORCH_CHECK(
+      num_heads == 0 || batch <= kMax / num_heads, a.op, ": expected at most ", kMax, " heads of all batches, got ",
+      num_heads, " heads and ", batch, " batches");
   const int64_t offset = a.query_offset.value_or(k_len - q_len);
   // Written without sums of what the user gave, which may overflow.
   TORCH_CHECK(
@@ -195,6 +198,16 @@ Tensor allocate_output(const Tensor& input, ScoresOut& out) {
   Tensor output = at::empty_like(input);
   out = {output.mutable_data_ptr(), strides_of_scores(output)};
   return output;
+}
+
+AlibiSlopesGradient allocate_slopes_gradient(const Tensor& probs, AlibiSoftmaxBackwardProblem& problem) {
+  const AlibiShape& shape = problem.shape;
+  AlibiSlopesGradient slopes{
+      at::empty({shape.num_heads}, probs.options().dtype(alibi_slopes_dtype(probs.scalar_type()))),
+      at::empty({shape.num_heads, shape.batch, shape.q_len}, probs.options().dtype(at::kDouble))};
+  problem.slopes = slopes.result.mutable_data_ptr();
+  problem.row_sums = slopes.row_sums.mutable_data_ptr<double>();
+  return slopes;
 }
 
 Tensor allocate_bias(const Tensor& slopes, at::ScalarType dtype, AlibiAddProblem& problem) {

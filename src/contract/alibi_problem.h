@@ -98,13 +98,14 @@ struct AlibiSoftmaxProblem {
   double scale;
 };
 
-/// `row_sums` has one entry for each row, in the order `[H, B, Sq]`, to be summed for each head; null where slopes
-/// need no gradient.
+/// `row_sums` has one entry for each row, in the order `[H, B, Sq]`, to be summed for each head into `slopes`, `[H]`
+/// in the arithmetic of the dtype; both are null where slopes need no gradient.
 struct AlibiSoftmaxBackwardProblem {
   AlibiShape shape;
   ScoresIn grad, probs;
   ScoresOut out;
   double* row_sums;
+  void* slopes;
   double scale;
 };
 

@@ -10,8 +10,6 @@
 namespace posenc {
 namespace {
 
-using at::Tensor;
-
 /// One row, which may be the same memory for both.
 template <typename T>
 struct Row {
@@ -68,40 +66,23 @@ void run(const AlibiAddProblem& problem, cpu::arithmetic_t<T> hidden) {
   });
 }
 
-void run_add(const AlibiAddProblem& problem, at::ScalarType dtype) {
-  cpu::for_dtype(dtype, [&](auto type) {
+void run_add(const AlibiAddProblem& problem, const at::Tensor& like) {
+  cpu::for_dtype(like.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     run<T>(problem, -std::numeric_limits<cpu::arithmetic_t<T>>::infinity());
   });
 }
 
-Tensor alibi_add_cpu(const Tensor& scores, const Tensor& slopes, bool causal, std::optional<int64_t> query_offset) {
-  auto problem = contract::alibi_add_problem({"posenc::alibi_add", causal, query_offset}, scores, slopes);
-  Tensor output = contract::allocate_output(scores, problem.out);
-  run_add(problem, scores.scalar_type());
-  return output;
-}
-
-Tensor& alibi_add_cpu_(Tensor& scores, const Tensor& slopes, bool causal, std::optional<int64_t> query_offset) {
-  run_add(
-      contract::alibi_add_in_place_problem({"posenc::alibi_add_", causal, query_offset}, scores, slopes),
-      scores.scalar_type());
-  return scores;
-}
-
-Tensor alibi_mask_cpu(const Tensor& grad, std::optional<int64_t> query_offset) {
-  auto problem = contract::alibi_mask_problem({"posenc::alibi_mask", /*causal=*/true, query_offset}, grad);
-  Tensor output = contract::allocate_output(grad, problem.out);
-  cpu::for_dtype(grad.scalar_type(), [&](auto type) { run<typename decltype(type)::type>(problem, 0); });
-  return output;
+void run_mask(const AlibiAddProblem& problem, const at::Tensor& like) {
+  cpu::for_dtype(like.scalar_type(), [&](auto type) { run<typename decltype(type)::type>(problem, 0); });
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, CPU, m) {
-  m.impl("alibi_add", alibi_add_cpu);
-  m.impl("alibi_add_", alibi_add_cpu_);
-  m.impl("alibi_mask", alibi_mask_cpu);
+  m.impl("alibi_add", contract::alibi_add<run_add>);
+  m.impl("alibi_add_", contract::alibi_add_<run_add>);
+  m.impl("alibi_mask", contract::alibi_mask<run_mask>);
 }
 
 }  // namespace posenc

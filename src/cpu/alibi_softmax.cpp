@@ -3,7 +3,6 @@
 #include <cpu/detail/dispatch.h>
 #include <cpu/detail/score_rows.h>
 
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -13,8 +12,6 @@
 
 namespace posenc {
 namespace {
-
-using at::Tensor;
 
 constexpr int kLanes = 16;
 
@@ -117,7 +114,7 @@ void fill_zero(T* out, int64_t stride, int32_t begin, int32_t end) {
 }
 
 template <typename T>
-void run(const AlibiSoftmaxProblem& problem) {
+void run_typed(const AlibiSoftmaxProblem& problem) {
   using Real = cpu::arithmetic_t<T>;
   constexpr Real kHidden = -std::numeric_limits<Real>::infinity();
   const AlibiShape& shape = problem.shape;
@@ -209,7 +206,7 @@ POSENC_CPU_CLONES double backward_row(const BackwardRow<T>& row, double scale, b
 }
 
 template <typename T>
-void run_backward(const AlibiSoftmaxBackwardProblem& problem) {
+void run_backward_typed(const AlibiSoftmaxBackwardProblem& problem) {
   const AlibiShape& shape = problem.shape;
   const auto at_row = [](const ScoreStrides& strides, const cpu::ScoreRow& row) {
     return strides.row(row.batch, row.head, row.query);
@@ -234,55 +231,24 @@ void run_backward(const AlibiSoftmaxBackwardProblem& problem) {
     }
     fill_zero(row.out, row.out_stride, row.count, shape.k_len);
   });
-}
-
-Tensor alibi_softmax_cpu(
-    const Tensor& scores,
-    const Tensor& slopes,
-    double scale,
-    bool causal,
-    const std::optional<Tensor>& key_padding_mask,
-    std::optional<int64_t> query_offset) {
-  auto problem = contract::alibi_softmax_problem(
-      {"posenc::alibi_softmax", causal, query_offset}, scores, slopes, scale, key_padding_mask);
-  Tensor output = contract::allocate_output(scores, problem.out);
-  cpu::for_dtype(scores.scalar_type(), [&](auto type) { run<typename decltype(type)::type>(problem); });
-  return output;
-}
-
-std::tuple<Tensor, Tensor> alibi_softmax_backward_cpu(
-    const Tensor& grad,
-    const Tensor& probs,
-    double scale,
-    bool causal,
-    std::optional<int64_t> query_offset,
-    bool slopes_grad) {
-  auto problem = contract::alibi_softmax_backward_problem(
-      {"posenc::alibi_softmax_backward", causal, query_offset}, grad, probs, scale);
-  const AlibiShape& shape = problem.shape;
-  Tensor output = contract::allocate_output(probs, problem.out);
-  std::vector<double> row_sums;
-  if (slopes_grad) {
-    row_sums.resize(shape.num_heads * shape.batch * shape.q_len);
-    problem.row_sums = row_sums.data();
+  if (problem.slopes != nullptr) {
+    cpu::sum_rows_of_heads(shape, problem.row_sums, static_cast<cpu::arithmetic_t<T>*>(problem.slopes));
   }
-  Tensor slopes;
-  cpu::for_dtype(probs.scalar_type(), [&](auto type) {
-    using T = typename decltype(type)::type;
-    run_backward<T>(problem);
-    if (slopes_grad) {
-      slopes = at::empty({shape.num_heads}, probs.options().dtype(contract::alibi_slopes_dtype(probs.scalar_type())));
-      cpu::sum_rows_of_heads(shape, row_sums.data(), slopes.mutable_data_ptr<cpu::arithmetic_t<T>>());
-    }
-  });
-  return {output, slopes};
+}
+
+void run(const AlibiSoftmaxProblem& problem, const at::Tensor& like) {
+  cpu::for_dtype(like.scalar_type(), [&](auto type) { run_typed<typename decltype(type)::type>(problem); });
+}
+
+void run_backward(const AlibiSoftmaxBackwardProblem& problem, const at::Tensor& like) {
+  cpu::for_dtype(like.scalar_type(), [&](auto type) { run_backward_typed<typename decltype(type)::type>(problem); });
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, CPU, m) {
-  m.impl("alibi_softmax", alibi_softmax_cpu);
-  m.impl("alibi_softmax_backward", alibi_softmax_backward_cpu);
+  m.impl("alibi_softmax", contract::alibi_softmax<run>);
+  m.impl("alibi_softmax_backward", contract::alibi_softmax_backward<run_backward>);
 }
 
 }  // namespace posenc

@@ -66,15 +66,19 @@ struct SoftmaxRow {
   int32_t position;
   uint32_t visible;
 
-  __device__ SoftmaxRow(const AlibiSoftmaxProblem& problem, uint32_t query, bool causal) {
+  __device__ SoftmaxRow(
+      const AlibiSoftmaxProblem& problem,
+      const Matrices::Index& matrix,
+      uint32_t query,
+      bool causal) {
     const AlibiShape& shape = problem.shape;
     const PaddingView& padding = problem.padding;
-    in = static_cast<const T*>(problem.in.data) + problem.in.strides.row(blockIdx.z, blockIdx.y, query);
+    in = static_cast<const T*>(problem.in.data) + problem.in.strides.row(matrix.batch, matrix.head, query);
     in_stride = problem.in.strides.key;
-    hides = padding.data == nullptr ? nullptr : padding.data + blockIdx.z * padding.stride_batch;
+    hides = padding.data == nullptr ? nullptr : padding.data + matrix.batch * padding.stride_batch;
     hides_stride = padding.stride_key;
     scale = static_cast<Real>(problem.scale);
-    slope = problem.slopes.slope<Real>(blockIdx.y);
+    slope = problem.slopes.slope<Real>(matrix.head);
     position = shape.position(static_cast<int32_t>(query));
     visible = static_cast<uint32_t>(causal ? shape.visible(position) : shape.k_len);
   }
@@ -105,17 +109,24 @@ __global__ void __launch_bounds__(
     kMinRowBlocks<
         Policy::kVectorWidth,
         Policy::kVectorWidth * Policy::kCount* static_cast<int>(sizeof(arithmetic_t<T>))>)
-    alibi_softmax_kernel(const __grid_constant__ AlibiSoftmaxProblem problem) {
+    alibi_softmax_kernel(
+        const __grid_constant__ AlibiSoftmaxProblem problem,
+        const __grid_constant__ Matrices matrices) {
   using Real = arithmetic_t<T>;
   constexpr int V = Policy::kVectorWidth;
   constexpr int U = Policy::kCount;
   __shared__ Real scratch[2][kMaxRowWarps];
+  const uint32_t matrix = Matrices::of_block();
+  if (matrix >= matrices.count) {
+    return;
+  }
+  const auto [batch, head] = matrices.index(matrix);
   const uint32_t own_query = blockIdx.x * blockDim.y + threadIdx.y;
   const auto q_len = static_cast<uint32_t>(problem.shape.q_len);
   const auto k_len = static_cast<uint32_t>(problem.shape.k_len);
   // All threads meet at the reductions: those behind the last query repeat it, and do not store.
   const uint32_t query = own_query < q_len ? own_query : q_len - 1;
-  const SoftmaxRow<T> row(problem, query, Policy::kCausal);
+  const SoftmaxRow<T> row(problem, {batch, head}, query, Policy::kCausal);
   const uint32_t step = blockDim.x * V;
   const uint32_t first = threadIdx.x * V;
 
@@ -151,7 +162,7 @@ __global__ void __launch_bounds__(
   if (own_query >= q_len) {
     return;
   }
-  T* out = static_cast<T*>(problem.out.data) + problem.out.strides.row(blockIdx.z, blockIdx.y, query);
+  T* out = static_cast<T*>(problem.out.data) + problem.out.strides.row(batch, head, query);
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     const uint32_t key = first + u * step;
@@ -168,11 +179,17 @@ __global__ void __launch_bounds__(
 
 /// One row a block, of any length.
 template <typename T, int V>
-__global__ void __launch_bounds__(kMaxRowThreads)
-    alibi_softmax_long_kernel(const __grid_constant__ AlibiSoftmaxProblem problem) {
+__global__ void __launch_bounds__(kMaxRowThreads) alibi_softmax_long_kernel(
+    const __grid_constant__ AlibiSoftmaxProblem problem,
+    const __grid_constant__ Matrices matrices) {
   using Real = arithmetic_t<T>;
   __shared__ Real scratch[2][kMaxRowWarps];
-  const SoftmaxRow<T> row(problem, blockIdx.x, problem.shape.causal);
+  const uint32_t matrix = Matrices::of_block();
+  if (matrix >= matrices.count) {
+    return;
+  }
+  const auto [batch, head] = matrices.index(matrix);
+  const SoftmaxRow<T> row(problem, {batch, head}, blockIdx.x, problem.shape.causal);
   const uint32_t step = blockDim.x * V;
   const uint32_t first = threadIdx.x * V;
 
@@ -200,7 +217,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   sum *= exponential<T>(top - shift);
   const Real factor = reciprocal_or_zero(reduce_row(sum, Real(0), Sum(), scratch[1]));
 
-  T* out = static_cast<T*>(problem.out.data) + problem.out.strides.row(blockIdx.z, blockIdx.y, blockIdx.x);
+  T* out = static_cast<T*>(problem.out.data) + problem.out.strides.row(batch, head, blockIdx.x);
   for (uint32_t key = first; key < static_cast<uint32_t>(problem.shape.k_len); key += step) {
     Vector<T, V> scores{};
     if (key < row.visible) {
@@ -248,13 +265,20 @@ __global__ void __launch_bounds__(
     kMinRowBlocks<
         Policy::kVectorWidth,
         Policy::kVectorWidth * Policy::kCount* static_cast<int>(sizeof(T)) * (Staged ? 1 : 2)>)
-    alibi_softmax_backward_kernel(const __grid_constant__ AlibiSoftmaxBackwardProblem problem) {
+    alibi_softmax_backward_kernel(
+        const __grid_constant__ AlibiSoftmaxBackwardProblem problem,
+        const __grid_constant__ Matrices matrices) {
   using Real = arithmetic_t<T>;
   constexpr int V = Policy::kVectorWidth;
   constexpr int U = Policy::kCount;
   __shared__ Real scratch[kMaxRowWarps];
   __shared__ double moments[kMaxRowWarps];
   extern __shared__ uint4 stage_bytes[];
+  const uint32_t matrix = Matrices::of_block();
+  if (matrix >= matrices.count) {
+    return;
+  }
+  const auto [batch, head] = matrices.index(matrix);
   const AlibiShape& shape = problem.shape;
   const uint32_t own_query = blockIdx.x * blockDim.y + threadIdx.y;
   const auto q_len = static_cast<uint32_t>(shape.q_len);
@@ -264,8 +288,8 @@ __global__ void __launch_bounds__(
   const uint32_t visible = Policy::kCausal ? static_cast<uint32_t>(shape.visible(position)) : k_len;
   const uint32_t step = blockDim.x * V;
   const uint32_t first = threadIdx.x * V;
-  const T* grad = static_cast<const T*>(problem.grad.data) + problem.grad.strides.row(blockIdx.z, blockIdx.y, query);
-  const T* prob = static_cast<const T*>(problem.probs.data) + problem.probs.strides.row(blockIdx.z, blockIdx.y, query);
+  const T* grad = static_cast<const T*>(problem.grad.data) + problem.grad.strides.row(batch, head, query);
+  const T* prob = static_cast<const T*>(problem.probs.data) + problem.probs.strides.row(batch, head, query);
 
   auto* const stage = reinterpret_cast<Vector<T, V>*>(stage_bytes) + threadIdx.y * blockDim.x + threadIdx.x;
   const uint32_t stage_step = blockDim.x * blockDim.y;
@@ -318,7 +342,7 @@ __global__ void __launch_bounds__(
       keep_packed(grads[u]);
     }
   }
-  T* out = static_cast<T*>(problem.out.data) + problem.out.strides.row(blockIdx.z, blockIdx.y, query);
+  T* out = static_cast<T*>(problem.out.data) + problem.out.strides.row(batch, head, query);
   const Real scale = static_cast<Real>(problem.scale);
   const bool live = own_query < q_len;
   Real moment = 0;
@@ -334,26 +358,32 @@ __global__ void __launch_bounds__(
   if (problem.row_sums != nullptr) {
     const double sum = reduce_row(static_cast<double>(moment), 0.0, Sum(), moments);
     if (threadIdx.x == 0 && live) {
-      problem.row_sums[(blockIdx.y * shape.batch + blockIdx.z) * q_len + query] = sum;
+      problem.row_sums[(head * shape.batch + batch) * q_len + query] = sum;
     }
   }
 }
 
 /// One row a block, of any length.
 template <typename T, int V>
-__global__ void __launch_bounds__(kMaxRowThreads)
-    alibi_softmax_backward_long_kernel(const __grid_constant__ AlibiSoftmaxBackwardProblem problem) {
+__global__ void __launch_bounds__(kMaxRowThreads) alibi_softmax_backward_long_kernel(
+    const __grid_constant__ AlibiSoftmaxBackwardProblem problem,
+    const __grid_constant__ Matrices matrices) {
   using Real = arithmetic_t<T>;
   __shared__ Real scratch[kMaxRowWarps];
   __shared__ double moments[kMaxRowWarps];
+  const uint32_t matrix = Matrices::of_block();
+  if (matrix >= matrices.count) {
+    return;
+  }
+  const auto [batch, head] = matrices.index(matrix);
   const AlibiShape& shape = problem.shape;
   const uint32_t query = blockIdx.x;
   const int32_t position = shape.position(static_cast<int32_t>(query));
   const auto visible = static_cast<uint32_t>(shape.visible(position));
   const uint32_t step = blockDim.x * V;
   const uint32_t first = threadIdx.x * V;
-  const T* grad = static_cast<const T*>(problem.grad.data) + problem.grad.strides.row(blockIdx.z, blockIdx.y, query);
-  const T* prob = static_cast<const T*>(problem.probs.data) + problem.probs.strides.row(blockIdx.z, blockIdx.y, query);
+  const T* grad = static_cast<const T*>(problem.grad.data) + problem.grad.strides.row(batch, head, query);
+  const T* prob = static_cast<const T*>(problem.probs.data) + problem.probs.strides.row(batch, head, query);
   Real r = 0;
   for (uint32_t key = first; key < visible; key += step) {
     const auto grads = load_keys<V>(grad, key, problem.grad.strides.key);
@@ -366,7 +396,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     }
   }
   r = reduce_row(r, Real(0), Sum(), scratch);
-  T* out = static_cast<T*>(problem.out.data) + problem.out.strides.row(blockIdx.z, blockIdx.y, query);
+  T* out = static_cast<T*>(problem.out.data) + problem.out.strides.row(batch, head, query);
   double moment = 0;
   for (uint32_t key = first; key < static_cast<uint32_t>(shape.k_len); key += step) {
     Vector<T, V> grads{};
@@ -383,7 +413,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   if (problem.row_sums != nullptr) {
     moment = reduce_row(moment, 0.0, Sum(), moments);
     if (threadIdx.x == 0) {
-      problem.row_sums[(blockIdx.y * shape.batch + blockIdx.z) * shape.q_len + query] = moment;
+      problem.row_sums[(head * shape.batch + batch) * shape.q_len + query] = moment;
     }
   }
 }
