@@ -136,17 +136,6 @@ Tensor ALiBiBiasImpl::slopes_on(const torch::Device& device) {
   return slopes;
 }
 
-void ALiBiBiasImpl::to(torch::Device device, torch::Dtype /*dtype*/, bool non_blocking) {
-  Module::to(device, non_blocking);
-}
-
-void ALiBiBiasImpl::to(torch::Dtype /*dtype*/, bool /*non_blocking*/) {
-}
-
-void ALiBiBiasImpl::to(torch::Device device, bool non_blocking) {
-  Module::to(device, non_blocking);
-}
-
 void ALiBiBiasImpl::pretty_print(std::ostream& stream) const {
   stream << "posenc::ALiBiBias(num_heads=" << options.num_heads() << std::boolalpha << ", causal=" << options.causal();
   if (options.slopes().defined()) {

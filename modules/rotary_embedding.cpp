@@ -127,15 +127,15 @@ void check_input(const char* name, const Tensor& x, const RotaryEmbeddingOptions
       x.sizes());
 }
 
-/// Rows that the tables must have. Positions on an accelerator cannot be read without waiting for it.
-int64_t needed_length(const Tensor& x, const std::optional<Tensor>& positions) {
+/// Rows that the tables must have; none where positions cannot be read, on an accelerator without waiting for it.
+std::optional<int64_t> needed_length(const Tensor& x, const std::optional<Tensor>& positions) {
   if (!positions.has_value()) {
     return x.size(-3);
   }
   const bool readable =
       positions->defined() && positions->is_cpu() && positions->numel() > 0 && !positions->is_floating_point();
   if (!readable) {
-    return 0;
+    return std::nullopt;
   }
   const auto last = positions->max().item<int64_t>();
   TORCH_CHECK_INDEX(
@@ -166,10 +166,33 @@ void RotaryEmbeddingImpl::reset() {
   TORCH_CHECK(
       options.max_position_embeddings() > 0,
       "posenc::RotaryEmbedding: expected a positive max_position_embeddings, got ", options.max_position_embeddings());
+  if (parameters_.contains("inv_freq")) {  // a second call; clones come without
+    parameters_.erase("inv_freq");
+  }
+  if (options.learnable_frequencies()) {
+    tables_ = nullptr;
+    rows_on_device_ = std::max(rows_on_device_, options.max_position_embeddings());
+    const torch::InferenceMode no_inference(false);
+    inv_freq = register_parameter("inv_freq", rotary_inv_freq(rotary_dim, options.base()).to(torch::kFloat32));
+    return;
+  }
+  inv_freq = Tensor();
   // Cloneable resets every clone: it keeps the tables it shares with the original.
   if (tables_ == nullptr || !tables_->serve(rotary_dim, options.base(), options.max_position_embeddings())) {
     tables_ = std::make_shared<Tables>(rotary_dim, options.base(), options.max_position_embeddings());
   }
+}
+
+std::tuple<Tensor, Tensor> RotaryEmbeddingImpl::tables_for(const Tensor& x, const std::optional<Tensor>& positions) {
+  const std::optional<int64_t> length = needed_length(x, positions);
+  const torch::Dtype dtype = rotary_table_dtype(x.scalar_type());
+  if (!inv_freq.defined()) {
+    return tables_->get(length.value_or(0), x.device(), dtype);
+  }
+  TORCH_CHECK(
+      inv_freq.device() == x.device(), "posenc::RotaryEmbedding: expected the learnable frequencies on ", x.device(),
+      ", got them on ", inv_freq.device(), "; move the module there");
+  return rotary_tables(inv_freq, length.value_or(rows_on_device_), dtype);
 }
 
 std::tuple<Tensor, Tensor> RotaryEmbeddingImpl::forward(
@@ -180,8 +203,7 @@ std::tuple<Tensor, Tensor> RotaryEmbeddingImpl::forward(
   check_input("k", k, options);
   const Layout layout = options.layout();
   const Tensor q_view = reordered(q, layout);
-  const auto [cos, sin] =
-      tables_->get(needed_length(q_view, positions), q.device(), rotary_table_dtype(q.scalar_type()));
+  const auto [cos, sin] = tables_for(q_view, positions);
   auto [q_out, k_out] = rotary_embedding_qk(q_view, reordered(k, layout), cos, sin, positions, options.interleaved());
   return {reordered(q_out, layout), reordered(k_out, layout)};
 }
@@ -189,24 +211,29 @@ std::tuple<Tensor, Tensor> RotaryEmbeddingImpl::forward(
 Tensor RotaryEmbeddingImpl::rotate(const Tensor& x, const std::optional<Tensor>& positions) {
   check_input("x", x, options);
   const Tensor view = reordered(x, options.layout());
-  const auto [cos, sin] = tables_->get(needed_length(view, positions), x.device(), rotary_table_dtype(x.scalar_type()));
+  const auto [cos, sin] = tables_for(view, positions);
   return reordered(rotary_embedding(view, cos, sin, positions, options.interleaved()), options.layout());
 }
 
 void RotaryEmbeddingImpl::reserve(int64_t length, const torch::Device& device, torch::Dtype dtype) {
   TORCH_CHECK(length >= 0, "posenc::RotaryEmbedding: expected a length that is not negative, got ", length);
+  if (inv_freq.defined()) {
+    rows_on_device_ = std::max(rows_on_device_, length);
+    return;
+  }
   tables_->get(length, resolved(device), rotary_table_dtype(dtype));
 }
 
 int64_t RotaryEmbeddingImpl::table_length(const torch::Device& device, torch::Dtype dtype) const {
-  return tables_->length(resolved(device), rotary_table_dtype(dtype));
+  return inv_freq.defined() ? rows_on_device_ : tables_->length(resolved(device), rotary_table_dtype(dtype));
 }
 
 void RotaryEmbeddingImpl::pretty_print(std::ostream& stream) const {
   stream << "posenc::RotaryEmbedding(head_dim=" << options.head_dim()
          << ", rotary_dim=" << options.rotary_dim().value_or(options.head_dim()) << ", base=" << options.base()
          << ", max_position_embeddings=" << options.max_position_embeddings() << std::boolalpha
-         << ", interleaved=" << options.interleaved() << ", layout=" << name_of(options.layout()) << ")";
+         << ", interleaved=" << options.interleaved() << ", layout=" << name_of(options.layout())
+         << ", learnable_frequencies=" << options.learnable_frequencies() << ")";
 }
 
 }  // namespace posenc

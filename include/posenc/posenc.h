@@ -7,6 +7,7 @@
 #include <posenc/logging.h>
 #include <posenc/modules/alibi_bias.h>
 #include <posenc/modules/rotary_embedding.h>
+#include <posenc/positions.h>
 #include <posenc/reference.h>
 #include <posenc/rotary_embedding.h>
 #include <posenc/version.h>

@@ -32,6 +32,13 @@ POSENC_API std::tuple<at::Tensor, at::Tensor> rotary_embedding_qk(
     bool interleaved = false,
     bool conjugate = false);
 
+/// `posenc::rotary_tables` in tensor operations.
+POSENC_API std::tuple<at::Tensor, at::Tensor> rotary_tables(
+    const at::Tensor& inv_freq,
+    int64_t length,
+    at::ScalarType dtype = at::kFloat,
+    double attention_factor = 1.0);
+
 /// `posenc::alibi_bias` in tensor operations.
 POSENC_API at::Tensor alibi_bias(
     const at::Tensor& slopes,
