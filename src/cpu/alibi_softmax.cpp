@@ -13,7 +13,7 @@
 namespace posenc {
 namespace {
 
-constexpr int kLanes = 16;
+using cpu::kLanes;
 
 /// exp(x) for x at most 0, to 2 units in the last place, in steps that the compiler can vectorise (Cody and Waite's
 /// reduction by ln 2, then the polynomial of Cephes' expf); zero where float32 has no normal number. NaN stays NaN.
@@ -63,7 +63,7 @@ template <typename Real>
 POSENC_CPU_CLONES Real maximum(const Real* logits, int32_t count) {
   cpu::Lanes<Real, kLanes> lanes(-std::numeric_limits<Real>::infinity());
   int32_t j = 0;
-  for (; j + kLanes <= count; j += kLanes) {
+  for (; count - j >= kLanes; j += kLanes) {
     for (int lane = 0; lane < kLanes; ++lane) {
       lanes.values[lane] = logits[j + lane] > lanes.values[lane] ? logits[j + lane] : lanes.values[lane];
     }
@@ -82,7 +82,7 @@ POSENC_CPU_CLONES Real exponentials(Real* logits, Real shift, int32_t count) {
   }
   cpu::Lanes<Real, kLanes> lanes(0);
   int32_t j = 0;
-  for (; j + kLanes <= count; j += kLanes) {
+  for (; count - j >= kLanes; j += kLanes) {
     for (int lane = 0; lane < kLanes; ++lane) {
       lanes.values[lane] += logits[j + lane];
     }
@@ -132,7 +132,7 @@ void run_typed(const AlibiSoftmaxProblem& problem) {
     const int32_t position = shape.position(row.query);
     const int32_t visible = shape.visible(position);
     const Real slope = problem.slopes.slope<Real>(row.head);
-    logits_of(in, in_stride, static_cast<Real>(problem.scale), slope, position, visible, logits);
+    logits_of(in, in_stride, static_cast<Real>(problem.scale), slope, shape.nearest_key(position), visible, logits);
     if (padding.data != nullptr) {
       const bool* hides = padding.data + row.batch * padding.stride_batch;
       for (int32_t j = 0; j < visible; ++j) {
@@ -172,7 +172,7 @@ POSENC_CPU_CLONES double backward_row(const BackwardRow<T>& row, double scale, b
 
   cpu::Lanes<Real, kLanes> products(0);
   int32_t j = 0;
-  for (; j + kLanes <= count; j += kLanes) {
+  for (; count - j >= kLanes; j += kLanes) {
     for (int lane = 0; lane < kLanes; ++lane) {
       products.values[lane] += g(j + lane) * p(j + lane);
     }
@@ -188,21 +188,7 @@ POSENC_CPU_CLONES double backward_row(const BackwardRow<T>& row, double scale, b
   if (!slopes_grad) {
     return 0;
   }
-  constexpr int kWideLanes = 8;
-  cpu::Lanes<double, kWideLanes> sums(0);
-  const auto term = [&](int32_t key) {
-    return static_cast<double>(p(key) * (g(key) - r)) * AlibiShape::distance(position, key);
-  };
-  j = 0;
-  for (; j + kWideLanes <= count; j += kWideLanes) {
-    for (int lane = 0; lane < kWideLanes; ++lane) {
-      sums.values[lane] += term(j + lane);
-    }
-  }
-  for (int lane = 0; j < count; ++j, ++lane) {
-    sums.values[lane] += term(j);
-  }
-  return sums.sum();
+  return cpu::moment_of_row<Real>(position, count, [&](int32_t key) { return p(key) * (g(key) - r); });
 }
 
 template <typename T>

@@ -13,8 +13,11 @@
 namespace posenc {
 namespace {
 
-/// Elements of a row that one thread keeps: few for short rows, so that many threads share the work; many for long
-/// ones, so that registers hold more data for each that does the arithmetic.
+/// Elements of a row that one thread keeps: many, so that registers hold more data for each that does the arithmetic,
+/// and fewer warps meet at a barrier. Forward in bfloat16 with causal mask, rows of 2,048, 4,096 and 8,192, times the
+/// copy of the same bytes, measured on an H100: 0.78, 0.78 and 0.77 with 32 elements, 0.80, 0.80 and 0.83 with 16, 0.92
+/// and 0.96 with 8, 0.79, 0.79 and 0.78 with 64. In float32 all take 0.77 to 0.79. Backward keeps two tensors, and
+/// few elements of rows up to 4,096.
 constexpr int kFew = 16;
 constexpr int kMany = 32;
 constexpr int64_t kFewThreads = 256;
@@ -39,25 +42,16 @@ void launch_rows(
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-template <typename T, int V, int E>
-void launch(const AlibiSoftmaxProblem& problem) {
-  cuda::for_bool(problem.shape.causal, [&](auto causal) {
-    launch_rows(
-        cuda::alibi_softmax_kernel<T, cuda::RowPolicy<V, E / V, decltype(causal)::value>>, problem,
-        row_block(problem.shape, E));
-  });
-}
-
 template <typename T, int V>
 void run(const AlibiSoftmaxProblem& problem) {
-  const int32_t k_len = problem.shape.k_len;
-  if (k_len <= kFew * kFewThreads) {
-    launch<T, V, kFew>(problem);
-  } else if (k_len <= kMany * cuda::kMaxRowThreads) {
-    launch<T, V, kMany>(problem);
-  } else {
-    launch_rows(cuda::alibi_softmax_long_kernel<T, V>, problem, row_block(problem.shape, kMany));
+  const dim3 block = row_block(problem.shape, kMany);
+  if (problem.shape.k_len > kMany * cuda::kMaxRowThreads) {
+    launch_rows(cuda::alibi_softmax_long_kernel<T, V>, problem, block);
+    return;
   }
+  cuda::for_bool(problem.shape.causal, [&](auto causal) {
+    launch_rows(cuda::alibi_softmax_kernel<T, cuda::RowPolicy<V, kMany / V, decltype(causal)::value>>, problem, block);
+  });
 }
 
 template <typename T, int V, int E>
