@@ -8,6 +8,7 @@
 #include <posenc/modules/alibi_bias.h>
 #include <posenc/modules/rotary_embedding.h>
 #include <posenc/positions.h>
+#include <posenc/qk_norm_rotary_embedding.h>
 #include <posenc/reference.h>
 #include <posenc/rotary_embedding.h>
 #include <posenc/version.h>

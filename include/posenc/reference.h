@@ -39,6 +39,20 @@ POSENC_API std::tuple<at::Tensor, at::Tensor> rotary_tables(
     at::ScalarType dtype = at::kFloat,
     double attention_factor = 1.0);
 
+/// `posenc::qk_norm_rotary_embedding` in tensor operations, in the dtype of the tables and rounded once.
+POSENC_API std::tuple<at::Tensor, at::Tensor> qk_norm_rotary_embedding(
+    const at::Tensor& q,
+    const at::Tensor& k,
+    const at::Tensor& q_weight,
+    const at::Tensor& k_weight,
+    const at::Tensor& cos,
+    const at::Tensor& sin,
+    const std::optional<at::Tensor>& positions = std::nullopt,
+    double eps = 1e-6,
+    bool unit_offset = false,
+    bool interleaved = false,
+    bool conjugate = false);
+
 /// `posenc::alibi_bias` in tensor operations.
 POSENC_API at::Tensor alibi_bias(
     const at::Tensor& slopes,

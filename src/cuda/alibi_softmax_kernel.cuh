@@ -29,19 +29,6 @@ struct RowPolicy {
 template <int VectorWidth, int Bytes>
 constexpr int kMinRowBlocks = VectorWidth > 1 && Bytes <= 128 ? 2 : 1;
 
-/// Keeps the compiler from carrying the widened elements of a vector past this point: they would take twice the
-/// registers of the packed ones, and spill.
-template <typename T, int V>
-__device__ void keep_packed(Vector<T, V>& vector) {
-  if constexpr (sizeof(T) == 2 && V % 2 == 0) {
-    auto* const words = reinterpret_cast<uint32_t*>(&vector);
-#pragma unroll
-    for (int i = 0; i < V / 2; ++i) {
-      asm volatile("" : "+r"(words[i]));
-    }
-  }
-}
-
 /// Whether a row is computed in powers of two, to whose exponents log2(e) goes with scale and slope: the hardware has no
 /// other exponential. Good to 5e-6, which narrow results do not show.
 template <typename T>

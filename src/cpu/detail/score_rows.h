@@ -2,6 +2,7 @@
 
 #include <contract/alibi_problem.h>
 #include <cpu/detail/clones.h>
+#include <cpu/detail/lanes.h>
 
 #include <ATen/Parallel.h>
 
@@ -10,9 +11,6 @@
 #include <numeric>
 
 namespace posenc::cpu {
-
-/// Elements that make it worth handing work to another thread: some ten microseconds of it.
-constexpr int64_t kGrainElements = 32768;
 
 /// One query of one head, and its number in the order `[H, B, Sq]` or `[B, H, Sq]`.
 struct ScoreRow {
@@ -50,23 +48,6 @@ void for_each_row(const AlibiShape& shape, bool head_first, const Body& body) {
 /// Lanes of a sum or a maximum. GCC 12 keeps 32 in vector registers, as many as hide the latency of an addition; 16 it
 /// takes apart (three times as long and more, measured with float32 and bfloat16).
 constexpr int kLanes = 32;
-
-/// Numbers added side by side, so that the compiler can vectorise a sum or a maximum and its order stays one for all
-/// instruction sets.
-template <typename T, int N>
-struct Lanes {
-  T values[N];
-
-  explicit Lanes(T initial) { std::fill_n(values, N, initial); }
-
-  T sum() const {
-    T total = 0;
-    for (int i = 0; i < N; ++i) {
-      total += values[i];
-    }
-    return total;
-  }
-};
 
 /// The sum of `value(j)` times its distance over the first `count` keys. Eight terms of a lane are summed in `Real`,
 /// which keeps it within some 10 units of roundoff of float32, and these sums in float64.

@@ -36,6 +36,19 @@ __device__ Vector<T, N> splat(T value) {
   return vector;
 }
 
+/// Keeps the compiler from carrying the widened elements of a vector past this point: they would take twice the
+/// registers of the packed ones, and spill.
+template <typename T, int V>
+__device__ void keep_packed(Vector<T, V>& vector) {
+  if constexpr (sizeof(T) == 2 && V % 2 == 0) {
+    auto* const words = reinterpret_cast<uint32_t*>(&vector);
+#pragma unroll
+    for (int i = 0; i < V / 2; ++i) {
+      asm volatile("" : "+r"(words[i]));
+    }
+  }
+}
+
 /// What a storage type is computed in.
 template <typename T>
 struct Arithmetic {
