@@ -3,6 +3,7 @@
 // Everything: the operators, the modules, the reference versions.
 
 #include <posenc/alibi.h>
+#include <posenc/alibi_attention.h>
 #include <posenc/frequencies.h>
 #include <posenc/logging.h>
 #include <posenc/modules/alibi_bias.h>

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <posenc/alibi_attention.h>
 #include <posenc/export.h>
 
 #include <ATen/core/Tensor.h>
@@ -77,5 +78,14 @@ POSENC_API at::Tensor alibi_softmax(
     bool causal = false,
     const std::optional<at::Tensor>& key_padding_mask = std::nullopt,
     std::optional<int64_t> query_offset = std::nullopt);
+
+/// `posenc::alibi_attention_with_lse` in tensor operations, with the scores in memory. Of packed sequences the host
+/// reads where they begin.
+POSENC_API std::tuple<at::Tensor, at::Tensor> alibi_attention(
+    const at::Tensor& q,
+    const at::Tensor& k,
+    const at::Tensor& v,
+    const at::Tensor& slopes,
+    const ALiBiAttentionOptions& options = {});
 
 }  // namespace posenc::reference

@@ -27,13 +27,17 @@ at::ScalarType alibi_slopes_dtype(at::ScalarType dtype);
 /// @throws c10::Error  naming the argument, what was expected and what came; as all functions here.
 AlibiShape alibi_shape(const AlibiArguments& arguments, const char* name, const at::Tensor& scores);
 
-/// Checks the slopes of scores of `dtype`.
+/// The same of sizes alone: that all distances are below 2^31.
+AlibiShape alibi_shape(const AlibiArguments& arguments, int64_t batch, int64_t num_heads, int64_t q_len, int64_t k_len);
+
+/// Checks the slopes of scores of `dtype`, or of another tensor that has a device and is called `beside`.
 SlopesView alibi_slopes_view(
     const char* op,
     const at::Tensor& slopes,
     int64_t num_heads,
     at::ScalarType dtype,
-    c10::Device device);
+    c10::Device device,
+    const char* beside = "scores");
 
 /// The whole call of each operator; where an output is missing, it is for `allocate_output` to enter.
 AlibiAddProblem alibi_bias_problem(
