@@ -1,5 +1,7 @@
 #include <posenc/modules/rotary_embedding.h>
 
+#include "detail/layout.h"
+
 #include <posenc/frequencies.h>
 #include <posenc/logging.h>
 #include <posenc/rotary_embedding.h>
@@ -87,55 +89,22 @@ class RotaryEmbeddingImpl::Tables {
 
 namespace {
 
-const char* name_of(Layout layout) {
-  switch (layout) {
-    case Layout::bshd:
-      return "bshd";
-    case Layout::sbhd:
-      return "sbhd";
-    case Layout::bhsd:
-      return "bhsd";
-    case Layout::thd:
-      return "thd";
-  }
-  return "unknown";
-}
-
-/// A view in the operators' order of dimensions. It is its own inverse.
-Tensor reordered(const Tensor& x, Layout layout) {
-  switch (layout) {
-    case Layout::sbhd:
-      return x.transpose(0, 1);
-    case Layout::bhsd:
-      return x.transpose(1, 2);
-    default:
-      return x;
-  }
-}
+constexpr const char* kName = "posenc::RotaryEmbedding";
 
 /// A device as tensors report it: `cuda` is the current one.
 torch::Device resolved(const torch::Device& device) {
   return device.has_index() || device.is_cpu() ? device : torch::empty({0}, device).device();
 }
 
-void check_input(const char* name, const Tensor& x, const RotaryEmbeddingOptions& options) {
-  TORCH_CHECK(x.defined(), "posenc::RotaryEmbedding: expected ", name, " to be a tensor, got an undefined one");
-  const int64_t dims = options.layout() == Layout::thd ? 3 : 4;
-  TORCH_CHECK(
-      x.dim() == dims && x.size(-1) == options.head_dim(), "posenc::RotaryEmbedding: expected ", name, " in layout ",
-      name_of(options.layout()), " with ", dims, " dimensions and a head size of ", options.head_dim(), ", got ",
-      x.sizes());
-}
-
-/// Rows that the tables must have. Positions on an accelerator cannot be read without waiting for it.
-int64_t needed_length(const Tensor& x, const std::optional<Tensor>& positions) {
+/// Rows that the tables must have; none where positions cannot be read, on an accelerator without waiting for it.
+std::optional<int64_t> needed_length(const Tensor& x, const std::optional<Tensor>& positions) {
   if (!positions.has_value()) {
     return x.size(-3);
   }
   const bool readable =
       positions->defined() && positions->is_cpu() && positions->numel() > 0 && !positions->is_floating_point();
   if (!readable) {
-    return 0;
+    return std::nullopt;
   }
   const auto last = positions->max().item<int64_t>();
   TORCH_CHECK_INDEX(
@@ -166,47 +135,75 @@ void RotaryEmbeddingImpl::reset() {
   TORCH_CHECK(
       options.max_position_embeddings() > 0,
       "posenc::RotaryEmbedding: expected a positive max_position_embeddings, got ", options.max_position_embeddings());
+  if (parameters_.contains("inv_freq")) {  // a second call; clones come without
+    parameters_.erase("inv_freq");
+  }
+  if (options.learnable_frequencies()) {
+    tables_ = nullptr;
+    rows_on_device_ = std::max(rows_on_device_, options.max_position_embeddings());
+    const torch::InferenceMode no_inference(false);
+    inv_freq = register_parameter("inv_freq", rotary_inv_freq(rotary_dim, options.base()).to(torch::kFloat32));
+    return;
+  }
+  inv_freq = Tensor();
   // Cloneable resets every clone: it keeps the tables it shares with the original.
   if (tables_ == nullptr || !tables_->serve(rotary_dim, options.base(), options.max_position_embeddings())) {
     tables_ = std::make_shared<Tables>(rotary_dim, options.base(), options.max_position_embeddings());
   }
 }
 
+std::tuple<Tensor, Tensor> RotaryEmbeddingImpl::tables_for(const Tensor& x, const std::optional<Tensor>& positions) {
+  const std::optional<int64_t> length = needed_length(x, positions);
+  const torch::Dtype dtype = rotary_table_dtype(x.scalar_type());
+  if (!inv_freq.defined()) {
+    return tables_->get(length.value_or(0), x.device(), dtype);
+  }
+  TORCH_CHECK(
+      inv_freq.device() == x.device(), "posenc::RotaryEmbedding: expected the learnable frequencies on ", x.device(),
+      ", got them on ", inv_freq.device(), "; move the module there");
+  return rotary_tables(inv_freq, length.value_or(rows_on_device_), dtype);
+}
+
 std::tuple<Tensor, Tensor> RotaryEmbeddingImpl::forward(
     const Tensor& q,
     const Tensor& k,
     const std::optional<Tensor>& positions) {
-  check_input("q", q, options);
-  check_input("k", k, options);
+  detail::check_input(kName, "q", q, options);
+  detail::check_input(kName, "k", k, options);
   const Layout layout = options.layout();
-  const Tensor q_view = reordered(q, layout);
-  const auto [cos, sin] =
-      tables_->get(needed_length(q_view, positions), q.device(), rotary_table_dtype(q.scalar_type()));
-  auto [q_out, k_out] = rotary_embedding_qk(q_view, reordered(k, layout), cos, sin, positions, options.interleaved());
-  return {reordered(q_out, layout), reordered(k_out, layout)};
+  const Tensor q_view = detail::reordered(q, layout);
+  const auto [cos, sin] = tables_for(q_view, positions);
+  auto [q_out, k_out] =
+      rotary_embedding_qk(q_view, detail::reordered(k, layout), cos, sin, positions, options.interleaved());
+  return {detail::reordered(q_out, layout), detail::reordered(k_out, layout)};
 }
 
 Tensor RotaryEmbeddingImpl::rotate(const Tensor& x, const std::optional<Tensor>& positions) {
-  check_input("x", x, options);
-  const Tensor view = reordered(x, options.layout());
-  const auto [cos, sin] = tables_->get(needed_length(view, positions), x.device(), rotary_table_dtype(x.scalar_type()));
-  return reordered(rotary_embedding(view, cos, sin, positions, options.interleaved()), options.layout());
+  detail::check_input(kName, "x", x, options);
+  const Tensor view = detail::reordered(x, options.layout());
+  const auto [cos, sin] = tables_for(view, positions);
+  return detail::reordered(rotary_embedding(view, cos, sin, positions, options.interleaved()), options.layout());
 }
 
 void RotaryEmbeddingImpl::reserve(int64_t length, const torch::Device& device, torch::Dtype dtype) {
   TORCH_CHECK(length >= 0, "posenc::RotaryEmbedding: expected a length that is not negative, got ", length);
+  if (inv_freq.defined()) {
+    rows_on_device_ = std::max(rows_on_device_, length);
+    return;
+  }
   tables_->get(length, resolved(device), rotary_table_dtype(dtype));
 }
 
 int64_t RotaryEmbeddingImpl::table_length(const torch::Device& device, torch::Dtype dtype) const {
-  return tables_->length(resolved(device), rotary_table_dtype(dtype));
+  return inv_freq.defined() ? rows_on_device_ : tables_->length(resolved(device), rotary_table_dtype(dtype));
 }
 
 void RotaryEmbeddingImpl::pretty_print(std::ostream& stream) const {
   stream << "posenc::RotaryEmbedding(head_dim=" << options.head_dim()
          << ", rotary_dim=" << options.rotary_dim().value_or(options.head_dim()) << ", base=" << options.base()
          << ", max_position_embeddings=" << options.max_position_embeddings() << std::boolalpha
-         << ", interleaved=" << options.interleaved() << ", layout=" << name_of(options.layout()) << ")";
+         << ", interleaved=" << options.interleaved() << ", layout=" << detail::name_of(options.layout())
+         << ", learnable_frequencies=" << options.learnable_frequencies() << ")";
 }
 
 }  // namespace posenc

@@ -36,6 +36,10 @@ std::vector<RotaryCase> small_cases() {
   add("FullWidth", [](RotaryCase& c) { c.head_dim = 4; });
   add("Packed", [](RotaryCase& c) { c.packed = true; });
   add("PositionsPerBatch", [](RotaryCase& c) { c.positions = PositionShape::per_batch; });
+  add("TwoAxes", [](RotaryCase& c) {
+    c.axes = 2;
+    c.positions = PositionShape::per_batch;
+  });
   add("TablesPerToken", [](RotaryCase& c) { c.tables = TableShape::per_token; });
   add("StridedInputs", [](RotaryCase& c) {
     c.q_strides = Strides::head_slice;
@@ -355,7 +359,7 @@ TEST(QKNormRotaryEmbeddingDispatcher, SchemasAreThePublicOnes) {
       schema("posenc::qk_norm_rotary_embedding"),
       "posenc::qk_norm_rotary_embedding(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, "
       "Tensor? positions=None, *, float eps=9.9999999999999995e-07, bool unit_offset=False, bool interleaved=False, "
-      "bool conjugate=False) -> (Tensor, Tensor)");
+      "bool conjugate=False, int[] pair_axes=[]) -> (Tensor, Tensor)");
 }
 
 TEST(QKNormRotaryEmbeddingDispatcher, EveryOperatorHasItsKernels) {

@@ -60,6 +60,9 @@ std::vector<BadCall> bad_calls() {
       {"PositionsOfFloat",
        {"expected positions", "int32 or int64", "got Float"},
        [](QKNormInputs& in) { in.rotary.positions = at::zeros({3}, in.rotary.q.options()); }},
+      {"PairAxesWithoutPositions",
+       {"expected positions", "with pair_axes"},
+       [](QKNormInputs& in) { in.rotary.pair_axes = {0, 0, 0, 0}; }},
       // Weights.
       {"UndefinedQueryWeight",
        {"expected q_weight", "undefined"},
@@ -154,9 +157,22 @@ INSTANTIATE_TEST_SUITE_P(
 // The backward operator, as Python may call it
 
 std::vector<c10::IValue> call_backward(const QKNormInputs& in, const c10::IValue& grad_q, const c10::IValue& grad_k) {
-  std::vector<c10::IValue> stack{grad_q,      grad_k,        in.rotary.q,   in.rotary.k,   in.q_weight,
-                                 in.k_weight, in.rotary.cos, in.rotary.sin, c10::IValue(), in.eps,
-                                 false,       false,         false,         true};
+  std::vector<c10::IValue> stack{
+      grad_q,
+      grad_k,
+      in.rotary.q,
+      in.rotary.k,
+      in.q_weight,
+      in.k_weight,
+      in.rotary.cos,
+      in.rotary.sin,
+      /*positions=*/c10::IValue(),
+      in.eps,
+      /*unit_offset=*/false,
+      /*interleaved=*/false,
+      /*conjugate=*/false,
+      /*pair_axes=*/std::vector<int64_t>(),
+      /*weights_grad=*/true};
   c10::Dispatcher::singleton().findSchemaOrThrow("posenc::qk_norm_rotary_embedding_backward", "").callBoxed(stack);
   return stack;
 }

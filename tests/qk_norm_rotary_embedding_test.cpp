@@ -8,6 +8,7 @@
 #include <cmath>
 #include <limits>
 #include <random>
+#include <tuple>
 
 namespace posenc::test {
 namespace {
@@ -67,6 +68,35 @@ std::vector<RotaryCase> grid() {
     add(std::string("Strides_") + strides_name(static_cast<Strides>(i)), [i](RotaryCase& c) {
       c.head_dim = c.rotary_dim = 32;
       c.q_strides = c.k_strides = static_cast<Strides>(i);
+    });
+  }
+  for (const auto& [name, axes, pattern] : std::vector<std::tuple<std::string, int64_t, PairAxes>>{
+           {"Chunked", 3, PairAxes::chunked}, {"Cycled", 3, PairAxes::cycled}, {"Random", 4, PairAxes::random}}) {
+    const auto add_axes = [&, a = axes, p = pattern](const std::string& suffix, std::function<void(RotaryCase&)> more) {
+      add("Axes" + name + suffix, [=](RotaryCase& c) {
+        c.axes = a;
+        c.pair_axes = p;
+        c.positions = PositionShape::per_batch;
+        more(c);
+      });
+    };
+    add_axes("", [](RotaryCase&) {});
+    add_axes("Odd", [](RotaryCase& c) { c.head_dim = 21, c.rotary_dim = 18; });
+    add_axes("Large", [](RotaryCase& c) { c.head_dim = c.rotary_dim = 128; });
+    add_axes("LargePartial", [](RotaryCase& c) { c.head_dim = 128, c.rotary_dim = 64; });
+    add_axes("LargePacked", [](RotaryCase& c) {
+      c.head_dim = c.rotary_dim = 128;
+      c.packed = true;
+      c.positions = PositionShape::per_token;
+      c.position_dtype = at::kInt;
+    });
+    add_axes("LargeOneValue", [](RotaryCase& c) {
+      c.head_dim = c.rotary_dim = 128;
+      c.q_strides = c.k_strides = Strides::one_value;
+    });
+    add_axes("LargeTransposedTables", [](RotaryCase& c) {
+      c.head_dim = c.rotary_dim = 128;
+      c.table_strides = TableStrides::transposed;
     });
   }
   add("DifferentStrides", [](RotaryCase& c) {
@@ -292,6 +322,32 @@ TEST_P(QKNormRotaryEmbedding, PositionOutsideTheTableGivesNanForItsTokenOnly) {
   }
 }
 
+TEST_P(QKNormRotaryEmbedding, PositionOfAnAxisOutsideTheTableGivesNanForThePairsThatReadIt) {
+  RotaryCase c;
+  c.batch = 1;
+  c.tokens = 3;
+  c.head_dim = 24;  // with a tail
+  QKNormInputs in = inputs(c);
+  in.rotary.pair_axes = {0, 0, 0, 0, 1, 1, 1, 1};
+  const auto positions = [&](int64_t outside) {
+    return at::tensor({int64_t{0}, int64_t{1}, int64_t{2}, int64_t{2}, outside, int64_t{0}}, at::kLong)
+        .view({2, 3})
+        .to(device());
+  };
+  in.rotary.positions = positions(1);
+  const at::Tensor good = std::get<0>(qk_norm_rotate(in));
+  for (const int64_t outside : std::vector<int64_t>{-1, in.rotary.cos.size(0), (1LL << 32) + 1}) {
+    in.rotary.positions = positions(outside);
+    const at::Tensor bad = std::get<0>(qk_norm_rotate(in));
+    at::Tensor touched = at::zeros(bad.sizes(), at::kBool);
+    touched[0][1].narrow(-1, 4, 4).fill_(true);
+    touched[0][1].narrow(-1, 12, 4).fill_(true);
+    touched = touched.to(device());
+    EXPECT_TRUE(at::equal(bad.isnan(), touched));
+    expect_same_bits(bad.masked_fill(touched, 0), good.masked_fill(touched, 0));
+  }
+}
+
 TEST_P(QKNormRotaryEmbedding, OutputKeepsTheLayoutOfADenseInput) {
   const RotaryCase c;
   QKNormInputs in = inputs(c);
@@ -408,6 +464,10 @@ TEST_P(QKNormRotaryEmbeddingRandom, CallsMatchTheScalarLoops) {
       c.positions = PositionShape::per_token;
       c.position_strides = static_cast<PositionStrides>(below(kPositionStrides));
       c.position_dtype = below(2) == 0 ? at::kInt : at::kLong;
+    }
+    if (c.positions == PositionShape::per_token && below(2) == 0) {
+      c.axes = 1 + below(4);
+      c.pair_axes = static_cast<PairAxes>(below(kPairAxes));
     }
     const bool unit_offset = below(2) == 0;
     const bool wide = below(2) == 0;

@@ -85,15 +85,15 @@ QKNormInputs with_leaves(const QKNormInputs& in, bool tables) {
 std::tuple<at::Tensor, at::Tensor> qk_norm_rotate(const QKNormInputs& in) {
   const RotaryInputs& r = in.rotary;
   return posenc::qk_norm_rotary_embedding(
-      r.q, r.k, in.q_weight, in.k_weight, r.cos, r.sin, r.positions, in.eps, in.unit_offset, r.interleaved,
-      r.conjugate);
+      r.q, r.k, in.q_weight, in.k_weight, r.cos, r.sin, r.positions, in.eps, in.unit_offset, r.interleaved, r.conjugate,
+      r.pair_axes);
 }
 
 std::tuple<at::Tensor, at::Tensor> qk_norm_rotate_reference(const QKNormInputs& in) {
   const RotaryInputs& r = in.rotary;
   return posenc::reference::qk_norm_rotary_embedding(
-      r.q, r.k, in.q_weight, in.k_weight, r.cos, r.sin, r.positions, in.eps, in.unit_offset, r.interleaved,
-      r.conjugate);
+      r.q, r.k, in.q_weight, in.k_weight, r.cos, r.sin, r.positions, in.eps, in.unit_offset, r.interleaved, r.conjugate,
+      r.pair_axes);
 }
 
 // With u the unit roundoff of the arithmetic, z = x r w is off by at most `factor_error` of itself, and the rotation adds

@@ -34,6 +34,10 @@ uint64_t seed();
 /// Integer value of an environment variable, or `otherwise` when it is not set.
 int64_t env_int(const char* name, int64_t otherwise);
 
+/// Calls `check` with one seed after the other from `seed()` on, until one fails: as many as `POSENC_TEST_CASES` asks
+/// for, or `otherwise`. A failing one is printed: POSENC_TEST_SEED=<seed> POSENC_TEST_CASES=1 repeats it alone.
+void for_each_seed(int64_t otherwise, const std::function<void(uint64_t)>& check);
+
 /// Why nothing can run on `device` here; empty when it can.
 std::string unavailable(at::DeviceType device);
 
@@ -113,6 +117,14 @@ constexpr int kPositionShapes = static_cast<int>(PositionShape::per_batch) + 1;
 enum class PositionStrides { dense, every_other, expanded };
 constexpr int kPositionStrides = static_cast<int>(PositionStrides::expanded) + 1;
 
+/// Which axis of the positions each pair reads, where positions have several.
+enum class PairAxes {
+  chunked,  // the first pairs read axis 0, the next axis 1, ...
+  cycled,   // one after the other
+  random
+};
+constexpr int kPairAxes = static_cast<int>(PairAxes::random) + 1;
+
 enum class TableShape { by_position, per_token, per_token_shared };
 constexpr int kTableShapes = static_cast<int>(TableShape::per_token_shared) + 1;
 
@@ -137,6 +149,8 @@ struct RotaryCase {
   PositionShape positions = PositionShape::absent;
   PositionStrides position_strides = PositionStrides::dense;
   at::ScalarType position_dtype = at::kLong;
+  int64_t axes = 0;  // of positions that are there; 0: one, and no pair_axes
+  PairAxes pair_axes = PairAxes::chunked;
   TableShape tables = TableShape::by_position;
   TableStrides table_strides = TableStrides::dense;
 
@@ -154,6 +168,7 @@ struct RotaryInputs {
   std::optional<at::Tensor> positions = std::nullopt;
   bool interleaved = false;
   bool conjugate = false;
+  std::vector<int64_t> pair_axes = {};
 };
 
 /// Arguments as `c` describes them. Values are normal, those of the tables too (the operator is linear in

@@ -94,6 +94,46 @@ __device__ inline double narrow<double>(double value) {
   return value;
 }
 
+/// The same for two at a time, in one instruction.
+__device__ inline void narrow_pair(float a, float b, __half& low, __half& high) {
+  const __half2 pair = __floats2half2_rn(a, b);
+  low = pair.x;
+  high = pair.y;
+}
+__device__ inline void narrow_pair(float a, float b, __nv_bfloat16& low, __nv_bfloat16& high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+  low = pair.x;
+  high = pair.y;
+}
+
+/// All elements of a vector.
+template <typename T, int N>
+__device__ Vector<arithmetic_t<T>, N> widen(const Vector<T, N>& vector) {
+  Vector<arithmetic_t<T>, N> wide;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    wide[i] = widen(vector[i]);
+  }
+  return wide;
+}
+
+template <typename T, int N>
+__device__ Vector<T, N> narrow(const Vector<arithmetic_t<T>, N>& wide) {
+  Vector<T, N> vector;
+  if constexpr (sizeof(T) == 2 && N % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+      narrow_pair(wide[i], wide[i + 1], vector[i], vector[i + 1]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      vector[i] = narrow<T>(wide[i]);
+    }
+  }
+  return vector;
+}
+
 /// Products and sums that the compiler neither fuses nor splits.
 __device__ inline float multiply(float a, float b) {
   return __fmul_rn(a, b);
