@@ -58,7 +58,7 @@ struct RotaryTablesProblem {
     int64_t num_heads;
   };
 
-  int64_t seq_len;
+  int64_t batch, seq_len;
   int64_t num_pairs;
   int64_t table_rows;  // of all batches, where the tables are [B, S, R/2]
   Operand operands[2];

@@ -73,7 +73,8 @@ std::tuple<Tensor, Tensor> rotary_embedding_tables_backward_cpu(
     const std::optional<Tensor>& positions,
     bool interleaved,
     bool conjugate) {
-  const auto call = contract::rotary_tables_call({grads, inputs, table, positions, interleaved, conjugate});
+  const auto call = contract::rotary_tables_call(
+      {"posenc::rotary_embedding_tables_backward", grads, inputs, table, positions, interleaved, conjugate});
   cpu::for_dtype(inputs[0].scalar_type(), [&](auto type) { run<typename decltype(type)::type>(call.problem); });
   return {call.grad_cos, call.grad_sin};
 }

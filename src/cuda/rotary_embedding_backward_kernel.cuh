@@ -1,0 +1,323 @@
+#pragma once
+
+#include <contract/rotary_backward_problem.h>
+#include <cuda/detail/launch.h>
+#include <cuda/detail/rotary_chunk.cuh>
+
+// Gradients of cos and sin, and of what was rotated by them if wanted, in one pass: outgoing gradients and inputs are
+// read once, and the gradients of the inputs written.
+//
+// A block owns one row of the tables. Its *items* are the heads (all of q, then all of k) of all tokens that read the row.
+// Threads along x are the chunks of a head (rotary_chunk.cuh), threads along y share the items. A thread keeps its
+// part of the row and of both sums in registers; the sums of a block meet in shared memory in a fixed order, so that the
+// result is the same to the last bit every time, without atomics.
+namespace posenc::cuda {
+
+/// Items that a thread has in flight, four loads of one vector each, and blocks that an SM holds at least, which caps
+/// registers at 128.
+constexpr int kItemsInFlight = 2;
+constexpr int kMinBackwardBlocks = 4;
+
+/// Blocks that fill with NaN what tokens without a row get. There should be none.
+constexpr int kStrayBlocks = 32;
+
+/// What a launch knows beforehand. Each removes code, and registers with it, from the kernel.
+template <int VectorWidth, bool IsInterleaved, bool IsSplat, bool WritesInputGrads>
+struct RotaryBackwardPolicy {
+  static constexpr int kVectorWidth = VectorWidth;
+  static constexpr bool kInterleaved = IsInterleaved;
+  static constexpr bool kSplat = IsSplat;  // outgoing gradients have one value for all channels of a head
+  static constexpr bool kWritesInputGrads = WritesInputGrads;
+  static constexpr bool kPairsInsideVector = IsInterleaved && VectorWidth > 1;
+};
+
+struct RotaryBackwardGrid {
+  Divider seq_len;
+  Divider num_heads;   // of q and k together
+  Divider table_rows;  // of one batch
+  int32_t num_chunks;  // of one head
+};
+
+/// The i-th pair of a chunk of two vectors.
+template <typename Policy, typename T, int V>
+__device__ T& first_of_pair(Vector<T, V>& a, Vector<T, V>& b, int i) {
+  if constexpr (Policy::kPairsInsideVector) {
+    return i < V / 2 ? a[2 * i] : b[2 * i - V];
+  } else {
+    return a[i];
+  }
+}
+template <typename Policy, typename T, int V>
+__device__ T& second_of_pair(Vector<T, V>& a, Vector<T, V>& b, int i) {
+  if constexpr (Policy::kPairsInsideVector) {
+    return i < V / 2 ? a[2 * i + 1] : b[2 * i + 1 - V];
+  } else {
+    return b[i];
+  }
+}
+
+/// Where the i-th pair of a chunk is in a row of the tables.
+template <typename Policy>
+__device__ int pair_of_chunk(int chunk, int i, int num_pairs) {
+  constexpr int V = Policy::kVectorWidth;
+  if constexpr (Policy::kPairsInsideVector) {
+    return i < V / 2 ? chunk * V / 2 + i : (num_pairs + chunk * V) / 2 + i - V / 2;
+  } else {
+    return chunk * V + i;
+  }
+}
+
+/// One head of one token: the gradient of its output, its input, and the gradient of its input.
+template <typename T>
+struct BackwardPlace {
+  const T* grad;
+  const T* input;
+  T* input_grad;
+  int64_t grad_stride, input_stride, input_grad_stride;  // of channels
+};
+
+template <bool WritesInputGrads, typename T>
+__device__ BackwardPlace<T> place_of_item(
+    const RotaryBackwardProblem& problem,
+    const RotaryBackwardGrid& grid,
+    uint32_t token,
+    uint32_t head_of_all) {
+  const uint32_t batch = grid.seq_len.quotient(token);
+  const uint32_t seq = token - batch * grid.seq_len.divisor;
+  const auto q_heads = static_cast<uint32_t>(problem.tables.operands[0].num_heads);
+  const bool is_k = head_of_all >= q_heads;
+  const uint32_t head = is_k ? head_of_all - q_heads : head_of_all;
+  const auto offset = [&](const Strides& strides) {
+    return batch * strides.batch + seq * strides.seq + head * strides.head;
+  };
+  const RotaryTablesProblem::Operand& from = problem.tables.operands[is_k ? 1 : 0];
+  BackwardPlace<T> place{
+      static_cast<const T*>(from.grad) + offset(from.grad_strides),
+      static_cast<const T*>(from.input) + offset(from.input_strides),
+      nullptr,
+      from.grad_strides.channel,
+      from.input_strides.channel,
+      0};
+  if constexpr (WritesInputGrads) {
+    const RotaryProblem::Operand& to = problem.rotation.operands[is_k ? 1 : 0];
+    place.input_grad = static_cast<T*>(to.out) + offset(to.out_strides);
+    place.input_grad_stride = to.out_strides.channel;
+  }
+  return place;
+}
+
+/// The channels of a chunk; those behind the rotary width are shared as rotate_chunk shares them.
+template <typename Policy>
+struct ChunkChannels {
+  int first, second;
+  bool rotates, has_second;
+
+  __device__ ChunkChannels(int chunk, int num_pairs, int head_dim) : rotates(true), has_second(true) {
+    constexpr int V = Policy::kVectorWidth;
+    constexpr bool kNeighbours = Policy::kInterleaved && V == 1;
+    first = kNeighbours ? 2 * chunk : chunk * V;
+    second = kNeighbours ? 2 * chunk + 1 : num_pairs + chunk * V;
+    const int tail_chunk = chunk - num_pairs / V;
+    if (tail_chunk >= 0) {
+      rotates = false;
+      first = 2 * num_pairs + tail_chunk * V;
+      second = first + ((head_dim - 2 * num_pairs) / V + 1) / 2 * V;
+      has_second = second < head_dim;
+    }
+  }
+};
+
+/// The items of a block that one thread takes: every blockDim.y-th, without a division each.
+struct ItemWalk {
+  uint32_t token, head;
+  uint32_t num_heads, token_step, head_step;
+
+  __device__ explicit ItemWalk(const Divider& heads) : num_heads(heads.divisor) {
+    token = heads.quotient(threadIdx.y);
+    head = threadIdx.y - token * num_heads;
+    token_step = heads.quotient(blockDim.y);
+    head_step = blockDim.y - token_step * num_heads;
+  }
+
+  __device__ void advance() {
+    token += token_step;
+    head += head_step;
+    if (head >= num_heads) {
+      head -= num_heads;
+      ++token;
+    }
+  }
+};
+
+/// Gradients of channels behind the rotary width pass through.
+template <typename Policy, typename T>
+__device__ void pass_tail(
+    const RotaryBackwardProblem& problem,
+    const RotaryBackwardGrid& grid,
+    int64_t row,
+    uint32_t num_tokens,
+    const ChunkChannels<Policy>& channels) {
+  constexpr int V = Policy::kVectorWidth;
+  for (ItemWalk item(grid.num_heads); item.token < num_tokens; item.advance()) {
+    const auto token = static_cast<uint32_t>(problem.tables.token(row, item.token));
+    const BackwardPlace<T> place = place_of_item<true, T>(problem, grid, token, item.head);
+    const auto a = load_channels<V, Policy::kSplat>(place.grad, channels.first, place.grad_stride);
+    if (channels.has_second) {
+      const auto b = load_channels<V, Policy::kSplat>(place.grad, channels.second, place.grad_stride);
+      store_channels<V>(place.input_grad, channels.second, place.input_grad_stride, b);
+    }
+    store_channels<V>(place.input_grad, channels.first, place.input_grad_stride, a);
+  }
+}
+
+/// Tokens whose position is outside the tables belong to no row: they are sorted before the first and behind the last.
+template <typename Policy, typename T>
+__device__ void fill_strays(
+    const RotaryBackwardProblem& problem,
+    const RotaryBackwardGrid& grid,
+    const ChunkChannels<Policy>& channels) {
+  constexpr int V = Policy::kVectorWidth;
+  const RotaryTablesProblem& tables = problem.tables;
+  const int64_t below = tables.row_starts[0];
+  const int64_t above = tables.row_starts[tables.table_rows];
+  const int64_t num_tokens = problem.rotation.batch * problem.rotation.seq_len;
+  const auto nan = splat<V>(narrow<T>(static_cast<arithmetic_t<T>>(NAN)));
+  for (int64_t i = blockIdx.x - tables.table_rows; i < below + num_tokens - above; i += kStrayBlocks) {
+    const auto token = static_cast<uint32_t>(tables.order[i < below ? i : above + i - below]);
+    for (uint32_t head = threadIdx.y; head < grid.num_heads.divisor; head += blockDim.y) {
+      const BackwardPlace<T> place = place_of_item<true, T>(problem, grid, token, head);
+      store_channels<V>(place.input_grad, channels.first, place.input_grad_stride, nan);
+      if (channels.has_second) {
+        store_channels<V>(place.input_grad, channels.second, place.input_grad_stride, nan);
+      }
+    }
+  }
+}
+
+template <typename T, typename Policy>
+__global__ void __launch_bounds__(kMaxThreads, kMinBackwardBlocks) rotary_embedding_backward_kernel(
+    const __grid_constant__ RotaryBackwardProblem problem,
+    const __grid_constant__ RotaryBackwardGrid grid) {
+  using Real = arithmetic_t<T>;
+  constexpr int V = Policy::kVectorWidth;
+  constexpr int U = kItemsInFlight;
+  __shared__ Real partial[2][kMaxThreads * V];
+
+  const RotaryTablesProblem& tables = problem.tables;
+  const int num_pairs = static_cast<int>(tables.num_pairs);
+  const int64_t row = blockIdx.x;
+  const int chunk = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x);
+  const ChunkChannels<Policy> channels(chunk, num_pairs, static_cast<int>(problem.rotation.head_dim));
+  const bool exists = chunk < grid.num_chunks;
+  if constexpr (Policy::kWritesInputGrads) {
+    if (row >= tables.table_rows) {
+      if (exists) {
+        fill_strays<Policy, T>(problem, grid, channels);
+      }
+      return;
+    }
+  }
+  const auto num_tokens = static_cast<uint32_t>(tables.num_tokens(row));
+
+  Real sum_cos[V] = {};
+  Real sum_sin[V] = {};
+  if (exists && channels.rotates) {
+    Real cos[V];
+    Real sin[V];
+    if constexpr (Policy::kWritesInputGrads) {
+      // Tables given per token have one set of rows for each batch.
+      const uint32_t set = grid.table_rows.quotient(blockIdx.x);
+      const uint32_t row_of_set = blockIdx.x - set * grid.table_rows.divisor;
+      const Real sign = problem.rotation.conjugate ? Real(-1) : Real(1);
+      const auto entry = [&](const RotaryTable& table, int i) {
+        const int64_t pair = pair_of_chunk<Policy>(chunk, i, num_pairs);
+        return static_cast<const Real*>(
+            table.data)[set * table.stride_batch + row_of_set * table.stride_row + pair * table.stride_pair];
+      };
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        cos[i] = entry(problem.rotation.cos, i);
+        sin[i] = sign * entry(problem.rotation.sin, i);
+      }
+    }
+    for (ItemWalk item(grid.num_heads); item.token < num_tokens;) {
+      Vector<T, V> g1[U], g2[U], x1[U], x2[U];
+      T* input_grads[U];
+      bool has[U];
+      int64_t input_grad_stride = 0;
+      // Behind the last item the first one is read again: around a branch the compiler would unpack the vectors, and so
+      // wait for them, before the next ones are asked for.
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        has[u] = item.token < num_tokens;
+        const auto token = static_cast<uint32_t>(tables.token(row, has[u] ? item.token : 0));
+        const auto place = place_of_item<Policy::kWritesInputGrads, T>(problem, grid, token, has[u] ? item.head : 0);
+        g1[u] = load_channels<V, Policy::kSplat>(place.grad, channels.first, place.grad_stride);
+        g2[u] = load_channels<V, Policy::kSplat>(place.grad, channels.second, place.grad_stride);
+        x1[u] = load_channels<V, false>(place.input, channels.first, place.input_stride);
+        x2[u] = load_channels<V, false>(place.input, channels.second, place.input_stride);
+        input_grads[u] = place.input_grad;
+        input_grad_stride = place.input_grad_stride;
+        item.advance();
+      }
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        if (!has[u]) {
+          continue;
+        }
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+          T& of_first = first_of_pair<Policy>(g1[u], g2[u], i);
+          T& of_second = second_of_pair<Policy>(g1[u], g2[u], i);
+          const Real a = widen(of_first);
+          const Real b = widen(of_second);
+          const Real x = widen(first_of_pair<Policy>(x1[u], x2[u], i));
+          const Real y = widen(second_of_pair<Policy>(x1[u], x2[u], i));
+          sum_cos[i] += a * x + b * y;
+          sum_sin[i] += b * x - a * y;
+          if constexpr (Policy::kWritesInputGrads) {
+            rotate_pair(of_first, of_second, cos[i], sin[i]);
+          }
+        }
+        if constexpr (Policy::kWritesInputGrads) {
+          store_channels<V>(input_grads[u], channels.first, input_grad_stride, g1[u]);
+          store_channels<V>(input_grads[u], channels.second, input_grad_stride, g2[u]);
+        }
+      }
+    }
+  } else if (exists) {
+    if constexpr (Policy::kWritesInputGrads) {
+      pass_tail<Policy, T>(problem, grid, row, num_tokens, channels);
+    }
+  }
+
+  const int num_threads = static_cast<int>(blockDim.x * blockDim.y);
+  const int thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    partial[0][i * num_threads + thread] = sum_cos[i];
+    partial[1][i * num_threads + thread] = sum_sin[i];
+  }
+  __syncthreads();
+  const int chunks = static_cast<int>(blockDim.x);
+  for (int entry = thread; entry < 2 * V * chunks; entry += num_threads) {
+    const int column = entry / chunks;  // of V for cos, then V for sin
+    const int chunk_in_block = entry - column * chunks;
+    const int chunk_of_entry = static_cast<int>(blockIdx.y) * chunks + chunk_in_block;
+    if (chunk_of_entry >= num_pairs / V) {
+      continue;
+    }
+    const bool of_sin = column >= V;
+    const int i = of_sin ? column - V : column;
+    const Real* parts = partial[of_sin ? 1 : 0] + i * num_threads + chunk_in_block;
+    Real sum = 0;
+    for (int y = 0; y < static_cast<int>(blockDim.y); ++y) {
+      sum += parts[y * chunks];
+    }
+    void* const result = of_sin ? tables.grad_sin : tables.grad_cos;
+    static_cast<Real*>(result)[row * num_pairs + pair_of_chunk<Policy>(chunk_of_entry, i, num_pairs)] =
+        of_sin && tables.conjugate ? -sum : sum;
+  }
+}
+
+}  // namespace posenc::cuda
