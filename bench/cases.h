@@ -9,6 +9,9 @@ namespace posenc::bench {
 /// RoPE: rotary_embedding.cpp.
 void add_rotary_embedding(Suite& suite, Device& device, Protocol protocol);
 
+/// RoPE with learnable frequencies: learnable_frequencies.cpp.
+void add_learnable_frequencies(Suite& suite, Device& device, Protocol protocol);
+
 /// ALiBi: alibi.cpp.
 void add_alibi(Suite& suite, Device& device, Protocol protocol);
 

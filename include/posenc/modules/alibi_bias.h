@@ -1,5 +1,6 @@
 #pragma once
 
+#include <posenc/alibi_attention.h>
 #include <posenc/export.h>
 #include <posenc/modules/detail/keeps_dtype.h>
 
@@ -10,6 +11,7 @@
 #include <memory>
 #include <optional>
 #include <ostream>
+#include <tuple>
 
 namespace posenc {
 
@@ -82,6 +84,21 @@ class POSENC_API ALiBiBiasImpl : public detail::KeepsDtype<ALiBiBiasImpl> {
       double scale = 1.0,
       const std::optional<torch::Tensor>& key_padding_mask = std::nullopt,
       std::optional<int64_t> query_offset = std::nullopt);
+
+  /// Attention with the bias inside; see `posenc::alibi_attention`. q is `[B, Sq, H, D]` or packed `[T, H, D]` with the
+  /// H of this module. Whether it is causal is a matter of the module: `attention_options` need not say so.
+  torch::Tensor attention(
+      const torch::Tensor& q,
+      const torch::Tensor& k,
+      const torch::Tensor& v,
+      const ALiBiAttentionOptions& attention_options = {});
+
+  /// The same with the logarithms of sums of exponentials; see `posenc::alibi_attention_with_lse`.
+  std::tuple<torch::Tensor, torch::Tensor> attention_with_lse(
+      const torch::Tensor& q,
+      const torch::Tensor& k,
+      const torch::Tensor& v,
+      const ALiBiAttentionOptions& attention_options = {});
 
   /// The slopes `[H]`, float32, on `device`. Fixed slopes are copied there now if they were not; call it before a
   /// CUDA graph is captured. Learnable ones are the parameter, which must be there already.
