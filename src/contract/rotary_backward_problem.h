@@ -4,7 +4,8 @@
 
 namespace posenc {
 
-/// One call of `rotary_embedding_backward`, or of `rotary_embedding_tables_backward`, which has no use for `rotation`.
+/// One call of `rotary_embedding_backward`, or of `rotary_embedding_tables_backward`, which knows no more of the rotation
+/// than `num_pairs`.
 struct RotaryBackwardProblem {
   RotaryTablesProblem tables;
   RotaryProblem rotation;  // of the gradients, backwards

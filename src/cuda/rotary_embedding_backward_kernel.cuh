@@ -28,7 +28,7 @@ struct RotaryBackwardPolicy {
   static constexpr bool kInterleaved = IsInterleaved;
   static constexpr bool kSplat = IsSplat;  // outgoing gradients have one value for all channels of a head
   static constexpr bool kWritesInputGrads = WritesInputGrads;
-  static constexpr bool kPairsInsideVector = IsInterleaved && VectorWidth > 1;
+  static constexpr bool kTail = WritesInputGrads;  // channels behind the rotary width matter
 };
 
 struct RotaryBackwardGrid {
@@ -38,29 +38,11 @@ struct RotaryBackwardGrid {
   int32_t num_chunks;  // of one head
 };
 
-/// The i-th pair of a chunk of two vectors.
-template <typename Policy, typename T, int V>
-__device__ T& first_of_pair(Vector<T, V>& a, Vector<T, V>& b, int i) {
-  if constexpr (Policy::kPairsInsideVector) {
-    return i < V / 2 ? a[2 * i] : b[2 * i - V];
-  } else {
-    return a[i];
-  }
-}
-template <typename Policy, typename T, int V>
-__device__ T& second_of_pair(Vector<T, V>& a, Vector<T, V>& b, int i) {
-  if constexpr (Policy::kPairsInsideVector) {
-    return i < V / 2 ? a[2 * i + 1] : b[2 * i + 1 - V];
-  } else {
-    return b[i];
-  }
-}
-
 /// Where the i-th pair of a chunk is in a row of the tables.
 template <typename Policy>
 __device__ int pair_of_chunk(int chunk, int i, int num_pairs) {
   constexpr int V = Policy::kVectorWidth;
-  if constexpr (Policy::kPairsInsideVector) {
+  if constexpr (Policy::kInterleaved && V > 1) {
     return i < V / 2 ? chunk * V / 2 + i : (num_pairs + chunk * V) / 2 + i - V / 2;
   } else {
     return chunk * V + i;
@@ -106,27 +88,6 @@ __device__ BackwardPlace<T> place_of_item(
   return place;
 }
 
-/// The channels of a chunk; those behind the rotary width are shared as rotate_chunk shares them.
-template <typename Policy>
-struct ChunkChannels {
-  int first, second;
-  bool rotates, has_second;
-
-  __device__ ChunkChannels(int chunk, int num_pairs, int head_dim) : rotates(true), has_second(true) {
-    constexpr int V = Policy::kVectorWidth;
-    constexpr bool kNeighbours = Policy::kInterleaved && V == 1;
-    first = kNeighbours ? 2 * chunk : chunk * V;
-    second = kNeighbours ? 2 * chunk + 1 : num_pairs + chunk * V;
-    const int tail_chunk = chunk - num_pairs / V;
-    if (tail_chunk >= 0) {
-      rotates = false;
-      first = 2 * num_pairs + tail_chunk * V;
-      second = first + ((head_dim - 2 * num_pairs) / V + 1) / 2 * V;
-      has_second = second < head_dim;
-    }
-  }
-};
-
 /// The items of a block that one thread takes: every blockDim.y-th, without a division each.
 struct ItemWalk {
   uint32_t token, head;
@@ -156,17 +117,13 @@ __device__ void pass_tail(
     const RotaryBackwardGrid& grid,
     int64_t row,
     uint32_t num_tokens,
-    const ChunkChannels<Policy>& channels) {
-  constexpr int V = Policy::kVectorWidth;
+    const ChunkChannels& channels) {
   for (ItemWalk item(grid.num_heads); item.token < num_tokens; item.advance()) {
     const auto token = static_cast<uint32_t>(problem.tables.token(row, item.token));
     const BackwardPlace<T> place = place_of_item<true, T>(problem, grid, token, item.head);
-    const auto a = load_channels<V, Policy::kSplat>(place.grad, channels.first, place.grad_stride);
-    if (channels.has_second) {
-      const auto b = load_channels<V, Policy::kSplat>(place.grad, channels.second, place.grad_stride);
-      store_channels<V>(place.input_grad, channels.second, place.input_grad_stride, b);
-    }
-    store_channels<V>(place.input_grad, channels.first, place.input_grad_stride, a);
+    HeadChunk<T, Policy> grad;
+    grad.template load<Policy::kSplat>(place.grad, place.grad_stride, channels);
+    grad.store(place.input_grad, place.input_grad_stride, channels);
   }
 }
 
@@ -175,21 +132,18 @@ template <typename Policy, typename T>
 __device__ void fill_strays(
     const RotaryBackwardProblem& problem,
     const RotaryBackwardGrid& grid,
-    const ChunkChannels<Policy>& channels) {
-  constexpr int V = Policy::kVectorWidth;
+    const ChunkChannels& channels) {
   const RotaryTablesProblem& tables = problem.tables;
   const int64_t below = tables.row_starts[0];
   const int64_t above = tables.row_starts[tables.table_rows];
   const int64_t num_tokens = problem.rotation.batch * problem.rotation.seq_len;
-  const auto nan = splat<V>(narrow<T>(static_cast<arithmetic_t<T>>(NAN)));
+  HeadChunk<T, Policy> nan;
+  nan.a = nan.b = splat<Policy::kVectorWidth>(narrow<T>(static_cast<arithmetic_t<T>>(NAN)));
   for (int64_t i = blockIdx.x - tables.table_rows; i < below + num_tokens - above; i += kStrayBlocks) {
     const auto token = static_cast<uint32_t>(tables.order[i < below ? i : above + i - below]);
     for (uint32_t head = threadIdx.y; head < grid.num_heads.divisor; head += blockDim.y) {
       const BackwardPlace<T> place = place_of_item<true, T>(problem, grid, token, head);
-      store_channels<V>(place.input_grad, channels.first, place.input_grad_stride, nan);
-      if (channels.has_second) {
-        store_channels<V>(place.input_grad, channels.second, place.input_grad_stride, nan);
-      }
+      nan.store(place.input_grad, place.input_grad_stride, channels);
     }
   }
 }
@@ -207,7 +161,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBackwardBlocks) rotary_embedd
   const int num_pairs = static_cast<int>(tables.num_pairs);
   const int64_t row = blockIdx.x;
   const int chunk = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x);
-  const ChunkChannels<Policy> channels(chunk, num_pairs, static_cast<int>(problem.rotation.head_dim));
+  const ChunkChannels channels = channels_of_chunk<Policy>(problem.rotation, chunk);
   const bool exists = chunk < grid.num_chunks;
   if constexpr (Policy::kWritesInputGrads) {
     if (row >= tables.table_rows) {
@@ -222,29 +176,23 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBackwardBlocks) rotary_embedd
   Real sum_cos[V] = {};
   Real sum_sin[V] = {};
   if (exists && channels.rotates) {
-    Real cos[V];
-    Real sin[V];
-    if constexpr (Policy::kWritesInputGrads) {
-      // Tables given per token have one set of rows for each batch.
-      const uint32_t set = grid.table_rows.quotient(blockIdx.x);
-      const uint32_t row_of_set = blockIdx.x - set * grid.table_rows.divisor;
-      const Real sign = problem.rotation.conjugate ? Real(-1) : Real(1);
-      const auto entry = [&](const RotaryTable& table, int i) {
-        const int64_t pair = pair_of_chunk<Policy>(chunk, i, num_pairs);
-        return static_cast<const Real*>(
-            table.data)[set * table.stride_batch + row_of_set * table.stride_row + pair * table.stride_pair];
-      };
-#pragma unroll
-      for (int i = 0; i < V; ++i) {
-        cos[i] = entry(problem.rotation.cos, i);
-        sin[i] = sign * entry(problem.rotation.sin, i);
-      }
-    }
+    // Tables given per token have one set of rows for each batch.
+    const uint32_t set = grid.table_rows.quotient(blockIdx.x);
+    const uint32_t row_of_set = blockIdx.x - set * grid.table_rows.divisor;
+    const auto offset = [&](const RotaryTable& table) {
+      return set * table.stride_batch + row_of_set * table.stride_row;
+    };
+    const TableRow<Real> row_of_tables{
+        offset(problem.rotation.cos), offset(problem.rotation.sin), problem.rotation.conjugate ? Real(-1) : Real(1)};
+    const ChunkTables<T, Policy> entries(
+        problem.rotation, row_of_tables, channels, /*exists=*/Policy::kWritesInputGrads);
+    const ChunkChannels pairs{channels.first, channels.second, /*rotates=*/true, /*has_second=*/true};
     for (ItemWalk item(grid.num_heads); item.token < num_tokens;) {
-      Vector<T, V> g1[U], g2[U], x1[U], x2[U];
+      HeadChunk<T, Policy> grads[U];
+      HeadChunk<T, Policy> inputs[U];
       T* input_grads[U];
+      int64_t strides[U];  // of their channels
       bool has[U];
-      int64_t input_grad_stride = 0;
       // Behind the last item the first one is read again: around a branch the compiler would unpack the vectors, and so
       // wait for them, before the next ones are asked for.
 #pragma unroll
@@ -252,12 +200,10 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBackwardBlocks) rotary_embedd
         has[u] = item.token < num_tokens;
         const auto token = static_cast<uint32_t>(tables.token(row, has[u] ? item.token : 0));
         const auto place = place_of_item<Policy::kWritesInputGrads, T>(problem, grid, token, has[u] ? item.head : 0);
-        g1[u] = load_channels<V, Policy::kSplat>(place.grad, channels.first, place.grad_stride);
-        g2[u] = load_channels<V, Policy::kSplat>(place.grad, channels.second, place.grad_stride);
-        x1[u] = load_channels<V, false>(place.input, channels.first, place.input_stride);
-        x2[u] = load_channels<V, false>(place.input, channels.second, place.input_stride);
+        grads[u].template load<Policy::kSplat>(place.grad, place.grad_stride, pairs);
+        inputs[u].template load<false>(place.input, place.input_stride, pairs);
         input_grads[u] = place.input_grad;
-        input_grad_stride = place.input_grad_stride;
+        strides[u] = place.input_grad_stride;
         item.advance();
       }
 #pragma unroll
@@ -266,22 +212,23 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBackwardBlocks) rotary_embedd
           continue;
         }
 #pragma unroll
-        for (int i = 0; i < V; ++i) {
-          T& of_first = first_of_pair<Policy>(g1[u], g2[u], i);
-          T& of_second = second_of_pair<Policy>(g1[u], g2[u], i);
-          const Real a = widen(of_first);
-          const Real b = widen(of_second);
-          const Real x = widen(first_of_pair<Policy>(x1[u], x2[u], i));
-          const Real y = widen(second_of_pair<Policy>(x1[u], x2[u], i));
-          sum_cos[i] += a * x + b * y;
-          sum_sin[i] += b * x - a * y;
+        for (int p = 0; p < V; ++p) {
+          const int i = first_of_pair<Policy>(p);
+          const int j = second_of_pair<Policy>(p);
+          Real g1 = widen(grads[u][i]);
+          Real g2 = widen(grads[u][j]);
+          const Real x1 = widen(inputs[u][i]);
+          const Real x2 = widen(inputs[u][j]);
+          sum_cos[p] += g1 * x1 + g2 * x2;
+          sum_sin[p] += g2 * x1 - g1 * x2;
           if constexpr (Policy::kWritesInputGrads) {
-            rotate_pair(of_first, of_second, cos[i], sin[i]);
+            entries.rotate(p, g1, g2);
+            grads[u][i] = narrow<T>(g1);
+            grads[u][j] = narrow<T>(g2);
           }
         }
         if constexpr (Policy::kWritesInputGrads) {
-          store_channels<V>(input_grads[u], channels.first, input_grad_stride, g1[u]);
-          store_channels<V>(input_grads[u], channels.second, input_grad_stride, g2[u]);
+          grads[u].store(input_grads[u], strides[u], pairs);
         }
       }
     }

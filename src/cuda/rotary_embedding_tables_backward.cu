@@ -22,8 +22,10 @@ std::tuple<Tensor, Tensor> rotary_embedding_tables_backward_cuda(
     bool interleaved,
     bool conjugate) {
   const auto call = contract::rotary_tables_call({kOp, grads, inputs, table, positions, interleaved, conjugate});
+  RotaryBackwardProblem problem{call.problem, {}};
+  problem.rotation.num_pairs = call.problem.num_pairs;
   const c10::cuda::CUDAGuard device(table.device());
-  cuda::run_rotary_backward</*WritesInputGrads=*/false>(kOp, {call.problem, {}}, call, inputs[0].scalar_type());
+  cuda::run_rotary_backward</*WritesInputGrads=*/false>(kOp, problem, call, inputs[0].scalar_type());
   return {call.grad_cos, call.grad_sin};
 }
 

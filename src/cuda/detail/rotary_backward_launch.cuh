@@ -16,9 +16,12 @@
 namespace posenc::cuda {
 
 /// Whether all tensors of a call can be read and written in vectors of V elements.
-template <typename T, int V, bool Splat, bool WritesInputGrads>
+template <typename T, int V, bool Interleaved, bool Splat, bool WritesInputGrads>
 bool backward_allows(const RotaryBackwardProblem& problem) {
-  bool allowed = true;
+  constexpr int kEntries = Interleaved ? V / 2 : V;
+  bool allowed = !WritesInputGrads ||
+      (table_loads_vectors<arithmetic_t<T>, kEntries>(problem.rotation.cos) &&
+       table_loads_vectors<arithmetic_t<T>, kEntries>(problem.rotation.sin));
   for (int i = 0; i < problem.tables.num_operands; ++i) {
     const RotaryTablesProblem::Operand& from = problem.tables.operands[i];
     const RotaryProblem::Operand& to = problem.rotation.operands[i];
@@ -89,9 +92,9 @@ void run_rotary_backward(
       constexpr bool kInterleaved = decltype(is_interleaved)::value;
       const int64_t tail = WritesInputGrads ? problem.rotation.head_dim - 2 * problem.tables.num_pairs : 0;
       const bool divides = problem.tables.num_pairs % V == 0 && tail % V == 0;
-      if (divides && backward_allows<T, V, false, WritesInputGrads>(problem)) {
+      if (divides && backward_allows<T, V, kInterleaved, false, WritesInputGrads>(problem)) {
         launch_rotary_backward<T, RotaryBackwardPolicy<V, kInterleaved, false, WritesInputGrads>>(op, problem);
-      } else if (divides && backward_allows<T, V, true, WritesInputGrads>(problem)) {
+      } else if (divides && backward_allows<T, V, kInterleaved, true, WritesInputGrads>(problem)) {
         launch_rotary_backward<T, RotaryBackwardPolicy<V, kInterleaved, true, WritesInputGrads>>(op, problem);
       } else {
         static std::once_flag once;

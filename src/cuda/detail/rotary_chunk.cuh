@@ -126,6 +126,58 @@ __device__ ChunkChannels channels_of_chunk(const RotaryProblem& problem, int chu
   return channels;
 }
 
+// A chunk has 2 V elements, those of its first vector and then those of its second, and V pairs of them.
+
+template <typename Policy>
+__device__ constexpr int first_of_pair(int pair) {
+  return Policy::kInterleaved ? 2 * pair : pair;
+}
+
+template <typename Policy>
+__device__ constexpr int second_of_pair(int pair) {
+  return Policy::kInterleaved ? 2 * pair + 1 : Policy::kVectorWidth + pair;
+}
+
+/// The elements of a chunk of one head, each once.
+template <typename T, typename Policy>
+struct HeadChunk {
+  static constexpr int V = Policy::kVectorWidth;
+
+  Vector<T, V> a{}, b{};
+
+  __device__ T& operator[](int i) { return i < V ? a[i] : b[i - V]; }
+  __device__ const T& operator[](int i) const { return i < V ? a[i] : b[i - V]; }
+
+  template <bool Splat>
+  __device__ void load(const T* head, int64_t stride, const ChunkChannels& channels) {
+    a = load_channels<V, Splat>(head, channels.first, stride);
+    if (channels.has_second) {
+      b = load_channels<V, Splat>(head, channels.second, stride);
+    }
+  }
+
+  __device__ void store(T* head, int64_t stride, const ChunkChannels& channels) const {
+    store_channels<V>(head, channels.first, stride, a);
+    if (channels.has_second) {
+      store_channels<V>(head, channels.second, stride, b);
+    }
+  }
+
+  __device__ arithmetic_t<T> sum_of_squares() const {
+    arithmetic_t<T> sum = 0;
+#pragma unroll
+    for (int i = 0; i < 2 * V; ++i) {
+      sum = multiply_add(widen((*this)[i]), widen((*this)[i]), sum);
+    }
+    return sum;
+  }
+
+  __device__ void keep_packed() {
+    cuda::keep_packed(a);
+    cuda::keep_packed(b);
+  }
+};
+
 /// The entries of the tables for the V pairs of a chunk: in half pairing those of neighbours in each vector, interleaved
 /// those of the first vector and then those of the second. Zero where the chunk does not exist or does not rotate.
 template <typename T, typename Policy>
