@@ -20,7 +20,8 @@ struct Gradients {
 };
 
 Gradients backward(const RotaryInputs& in, const TensorList& grads, const TensorList& inputs) {
-  std::vector<c10::IValue> stack{grads, inputs, in.cos, in.sin, in.positions, in.interleaved, in.conjugate};
+  std::vector<c10::IValue> stack{grads,        inputs,         in.cos,       in.sin,
+                                 in.positions, in.interleaved, in.conjugate, in.pair_axes};
   c10::Dispatcher::singleton().findSchemaOrThrow("posenc::rotary_embedding_backward", "").callBoxed(stack);
   return {stack[0].toTensorVector(), stack[1].toTensor(), stack[2].toTensor()};
 }

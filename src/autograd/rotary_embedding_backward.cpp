@@ -21,7 +21,8 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> rotary_embedding_backward_autogr
     const Tensor& sin,
     const std::optional<Tensor>& positions,
     bool interleaved,
-    bool conjugate) {
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
   std::vector<std::reference_wrapper<const Tensor>> differentiable(grads.begin(), grads.end());
   differentiable.insert(differentiable.end(), inputs.begin(), inputs.end());
   differentiable.insert(differentiable.end(), {cos, sin});
@@ -29,10 +30,10 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> rotary_embedding_backward_autogr
     return torch::autograd::isFwGradDefined(tensor);
   });
   if (has_tangent || autograd::any_requires_grad(differentiable)) {
-    return rotary_embedding_backward_in_two(grads, inputs, cos, sin, positions, interleaved, conjugate);
+    return rotary_embedding_backward_in_two(grads, inputs, cos, sin, positions, interleaved, conjugate, pair_axes);
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return rotary_embedding_backward(grads, inputs, cos, sin, positions, interleaved, conjugate);
+  return rotary_embedding_backward(grads, inputs, cos, sin, positions, interleaved, conjugate, pair_axes);
 }
 
 }  // namespace

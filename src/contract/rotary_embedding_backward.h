@@ -10,7 +10,7 @@
 
 namespace posenc::contract {
 
-/// The arguments of `rotary_embedding_backward`.
+/// The arguments of `rotary_embedding_backward` where positions have one axis.
 struct RotaryBackwardArguments {
   at::TensorList grads;
   at::TensorList inputs;

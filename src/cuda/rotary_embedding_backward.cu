@@ -1,4 +1,5 @@
 #include <contract/rotary_embedding_backward.h>
+#include <ops/rotary_embedding_backward.h>
 #include <cuda/detail/rotary_backward_launch.cuh>
 
 #include <c10/cuda/CUDAGuard.h>
@@ -19,7 +20,11 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> rotary_embedding_backward_cuda(
     const Tensor& sin,
     const std::optional<Tensor>& positions,
     bool interleaved,
-    bool conjugate) {
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
+  if (!pair_axes.empty()) {  // a token has a row for each axis, and no block all of its pairs
+    return rotary_embedding_backward_in_two(grads, inputs, cos, sin, positions, interleaved, conjugate, pair_axes);
+  }
   auto call = contract::rotary_backward_call({grads, inputs, cos, sin, positions, interleaved, conjugate});
   const c10::cuda::CUDAGuard device(cos.device());
   cuda::run_rotary_backward</*WritesInputGrads=*/true>(

@@ -7,7 +7,8 @@
 // Gradients of cos and sin, and of what was rotated by them if wanted, in one pass: outgoing gradients and inputs are
 // read once, and the gradients of the inputs written.
 //
-// A block owns one row of the tables. Its *items* are the heads (all of q, then all of k) of all tokens that read the row.
+// A block owns one row of the tables; where pairs choose their row by several axes, a chunk has one axis, and only the
+// gradients of the tables are computed. Its *items* are the heads (all of q, then all of k) of all tokens that read the row.
 // Threads along x are the chunks of a head (rotary_chunk.cuh), threads along y share the items. A thread keeps its
 // part of the row and of both sums in registers; the sums of a block meet in shared memory in a fixed order, so that the
 // result is the same to the last bit every time, without atomics.
@@ -40,7 +41,7 @@ struct RotaryBackwardGrid {
 
 /// Where the i-th pair of a chunk is in a row of the tables.
 template <typename Policy>
-__device__ int pair_of_chunk(int chunk, int i, int num_pairs) {
+POSENC_HOST_DEVICE int pair_of_chunk(int chunk, int i, int num_pairs) {
   constexpr int V = Policy::kVectorWidth;
   if constexpr (Policy::kInterleaved && V > 1) {
     return i < V / 2 ? chunk * V / 2 + i : (num_pairs + chunk * V) / 2 + i - V / 2;
@@ -115,11 +116,11 @@ template <typename Policy, typename T>
 __device__ void pass_tail(
     const RotaryBackwardProblem& problem,
     const RotaryBackwardGrid& grid,
-    int64_t row,
-    uint32_t num_tokens,
+    const RotaryTablesProblem::Readers& readers,
     const ChunkChannels& channels) {
+  const auto num_tokens = static_cast<uint32_t>(readers.count);
   for (ItemWalk item(grid.num_heads); item.token < num_tokens; item.advance()) {
-    const auto token = static_cast<uint32_t>(problem.tables.token(row, item.token));
+    const auto token = static_cast<uint32_t>(readers.token(item.token));
     const BackwardPlace<T> place = place_of_item<true, T>(problem, grid, token, item.head);
     HeadChunk<T, Policy> grad;
     grad.template load<Policy::kSplat>(place.grad, place.grad_stride, channels);
@@ -136,10 +137,9 @@ __device__ void fill_strays(
   const RotaryTablesProblem& tables = problem.tables;
   const int64_t below = tables.row_starts[0];
   const int64_t above = tables.row_starts[tables.table_rows];
-  const int64_t num_tokens = problem.rotation.batch * problem.rotation.seq_len;
   HeadChunk<T, Policy> nan;
   nan.a = nan.b = splat<Policy::kVectorWidth>(narrow<T>(static_cast<arithmetic_t<T>>(NAN)));
-  for (int64_t i = blockIdx.x - tables.table_rows; i < below + num_tokens - above; i += kStrayBlocks) {
+  for (int64_t i = blockIdx.x - tables.table_rows; i < below + tables.tokens - above; i += kStrayBlocks) {
     const auto token = static_cast<uint32_t>(tables.order[i < below ? i : above + i - below]);
     for (uint32_t head = threadIdx.y; head < grid.num_heads.divisor; head += blockDim.y) {
       const BackwardPlace<T> place = place_of_item<true, T>(problem, grid, token, head);
@@ -171,7 +171,14 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBackwardBlocks) rotary_embedd
       return;
     }
   }
-  const auto num_tokens = static_cast<uint32_t>(tables.num_tokens(row));
+  int axis = 0;
+  if constexpr (!Policy::kWritesInputGrads) {
+    if (exists && tables.num_axes > 1) {
+      axis = tables.pair_axes.axis(pair_of_chunk<Policy>(chunk, 0, num_pairs));
+    }
+  }
+  const RotaryTablesProblem::Readers readers = tables.readers(row, axis);
+  const auto num_tokens = static_cast<uint32_t>(readers.count);
 
   Real sum_cos[V] = {};
   Real sum_sin[V] = {};
@@ -198,7 +205,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBackwardBlocks) rotary_embedd
 #pragma unroll
       for (int u = 0; u < U; ++u) {
         has[u] = item.token < num_tokens;
-        const auto token = static_cast<uint32_t>(tables.token(row, has[u] ? item.token : 0));
+        const auto token = static_cast<uint32_t>(readers.token(has[u] ? item.token : 0));
         const auto place = place_of_item<Policy::kWritesInputGrads, T>(problem, grid, token, has[u] ? item.head : 0);
         grads[u].template load<Policy::kSplat>(place.grad, place.grad_stride, pairs);
         inputs[u].template load<false>(place.input, place.input_stride, pairs);
@@ -234,7 +241,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBackwardBlocks) rotary_embedd
     }
   } else if (exists) {
     if constexpr (Policy::kWritesInputGrads) {
-      pass_tail<Policy, T>(problem, grid, row, num_tokens, channels);
+      pass_tail<Policy, T>(problem, grid, readers, channels);
     }
   }
 

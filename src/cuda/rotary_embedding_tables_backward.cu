@@ -20,8 +20,10 @@ std::tuple<Tensor, Tensor> rotary_embedding_tables_backward_cuda(
     const Tensor& table,
     const std::optional<Tensor>& positions,
     bool interleaved,
-    bool conjugate) {
-  const auto call = contract::rotary_tables_call({kOp, grads, inputs, table, positions, interleaved, conjugate});
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
+  const auto call =
+      contract::rotary_tables_call({kOp, grads, inputs, table, positions, interleaved, conjugate, pair_axes});
   RotaryBackwardProblem problem{call.problem, {}};
   problem.rotation.num_pairs = call.problem.num_pairs;
   const c10::cuda::CUDAGuard device(table.device());

@@ -22,7 +22,8 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> rotary_embedding_bac
     const at::Tensor& sin,
     const std::optional<at::Tensor>& positions,
     bool interleaved,
-    bool conjugate);
+    bool conjugate,
+    at::IntArrayRef pair_axes);
 
 /// The same by those two operators: wherever one kernel for both has nothing to offer.
 std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> rotary_embedding_backward_in_two(
@@ -32,6 +33,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> rotary_embedding_bac
     const at::Tensor& sin,
     const std::optional<at::Tensor>& positions,
     bool interleaved,
-    bool conjugate);
+    bool conjugate,
+    at::IntArrayRef pair_axes);
 
 }  // namespace posenc

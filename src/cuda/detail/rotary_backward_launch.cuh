@@ -32,6 +32,24 @@ bool backward_allows(const RotaryBackwardProblem& problem) {
   return allowed;
 }
 
+/// Whether all pairs of a chunk read the same axis of the positions.
+template <typename Policy>
+bool chunks_have_one_axis(const RotaryTablesProblem& tables) {
+  if (tables.num_axes <= 1) {
+    return true;
+  }
+  const auto num_pairs = static_cast<int>(tables.num_pairs);
+  const auto axis = [&](int chunk, int i) { return tables.pair_axes.axis(pair_of_chunk<Policy>(chunk, i, num_pairs)); };
+  for (int chunk = 0; chunk < num_pairs / Policy::kVectorWidth; ++chunk) {
+    for (int i = 1; i < Policy::kVectorWidth; ++i) {
+      if (axis(chunk, i) != axis(chunk, 0)) {
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
 template <typename T, typename Policy>
 void launch_rotary_backward(const char* op, const RotaryBackwardProblem& problem) {
   constexpr int V = Policy::kVectorWidth;
@@ -48,11 +66,10 @@ void launch_rotary_backward(const char* op, const RotaryBackwardProblem& problem
   const bool may_stray = Policy::kWritesInputGrads && tables.order != nullptr;
   const int64_t blocks = tables.table_rows + (may_stray ? kStrayBlocks : 0);
   const int64_t chunk_groups = ceil_div(num_chunks, chunks);
-  const int64_t num_tokens = tables.batch * tables.seq_len;
   TORCH_CHECK(
-      blocks <= kMaxGridX && num_tokens <= kMaxGridX && chunk_groups <= kMaxGridY, op, ": expected at most ", kMaxGridX,
-      " rows of the tables, as many tokens, and ", kMaxGridY, " blocks of ", chunks, " chunks on CUDA, got ",
-      tables.table_rows, ", ", num_tokens, " and ", chunk_groups);
+      blocks <= kMaxGridX && tables.tokens <= kMaxGridX && chunk_groups <= kMaxGridY, op, ": expected at most ",
+      kMaxGridX, " rows of the tables, as many tokens, and ", kMaxGridY, " blocks of ", chunks, " chunks on CUDA, got ",
+      tables.table_rows, ", ", tables.tokens, " and ", chunk_groups);
   if (log_level() <= LogLevel::debug) {
     log(LogLevel::debug,
         c10::str(
@@ -80,7 +97,7 @@ void run_rotary_backward(
     const contract::RotaryTablesCall& call,
     at::ScalarType dtype) {
   const int64_t num_heads = problem.tables.operands[0].num_heads + problem.tables.operands[1].num_heads;
-  if (problem.tables.batch * problem.tables.seq_len * num_heads == 0) {
+  if (problem.tables.tokens * num_heads == 0) {
     call.grad_cos.zero_();
     call.grad_sin.zero_();
     return;
@@ -91,10 +108,11 @@ void run_rotary_backward(
       constexpr int V = kMaxVectorBytes / sizeof(T);
       constexpr bool kInterleaved = decltype(is_interleaved)::value;
       const int64_t tail = WritesInputGrads ? problem.rotation.head_dim - 2 * problem.tables.num_pairs : 0;
-      const bool divides = problem.tables.num_pairs % V == 0 && tail % V == 0;
-      if (divides && backward_allows<T, V, kInterleaved, false, WritesInputGrads>(problem)) {
+      const bool in_chunks = problem.tables.num_pairs % V == 0 && tail % V == 0 &&
+          chunks_have_one_axis<RotaryBackwardPolicy<V, kInterleaved, false, WritesInputGrads>>(problem.tables);
+      if (in_chunks && backward_allows<T, V, kInterleaved, false, WritesInputGrads>(problem)) {
         launch_rotary_backward<T, RotaryBackwardPolicy<V, kInterleaved, false, WritesInputGrads>>(op, problem);
-      } else if (divides && backward_allows<T, V, kInterleaved, true, WritesInputGrads>(problem)) {
+      } else if (in_chunks && backward_allows<T, V, kInterleaved, true, WritesInputGrads>(problem)) {
         launch_rotary_backward<T, RotaryBackwardPolicy<V, kInterleaved, true, WritesInputGrads>>(op, problem);
       } else {
         static std::once_flag once;
