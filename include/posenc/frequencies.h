@@ -32,7 +32,7 @@ POSENC_API at::ScalarType rotary_table_dtype(at::ScalarType dtype);
 /// @param inv_freq  float32 or float64 `[R/2]`.
 /// @param length  number of rows, not negative.
 /// @param dtype  float32 or float64; see `rotary_table_dtype`.
-/// @param attention_factor  what both tables are multiplied with, positive: YaRN and LongRoPE scale attention so.
+/// @param attention_factor  what both tables are multiplied with, positive and finite; see `RotaryFrequencies`.
 /// @return `(cos, sin)`, each `[length, R/2]` on the device of `inv_freq`.
 /// @throws c10::Error  naming the argument, what was expected and what came, before anything is launched.
 ///

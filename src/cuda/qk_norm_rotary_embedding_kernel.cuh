@@ -84,59 +84,7 @@ struct HeadIndex {
   }
 };
 
-// A chunk has 2 V elements, those of its first vector and then those of its second, and V pairs of them.
-
-template <typename Policy>
-__device__ constexpr int first_of_pair(int pair) {
-  return Policy::kInterleaved ? 2 * pair : pair;
-}
-
-template <typename Policy>
-__device__ constexpr int second_of_pair(int pair) {
-  return Policy::kInterleaved ? 2 * pair + 1 : Policy::kVectorWidth + pair;
-}
-
-/// The elements of one head that a lane owns.
-template <typename T, typename Policy>
-struct HeadChunk {
-  static constexpr int V = Policy::kVectorWidth;
-
-  Vector<T, V> a{}, b{};
-
-  __device__ T& operator[](int i) { return i < V ? a[i] : b[i - V]; }
-  __device__ const T& operator[](int i) const { return i < V ? a[i] : b[i - V]; }
-
-  template <bool Splat>
-  __device__ void load(const T* head, int64_t stride, const ChunkChannels& channels) {
-    a = load_channels<V, Splat>(head, channels.first, stride);
-    if (channels.has_second) {
-      b = load_channels<V, Splat>(head, channels.second, stride);
-    }
-  }
-
-  __device__ void store(T* head, int64_t stride, const ChunkChannels& channels) const {
-    store_channels<V>(head, channels.first, stride, a);
-    if (channels.has_second) {
-      store_channels<V>(head, channels.second, stride, b);
-    }
-  }
-
-  __device__ arithmetic_t<T> sum_of_squares() const {
-    arithmetic_t<T> sum = 0;
-#pragma unroll
-    for (int i = 0; i < 2 * V; ++i) {
-      sum = multiply_add(widen((*this)[i]), widen((*this)[i]), sum);
-    }
-    return sum;
-  }
-
-  __device__ void keep_packed() {
-    cuda::keep_packed(a);
-    cuda::keep_packed(b);
-  }
-};
-
-/// Their weights, narrow until they are used.
+/// The weights of the elements of a chunk, narrow until they are used.
 template <typename T, typename Policy>
 struct ChunkWeights {
   using Real = arithmetic_t<T>;

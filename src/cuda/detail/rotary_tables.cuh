@@ -3,8 +3,8 @@
 #include <contract/rotary_problem.h>
 #include <cuda/detail/rotary_chunk.cuh>
 
-// A chunk (rotary_chunk.cuh) for kernels that do more with it than to rotate it: where it lies, and its entries of the
-// tables. No torch.
+// A chunk (rotary_chunk.cuh) for kernels that do more with it than to rotate it: where it lies, its elements, and
+// its entries of the tables. No torch.
 namespace posenc::cuda {
 
 /// Where a chunk lies in its head. Chunks behind the rotary width do not rotate, and the last of them may be one vector.
@@ -30,6 +30,58 @@ __device__ ChunkChannels channels_of_chunk(const RotaryProblem& problem, int chu
   }
   return channels;
 }
+
+// A chunk has 2 V elements, those of its first vector and then those of its second, and V pairs of them.
+
+template <typename Policy>
+__device__ constexpr int first_of_pair(int pair) {
+  return Policy::kInterleaved ? 2 * pair : pair;
+}
+
+template <typename Policy>
+__device__ constexpr int second_of_pair(int pair) {
+  return Policy::kInterleaved ? 2 * pair + 1 : Policy::kVectorWidth + pair;
+}
+
+/// The elements of a chunk of one head, each once.
+template <typename T, typename Policy>
+struct HeadChunk {
+  static constexpr int V = Policy::kVectorWidth;
+
+  Vector<T, V> a{}, b{};
+
+  __device__ T& operator[](int i) { return i < V ? a[i] : b[i - V]; }
+  __device__ const T& operator[](int i) const { return i < V ? a[i] : b[i - V]; }
+
+  template <bool Splat>
+  __device__ void load(const T* head, int64_t stride, const ChunkChannels& channels) {
+    a = load_channels<V, Splat>(head, channels.first, stride);
+    if (channels.has_second) {
+      b = load_channels<V, Splat>(head, channels.second, stride);
+    }
+  }
+
+  __device__ void store(T* head, int64_t stride, const ChunkChannels& channels) const {
+    store_channels<V>(head, channels.first, stride, a);
+    if (channels.has_second) {
+      store_channels<V>(head, channels.second, stride, b);
+    }
+  }
+
+  __device__ arithmetic_t<T> sum_of_squares() const {
+    arithmetic_t<T> sum = 0;
+#pragma unroll
+    for (int i = 0; i < 2 * V; ++i) {
+      sum = multiply_add(widen((*this)[i]), widen((*this)[i]), sum);
+    }
+    return sum;
+  }
+
+  __device__ void keep_packed() {
+    cuda::keep_packed(a);
+    cuda::keep_packed(b);
+  }
+};
 
 /// -1 to rotate backwards; NaN where the token has no row in the tables. With several axes it may have some of its rows,
 /// and it is the pairs that become NaN.
@@ -64,9 +116,17 @@ struct ChunkTables {
       }
       return;
     }
-    const TableRow<Real> row = table_row<Real>(problem, batch, seq);
-    sign = row.sign;
-    if (read) {
+    *this = ChunkTables(problem, table_row<Real>(problem, batch, seq), channels, exists);
+  }
+
+  /// The entries of a row that is known already.
+  __device__ ChunkTables(
+      const RotaryProblem& problem,
+      const TableRow<Real>& row,
+      const ChunkChannels& channels,
+      bool exists)
+      : sign(row.sign) {
+    if (exists && channels.rotates) {
       cos = load_row(static_cast<const Real*>(problem.cos.data) + row.cos, channels, problem.cos.stride_pair);
       sin = load_row(static_cast<const Real*>(problem.sin.data) + row.sin, channels, problem.sin.stride_pair);
     }
