@@ -102,6 +102,13 @@ TEST_P(RotaryTables, OfFloat32AreThoseOfFloat64RoundedOnce) {
   expect_same_bits(sin, wide_sin.to(at::kFloat));
 }
 
+TEST_P(RotaryTables, AreMultipliedWithTheAttentionFactorBeforeTheyAreRounded) {
+  const auto [cos, sin] = posenc::rotary_tables(inv_freq(64), 3000, at::kFloat, 1.1386);
+  const auto [wide_cos, wide_sin] = posenc::rotary_tables(inv_freq(64), 3000, at::kDouble);
+  expect_same_bits(cos, wide_cos.mul(1.1386).to(at::kFloat));
+  expect_same_bits(sin, wide_sin.mul(1.1386).to(at::kFloat));
+}
+
 TEST_P(RotaryTables, OfLengthZeroAreEmpty) {
   const auto [cos, sin] = posenc::rotary_tables(inv_freq(8), 0);
   EXPECT_EQ(cos.sizes(), at::IntArrayRef({0, 4}));
@@ -116,6 +123,10 @@ TEST_P(RotaryTables, RejectBadArguments) {
   expect_error([&] { posenc::rotary_tables(good, -1); }, {"length", "-1"});
   for (const at::ScalarType dtype : {at::kHalf, at::kBFloat16, at::kLong}) {
     expect_error([&] { posenc::rotary_tables(good, 4, dtype); }, {"dtype", "float32 or float64", at::toString(dtype)});
+  }
+  for (const double factor : {0.0, -1.0, std::nan("")}) {
+    expect_error(
+        [&] { posenc::rotary_tables(good, 4, at::kFloat, factor); }, {"attention_factor", "got " + c10::str(factor)});
   }
 }
 
