@@ -15,6 +15,7 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include <thread>
+#include <utility>
 
 namespace posenc::test {
 namespace {
