@@ -5,6 +5,7 @@
 #include <posenc/frequencies.h>
 #include <posenc/rotary_embedding.h>
 
+#include <algorithm>
 #include <limits>
 #include <utility>
 
@@ -73,8 +74,9 @@ std::optional<int64_t> visible_length(const Tensor& x, const std::optional<Tenso
   return last + 1;
 }
 
-/// Positions of the sequence: what its frequencies may depend on, and rows that its tables must have.
-int64_t sequence_length(
+/// Positions of the sequence: what its frequencies may depend on, and rows that its tables must have. None where nobody
+/// can tell.
+std::optional<int64_t> sequence_length(
     const Tensor& x,
     const std::optional<Tensor>& positions,
     std::optional<int64_t> seq_len,
@@ -85,13 +87,13 @@ int64_t sequence_length(
         *seq_len >= visible.value_or(0) && *seq_len <= std::numeric_limits<int32_t>::max(),
         "posenc::RotaryEmbedding: expected a seq_len of at least ", visible.value_or(0),
         ", what the positions need, and below 2^31, got ", *seq_len);
-    return *seq_len;
+    return seq_len;
   }
   TORCH_CHECK(
       visible || !depends_on_length(scaling),
       "posenc::RotaryEmbedding: expected seq_len, since the frequencies depend on it (", to_string(scaling),
       ") and positions on ", positions->device(), " cannot be read without waiting for it, got none");
-  return visible.value_or(0);
+  return visible;
 }
 
 }  // namespace
@@ -116,6 +118,25 @@ void RotaryEmbeddingImpl::reset() {
   TORCH_CHECK(
       options.max_position_embeddings() > 0,
       "posenc::RotaryEmbedding: expected a positive max_position_embeddings, got ", options.max_position_embeddings());
+  if (parameters_.contains("inv_freq")) {  // a second call; clones come without
+    parameters_.erase("inv_freq");
+  }
+  if (options.learnable_frequencies()) {
+    TORCH_CHECK(
+        !depends_on_length(options.scaling()),
+        "posenc::RotaryEmbedding: expected learnable frequencies to start with a plan that does not depend on the "
+        "length "
+        "of the sequence, got ",
+        to_string(options.scaling()));
+    tables_ = nullptr;
+    rows_on_device_ = std::max(rows_on_device_, options.max_position_embeddings());
+    const torch::InferenceMode no_inference(false);
+    const RotaryFrequencies start = rotary_frequencies(rotary_dim, options.base(), options.scaling());
+    attention_factor_ = start.attention_factor;
+    inv_freq = register_parameter("inv_freq", start.inv_freq.to(torch::kFloat32));
+    return;
+  }
+  inv_freq = Tensor();
   // Cloneable resets every clone: it keeps the tables it shares with the original.
   const auto [base, length] = std::pair(options.base(), options.max_position_embeddings());
   if (tables_ == nullptr || !tables_->serves(rotary_dim, base, options.scaling(), length)) {
@@ -127,8 +148,15 @@ std::tuple<Tensor, Tensor> RotaryEmbeddingImpl::tables_for(
     const Tensor& x,
     const std::optional<Tensor>& positions,
     std::optional<int64_t> seq_len) {
-  const int64_t length = sequence_length(x, positions, seq_len, tables_->scaling());
-  return tables_->get(length, x.device(), rotary_table_dtype(x.scalar_type()));
+  const std::optional<int64_t> length = sequence_length(x, positions, seq_len, options.scaling());
+  const torch::Dtype dtype = rotary_table_dtype(x.scalar_type());
+  if (!inv_freq.defined()) {
+    return tables_->get(length.value_or(0), x.device(), dtype);
+  }
+  TORCH_CHECK(
+      inv_freq.device() == x.device(), "posenc::RotaryEmbedding: expected the learnable frequencies on ", x.device(),
+      ", got them on ", inv_freq.device(), "; move the module there");
+  return rotary_tables(inv_freq, length.value_or(rows_on_device_), dtype, attention_factor_);
 }
 
 std::tuple<Tensor, Tensor> RotaryEmbeddingImpl::forward(
@@ -157,11 +185,15 @@ Tensor RotaryEmbeddingImpl::rotate(
 
 void RotaryEmbeddingImpl::reserve(int64_t length, const torch::Device& device, torch::Dtype dtype) {
   TORCH_CHECK(length >= 0, "posenc::RotaryEmbedding: expected a length that is not negative, got ", length);
+  if (inv_freq.defined()) {
+    rows_on_device_ = std::max(rows_on_device_, length);
+    return;
+  }
   tables_->reserve(length, resolved(device), rotary_table_dtype(dtype));
 }
 
 int64_t RotaryEmbeddingImpl::table_length(const torch::Device& device, torch::Dtype dtype) const {
-  return tables_->length(resolved(device), rotary_table_dtype(dtype));
+  return inv_freq.defined() ? rows_on_device_ : tables_->length(resolved(device), rotary_table_dtype(dtype));
 }
 
 void RotaryEmbeddingImpl::pretty_print(std::ostream& stream) const {
@@ -169,7 +201,8 @@ void RotaryEmbeddingImpl::pretty_print(std::ostream& stream) const {
          << ", rotary_dim=" << options.rotary_dim().value_or(options.head_dim()) << ", base=" << options.base()
          << ", max_position_embeddings=" << options.max_position_embeddings() << std::boolalpha
          << ", interleaved=" << options.interleaved() << ", layout=" << name_of(options.layout())
-         << ", scaling=" << to_string(options.scaling()) << ")";
+         << ", scaling=" << to_string(options.scaling())
+         << ", learnable_frequencies=" << options.learnable_frequencies() << ")";
 }
 
 }  // namespace posenc

@@ -2,7 +2,6 @@
 
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/outer.h>
 #include <ATen/ops/pow.h>
 
 #include <algorithm>
@@ -375,26 +374,6 @@ Tensor rotary_xpos_scales(int64_t rotary_dim, int64_t length, double scale_base)
 
 at::ScalarType rotary_table_dtype(at::ScalarType dtype) {
   return dtype == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-std::tuple<Tensor, Tensor> rotary_tables(
-    const Tensor& inv_freq,
-    int64_t length,
-    at::ScalarType dtype,
-    double attention_factor) {
-  TORCH_CHECK(
-      inv_freq.defined() && inv_freq.dim() == 1 && inv_freq.scalar_type() == at::kDouble,
-      "posenc::rotary_tables: expected inv_freq of dtype float64 and shape [R/2], got ",
-      inv_freq.defined() ? c10::str(inv_freq.scalar_type(), " ", inv_freq.sizes()) : "an undefined tensor");
-  TORCH_CHECK(length >= 0, "posenc::rotary_tables: expected a length that is not negative, got ", length);
-  TORCH_CHECK(
-      dtype == at::kFloat || dtype == at::kDouble, "posenc::rotary_tables: expected dtype float32 or float64, got ",
-      dtype);
-  TORCH_CHECK(
-      attention_factor > 0 && std::isfinite(attention_factor),
-      "posenc::rotary_tables: expected a positive, finite attention_factor, got ", attention_factor);
-  const Tensor angles = at::outer(at::arange(length, inv_freq.options()), inv_freq);
-  return {angles.cos().mul_(attention_factor).to(dtype), angles.sin().mul_(attention_factor).to(dtype)};
 }
 
 }  // namespace posenc

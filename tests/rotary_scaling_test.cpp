@@ -444,6 +444,23 @@ TEST_P(RotaryScalingModule, TakesNewTablesForANewPlanAfterReset) {
   EXPECT_EQ(tables_built([&] { expect_same_bits(copy->rotate(x), rope->rotate(x)); }), 0);
 }
 
+TEST_P(RotaryScalingModule, StartsLearnableFrequenciesWithThePlan) {
+  const YarnScaling scaling = yarn(4, 16);
+  RotaryEmbedding rope(options(scaling).learnable_frequencies(true));
+  rope->to(device());
+  const RotaryFrequencies start = posenc::rotary_frequencies(kHeadDim, 10000, scaling);
+  expect_same_bits(rope->inv_freq, start.inv_freq.to(at::kFloat));
+  const at::Tensor x = random(5);
+  const auto [cos, sin] = posenc::rotary_tables(rope->inv_freq.detach(), 5, at::kFloat, start.attention_factor);
+  expect_same_bits(rope->rotate(x), posenc::rotary_embedding(x, cos, sin));
+}
+
+TEST(RotaryScalingOptions, OfLearnableFrequenciesDoNotDependOnTheLength) {
+  expect_error(
+      [] { RotaryEmbedding(RotaryEmbeddingOptions(16).learnable_frequencies(true).scaling(DynamicNtkScaling{2, 16})); },
+      {"learnable", "length", "dynamic"});
+}
+
 TEST(RotaryScalingOptions, AreCheckedByTheModule) {
   expect_error([] { RotaryEmbedding(RotaryEmbeddingOptions(16).scaling(LinearScaling{-1})); }, {"linear", "-1"});
   expect_error([] { RotaryEmbedding(RotaryEmbeddingOptions(16).scaling(phi3())); }, {"LongRoPE", "8", "48"});

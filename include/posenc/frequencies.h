@@ -236,11 +236,16 @@ POSENC_API at::ScalarType rotary_table_dtype(at::ScalarType dtype);
 /// Angles are formed in float64 whatever the dtype of the result: a float32 angle is already wrong by
 /// 0.03 rad at position 1,000,000, and a bfloat16 one beyond position 256.
 ///
-/// @param inv_freq  float64 `[R/2]`.
+/// An operator of the dispatcher, `posenc::rotary_tables`, differentiable with respect to `inv_freq`, any number of
+/// times; deterministic. On a GPU it is one launch. The last bit of an entry may differ between devices: tables that must
+/// not are built on the CPU and copied.
+///
+/// @param inv_freq  float32 or float64 `[R/2]`.
 /// @param length  number of rows, not negative.
 /// @param dtype  float32 or float64; see `rotary_table_dtype`.
-/// @param attention_factor  positive and finite; see `RotaryFrequencies`.
+/// @param attention_factor  what both tables are multiplied with, positive and finite; see `RotaryFrequencies`.
 /// @return `(cos, sin)`, each `[length, R/2]` on the device of `inv_freq`.
+/// @throws c10::Error  naming the argument, what was expected and what came, before anything is launched.
 ///
 /// Example:
 /// ```

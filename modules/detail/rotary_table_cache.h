@@ -28,8 +28,6 @@ class RotaryTableCache {
   /// Whether these are the tables that the constructor would start with the same arguments.
   bool serves(int64_t rotary_dim, double base, const RotaryScaling& scaling, int64_t initial_length) const;
 
-  const RotaryScaling& scaling() const { return scaling_; }
-
   /// `cos` and `sin` for a sequence of `seq_len` positions, and of at least as many rows.
   std::tuple<torch::Tensor, torch::Tensor> get(int64_t seq_len, const torch::Device& device, torch::Dtype dtype);
 

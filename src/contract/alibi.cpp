@@ -21,22 +21,6 @@ ScoreStrides strides_of_scores(const Tensor& tensor) {
       tensor.size(-1) == 1 ? 1 : tensor.stride(-1)};
 }
 
-/// All positions and distances must fit into int32.
-AlibiShape shape_of(const AlibiArguments& a, int64_t batch, int64_t num_heads, int64_t q_len, int64_t k_len) {
-  constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
-  TORCH_CHECK(
-      q_len <= kMax && k_len <= kMax, a.op, ": expected at most ", kMax, " queries and keys, got ", q_len, " and ",
-      k_len);
-  const int64_t offset = a.query_offset.value_or(k_len - q_len);
-  // Written without sums of what the user gave, which may overflow.
-  TORCH_CHECK(
-      offset >= k_len - kMax && offset <= kMax - q_len, a.op,
-      ": expected a query_offset for which all distances are below 2^31, ", k_len - kMax, " to ", kMax - q_len, " for ",
-      q_len, " queries and ", k_len, " keys, got ", offset);
-  return {batch,   num_heads, static_cast<int32_t>(q_len), static_cast<int32_t>(k_len), static_cast<int32_t>(offset),
-          a.causal};
-}
-
 /// Whether two elements may be the same memory. Exact for slices and permutations of dense tensors.
 bool may_overlap(const Tensor& tensor) {
   std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
@@ -62,6 +46,25 @@ at::ScalarType alibi_slopes_dtype(at::ScalarType dtype) {
   return dtype == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+/// All positions and distances must fit into int32.
+AlibiShape alibi_shape(const AlibiArguments& a, int64_t batch, int64_t num_heads, int64_t q_len, int64_t k_len) {
+  constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
+  TORCH_CHECK(
+      q_len <= kMax && k_len <= kMax, a.op, ": expected at most ", kMax, " queries and keys, got ", q_len, " and ",
+      k_len);
+  TORCH_CHECK(
+      num_heads == 0 || batch <= kMax / num_heads, a.op, ": expected at most ", kMax, " heads of all batches, got ",
+      num_heads, " heads and ", batch, " batches");
+  const int64_t offset = a.query_offset.value_or(k_len - q_len);
+  // Written without sums of what the user gave, which may overflow.
+  TORCH_CHECK(
+      offset >= k_len - kMax && offset <= kMax - q_len, a.op,
+      ": expected a query_offset for which all distances are below 2^31, ", k_len - kMax, " to ", kMax - q_len, " for ",
+      q_len, " queries and ", k_len, " keys, got ", offset);
+  return {batch,   num_heads, static_cast<int32_t>(q_len), static_cast<int32_t>(k_len), static_cast<int32_t>(offset),
+          a.causal};
+}
+
 AlibiShape alibi_shape(const AlibiArguments& a, const char* name, const Tensor& scores) {
   TORCH_CHECK(scores.defined(), a.op, ": expected ", name, " to be a tensor, got an undefined one");
   TORCH_CHECK(
@@ -70,7 +73,7 @@ AlibiShape alibi_shape(const AlibiArguments& a, const char* name, const Tensor& 
   TORCH_CHECK(
       is_served(scores.scalar_type()), a.op, ": expected ", name,
       " of dtype float16, bfloat16, float32 or float64, got ", scores.scalar_type());
-  return shape_of(a, scores.dim() == 4 ? scores.size(0) : 1, scores.size(-3), scores.size(-2), scores.size(-1));
+  return alibi_shape(a, scores.dim() == 4 ? scores.size(0) : 1, scores.size(-3), scores.size(-2), scores.size(-1));
 }
 
 SlopesView alibi_slopes_view(
@@ -78,7 +81,8 @@ SlopesView alibi_slopes_view(
     const Tensor& slopes,
     int64_t num_heads,
     at::ScalarType dtype,
-    c10::Device device) {
+    c10::Device device,
+    const char* beside) {
   TORCH_CHECK(slopes.defined(), op, ": expected slopes to be a tensor, got an undefined one");
   TORCH_CHECK(
       slopes.dim() == 1 && (num_heads < 0 || slopes.size(0) == num_heads), op, ": expected slopes of shape [H]",
@@ -89,7 +93,8 @@ SlopesView alibi_slopes_view(
       ": expected slopes of dtype float32", dtype == at::kDouble ? " or float64" : "", " with ", dtype, ", got ",
       slopes_dtype);
   TORCH_CHECK(
-      slopes.device() == device, op, ": expected slopes on the device of scores, ", device, ", got ", slopes.device());
+      slopes.device() == device, op, ": expected slopes on the device of ", beside, ", ", device, ", got ",
+      slopes.device());
   return {slopes.is_meta() ? nullptr : slopes.const_data_ptr(), slopes.stride(0), slopes_dtype == at::kDouble};
 }
 
@@ -105,7 +110,7 @@ AlibiAddProblem alibi_bias_problem(
   TORCH_CHECK(slopes.defined(), a.op, ": expected slopes to be a tensor, got an undefined one");
   AlibiAddProblem problem{};
   problem.slopes = alibi_slopes_view(a.op, slopes, /*num_heads=*/-1, dtype, slopes.device());
-  problem.shape = shape_of(a, 1, slopes.size(0), q_len, k_len);
+  problem.shape = alibi_shape(a, 1, slopes.size(0), q_len, k_len);
   return problem;
 }
 
@@ -195,6 +200,16 @@ Tensor allocate_output(const Tensor& input, ScoresOut& out) {
   Tensor output = at::empty_like(input);
   out = {output.mutable_data_ptr(), strides_of_scores(output)};
   return output;
+}
+
+AlibiSlopesGradient allocate_slopes_gradient(const Tensor& probs, AlibiSoftmaxBackwardProblem& problem) {
+  const AlibiShape& shape = problem.shape;
+  AlibiSlopesGradient slopes{
+      at::empty({shape.num_heads}, probs.options().dtype(alibi_slopes_dtype(probs.scalar_type()))),
+      at::empty({shape.num_heads, shape.batch, shape.q_len}, probs.options().dtype(at::kDouble))};
+  problem.slopes = slopes.result.mutable_data_ptr();
+  problem.row_sums = slopes.row_sums.mutable_data_ptr<double>();
+  return slopes;
 }
 
 Tensor allocate_bias(const Tensor& slopes, at::ScalarType dtype, AlibiAddProblem& problem) {

@@ -2,8 +2,8 @@
 
 #include <posenc/export.h>
 #include <posenc/frequencies.h>
+#include <posenc/modules/detail/keeps_dtype.h>
 
-#include <torch/nn/cloneable.h>
 #include <torch/nn/modules/common.h>
 #include <torch/nn/pimpl.h>
 #include <torch/types.h>
@@ -76,11 +76,13 @@ struct POSENC_API RotaryEmbeddingOptions {
   TORCH_ARG(Layout, layout) = Layout::bshd;
   /// How the frequencies are stretched to longer contexts; see `posenc/frequencies.h`. Default: `DefaultScaling`.
   TORCH_ARG(RotaryScaling, scaling) = DefaultScaling();
+  /// The inverse frequencies are a parameter, `inv_freq`. Default: false.
+  TORCH_ARG(bool, learnable_frequencies) = false;
 };
 
 /// Rotary position embedding (RoFormer, Su et al. 2021, https://arxiv.org/abs/2104.09864) for queries and keys.
 ///
-/// The module has no parameters and no buffers: its tables are float32 (float64 for float64 inputs) whatever
+/// The module has no parameters (but see below) and no buffers: its tables are float32 (float64 for float64 inputs) whatever
 /// dtype the model is converted to, are built on the device of the input when they are first needed, grow by
 /// doubling, and stay allocated as long as the module or a clone of it lives, so that kernels in flight and captured CUDA
 /// graphs never lose them. Clones share them. `forward` may be called from several threads.
@@ -91,16 +93,21 @@ struct POSENC_API RotaryEmbeddingOptions {
 /// that `reserve` built or a captured graph reads; see `DynamicNtkScaling::seq_len_multiple` for lengths that grow step by
 /// step.
 ///
+/// With `learnable_frequencies` the inverse frequencies are the parameter `inv_freq`, which starts with those of the
+/// options, of a plan that does not depend on the length, and stays float32 under `to(dtype)`. Tables are then computed from it in every call, with angles of float64,
+/// by `rotary_tables`, and gradients flow to it, the same bits every time.
+///
 /// Example:
 /// ```
 /// posenc::RotaryEmbedding rope(posenc::RotaryEmbeddingOptions(/*head_dim=*/128));
 /// auto [q_rotated, k_rotated] = rope->forward(q, k);  // [B, S, H, 128]
 /// ```
-class POSENC_API RotaryEmbeddingImpl : public torch::nn::Cloneable<RotaryEmbeddingImpl> {
+class POSENC_API RotaryEmbeddingImpl : public detail::KeepsDtype<RotaryEmbeddingImpl> {
  public:
   explicit RotaryEmbeddingImpl(RotaryEmbeddingOptions options_);
 
-  /// Checks the options and takes tables that match them. Call it after a change to `options`.
+  /// Checks the options and takes tables that match them. Call it after a change to `options`; learned frequencies
+  /// start anew.
   void reset() override;
 
   void pretty_print(std::ostream& stream) const override;
@@ -132,14 +139,20 @@ class POSENC_API RotaryEmbeddingImpl : public torch::nn::Cloneable<RotaryEmbeddi
   /// captured, and where positions on a GPU go beyond `max_position_embeddings`. Where frequencies depend on the length,
   /// the tables are those of sequences of this `length`.
   ///
+  /// With learnable frequencies nothing is built: tables of later calls with positions on a GPU, any of them, have
+  /// `length` rows where that is more than `max_position_embeddings`. Not while another thread is in `forward`.
+  ///
   /// @param dtype  of the tensors to rotate: the tables are float64 for float64, float32 for all others.
   void reserve(int64_t length, const torch::Device& device, torch::Dtype dtype = torch::kFloat32);
 
   /// Rows of the tables on `device` for tensors of `dtype`, of the longest where there are several; 0 before they are
-  /// built.
+  /// built. With learnable frequencies, rows of the tables of a call with positions on a GPU.
   int64_t table_length(const torch::Device& device, torch::Dtype dtype = torch::kFloat32) const;
 
   RotaryEmbeddingOptions options;
+
+  /// The parameter `[R/2]`, float32, where frequencies are learnable; else undefined.
+  torch::Tensor inv_freq;
 
  protected:
   FORWARD_HAS_DEFAULT_ARGS(
@@ -147,13 +160,15 @@ class POSENC_API RotaryEmbeddingImpl : public torch::nn::Cloneable<RotaryEmbeddi
       {3, torch::nn::AnyValue(std::optional<int64_t>())})
 
  private:
-  /// The tables for a call with a tensor in the operators' order of dimensions.
+  /// The tables for a call of `forward` or `rotate` with a tensor in the operators' order of dimensions.
   std::tuple<torch::Tensor, torch::Tensor> tables_for(
       const torch::Tensor& x,
       const std::optional<torch::Tensor>& positions,
       std::optional<int64_t> seq_len);
 
-  std::shared_ptr<detail::RotaryTableCache> tables_;
+  std::shared_ptr<detail::RotaryTableCache> tables_;  // where frequencies are fixed
+  double attention_factor_ = 1.0;                     // where they are learnable
+  int64_t rows_on_device_ = 0;                        // there too: of the tables for positions on a GPU
 };
 
 /// A `ModuleHolder` of `RotaryEmbeddingImpl`, as LibTorch's own modules are.
