@@ -17,6 +17,7 @@ struct RotaryTablesArguments {
   const std::optional<at::Tensor>& positions;
   bool interleaved;
   bool conjugate;
+  at::IntArrayRef pair_axes;
 };
 
 /// @throws c10::Error  naming the argument, what was expected and what came.

@@ -20,9 +20,10 @@ std::tuple<Tensor, Tensor> rotary_embedding_tables_backward_cuda(
     const Tensor& table,
     const std::optional<Tensor>& positions,
     bool interleaved,
-    bool conjugate) {
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
   const c10::cuda::CUDAGuard device(table.device());
-  const auto call = contract::rotary_tables_call({grads, inputs, table, positions, interleaved, conjugate});
+  const auto call = contract::rotary_tables_call({grads, inputs, table, positions, interleaved, conjugate, pair_axes});
   const RotaryTablesProblem& problem = call.problem;
   const int64_t pair_blocks = cuda::ceil_div(problem.num_pairs, cuda::kPairsPerBlock);
   TORCH_CHECK(

@@ -24,12 +24,15 @@ __global__ void __launch_bounds__(kMaxThreads)
   const int64_t pair = int64_t{blockIdx.y} * kPairsPerBlock + threadIdx.x;
   const int64_t first = Interleaved ? 2 * pair : pair;
   const int64_t second = Interleaved ? 2 * pair + 1 : pair + problem.num_pairs;
-  const int64_t num_tokens = pair < problem.num_pairs ? problem.num_tokens(row) : 0;
+  RotaryTablesProblem::Readers readers{};
+  if (pair < problem.num_pairs) {
+    readers = problem.readers(row, problem.num_axes > 1 ? problem.pair_axes.axis(pair) : 0);
+  }
 
   Real sum_cos = 0;
   Real sum_sin = 0;
-  for (int64_t i = 0; i < num_tokens; ++i) {
-    const int64_t token = problem.token(row, i);
+  for (int64_t i = 0; i < readers.count; ++i) {
+    const int64_t token = readers.token(i);
     const int64_t batch = token / problem.seq_len;
     const int64_t seq = token - batch * problem.seq_len;
     for (int o = 0; o < problem.num_operands; ++o) {
