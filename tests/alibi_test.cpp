@@ -446,6 +446,19 @@ TEST_P(Alibi, SoftmaxOfLargeScoresDoesNotOverflow) {
   expect_softmax(softmax_of(in), in);
 }
 
+TEST_P(Alibi, SoftmaxOfTheLowestScoresIsUniform) {
+  if (dtype() == at::kHalf) {
+    GTEST_SKIP() << "its lowest number does not swallow the bias in float32";
+  }
+  // What models fill masked scores with; these are scores like others.
+  AlibiCase c;
+  c.k_len = 16;
+  AlibiInputs in = inputs(c);
+  const double lowest = dtype() == at::kDouble ? std::numeric_limits<double>::lowest() : -0x1.fep127;
+  in.scores = in.scores.clone().fill_(lowest);
+  EXPECT_TRUE(softmax_of(in).eq(0.0625).all().item<bool>());
+}
+
 TEST_P(Alibi, SoftmaxTreatsMinusInfinityInScoresAsMasked) {
   AlibiCase c;
   c.k_len = 16;
@@ -500,6 +513,24 @@ TEST_P(Alibi, NanInScoresStaysInItsRow) {
   const at::Tensor p = softmax_of(in);
   EXPECT_EQ(p.isnan().sum().item<int64_t>(), 16);
   EXPECT_EQ(add_of(in).isnan().sum().item<int64_t>(), 1);
+}
+
+TEST_P(Alibi, LaterKeysWeighNothingEvenInARowOfNan) {
+  for (const int64_t keys : {13, 16, 17000}) {
+    AlibiCase c;
+    c.batched = false;
+    c.heads = 1;
+    c.q_len = 8;
+    c.k_len = keys;
+    c.causal = true;
+    AlibiInputs in = inputs(c);
+    in.query_offset = 0;
+    in.scores.select(-1, 0).fill_(std::nan(""));
+    const at::Tensor p = softmax_of(in)[0].to(at::kCPU, at::kDouble);
+    const at::Tensor later = at::ones({c.q_len, keys}, at::kBool).triu(1);
+    EXPECT_TRUE(p.isnan().equal(later.logical_not())) << keys;
+    EXPECT_EQ(p.masked_fill(later.logical_not(), 0).abs().max().item<double>(), 0) << keys;
+  }
 }
 
 TEST_P(Alibi, MaskedScoresDoNotMatter) {
