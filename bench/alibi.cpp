@@ -63,29 +63,34 @@ int64_t tensor_bytes(const Configuration& c) {
   return c.heads * c.sequence * c.sequence * static_cast<int64_t>(at::elementSize(c.dtype));
 }
 
-std::vector<Configuration> with_sizes(const std::vector<std::pair<int64_t, int64_t>>& sizes) {
+using Sizes = std::vector<std::pair<int64_t, int64_t>>;  // sequence, heads
+
+/// @param long_rows  of the softmax alone, whose kernels go by the length of a row.
+std::vector<Configuration> with_sizes(const Sizes& sizes, const Sizes& long_rows) {
   std::vector<Configuration> configurations;
-  for (const auto& [sequence, heads] : sizes) {
-    configurations.push_back({Operator::bias, at::kFloat, sequence, heads, true});
-  }
-  for (const auto op : {Operator::add, Operator::softmax}) {
-    for (const auto dtype : {at::kFloat, at::kBFloat16}) {
-      for (const bool learnable : {false, true}) {
-        if (op == Operator::softmax && learnable) {
-          continue;
-        }
-        for (const auto& [sequence, heads] : sizes) {
-          configurations.push_back({op, dtype, sequence, heads, learnable});
-        }
-      }
+  const auto add = [&](Operator op, at::ScalarType dtype, bool learnable, const Sizes& of_operator) {
+    for (const auto& [sequence, heads] : of_operator) {
+      configurations.push_back({op, dtype, sequence, heads, learnable});
     }
+  };
+  add(Operator::bias, at::kFloat, /*learnable=*/true, sizes);
+  for (const auto dtype : {at::kFloat, at::kBFloat16}) {
+    for (const bool learnable : {false, true}) {
+      add(Operator::add, dtype, learnable, sizes);
+    }
+  }
+  for (const auto dtype : {at::kFloat, at::kBFloat16}) {
+    add(Operator::softmax, dtype, /*learnable=*/false, sizes);
+    add(Operator::softmax, dtype, /*learnable=*/false, long_rows);
   }
   return configurations;
 }
 
-/// The sizes every release is judged by; on a CPU some that a few cores get through in seconds.
+/// The sizes every release is judged by, and long rows in tensors of a gigabyte; on a CPU some that a few cores get
+/// through in seconds.
 std::vector<Configuration> configurations(c10::Device device) {
-  return device.is_cuda() ? with_sizes({{2048, 32}, {4096, 40}, {4096, 64}}) : with_sizes({{1024, 16}});
+  return device.is_cuda() ? with_sizes({{2048, 32}, {4096, 40}, {4096, 64}}, {{8192, 4}, {16384, 1}})
+                          : with_sizes({{1024, 16}}, {});
 }
 
 /// The call under test. Slopes come with the device and the dtype of a model's parameter.
@@ -177,34 +182,19 @@ Timing time_backward(Device& device, const Problem& problem) {
       [&] { return device.time([&] { torch::autograd::grad({output}, inputs, {gradient}, /*retain_graph=*/true); }); });
 }
 
-/// A step of a training loop without the loop: a fresh forward, a scalar, its backward. `pass` says which part of it
-/// is on the clock; the total has no synchronisation in its middle.
-Timing time_step(Device& device, const Problem& problem, Pass pass) {
+/// A step of a training loop without the loop: a fresh forward, a scalar, its backward.
+Timing time_training_step(Device& device, const Problem& problem, Pass pass) {
   at::Tensor output;
-  const Work forward = [&] { output = problem.run(); };
-  const Work backward = [&] { output.sum().backward(); };
-  const auto clear = [&] {
+  Step step;
+  step.forward = [&] { output = problem.run(); };
+  step.backward = [&] { output.sum().backward(); };
+  step.clear = [&] {
     output.reset();
     for (const at::Tensor& leaf : problem.leaves()) {
       leaf.mutable_grad().reset();
     }
   };
-  return measure([&] {
-    clear();
-    switch (pass) {
-      case Pass::forward:
-        return wall_time(device, forward);
-      case Pass::backward:
-        forward();
-        return wall_time(device, backward);
-      case Pass::total:
-        break;
-    }
-    return wall_time(device, [&] {
-      forward();
-      backward();
-    });
-  });
+  return time_step(device, step, pass);
 }
 
 /// What a pass cannot avoid, and what moves as many bytes without computing anything.
@@ -275,7 +265,7 @@ class Registration {
         suite_.add(describe(pass, name, /*bytes=*/0), [pass, &device = device_, c = c_, factory = factory] {
           device.release_memory();
           const Problem problem(c, device.torch_device(), factory);
-          return time_step(device, problem, pass);
+          return time_training_step(device, problem, pass);
         });
       }
     }

@@ -1,7 +1,5 @@
 #include "device.h"
 
-#include "timing.h"
-
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
@@ -283,6 +281,25 @@ double wall_time(Device& device, const Work& work) {
   work();
   device.synchronize();
   return now() - start;
+}
+
+Timing time_step(Device& device, const Step& step, Pass pass) {
+  return measure([&] {
+    step.clear();
+    switch (pass) {
+      case Pass::forward:
+        return wall_time(device, step.forward);
+      case Pass::backward:
+        step.forward();
+        return wall_time(device, step.backward);
+      case Pass::total:
+        break;
+    }
+    return wall_time(device, [&] {
+      step.forward();
+      step.backward();
+    });
+  });
 }
 
 std::unique_ptr<Device> make_device() {

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "timing.h"
+
 #include <c10/core/Device.h>
 
 #include <cstdint>
@@ -51,6 +53,15 @@ void keep_freed_memory();
 
 /// Seconds on the host's clock from the start of `work`, with an idle device, until the device is idle again.
 double wall_time(Device& device, const Work& work);
+
+/// A step of training in its parts. `clear` drops what the step before has left, off the clock.
+struct Step {
+  Work clear, forward, backward;
+};
+
+/// Wall time of the forward pass, of the backward pass after a fresh forward one, or of both with no synchronisation
+/// between them.
+Timing time_step(Device& device, const Step& step, Pass pass);
 
 /// The current CUDA device where there is one and posenc was built with CUDA, otherwise the CPU.
 std::unique_ptr<Device> make_device();

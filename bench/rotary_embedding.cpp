@@ -167,33 +167,18 @@ Timing time_backward(Device& device, Problem& problem) {
       [&] { return device.time([&] { torch::autograd::grad(outputs, inputs, gradients, /*retain_graph=*/true); }); });
 }
 
-/// A step of a training loop without the loop: a fresh forward, a scalar, its backward. `pass` says which part of it
-/// is on the clock; the total has no synchronisation in its middle.
-Timing time_step(Device& device, Problem& problem, Pass pass) {
+/// A step of a training loop without the loop: a fresh forward, a scalar, its backward.
+Timing time_training_step(Device& device, Problem& problem, Pass pass) {
   Pair rotated;
-  const Work forward = [&] { rotated = problem.rotate(problem.q, problem.k); };
-  const Work backward = [&] { (std::get<0>(rotated).sum() + std::get<1>(rotated).sum()).backward(); };
-  const auto clear = [&] {
+  Step step;
+  step.forward = [&] { rotated = problem.rotate(problem.q, problem.k); };
+  step.backward = [&] { (std::get<0>(rotated).sum() + std::get<1>(rotated).sum()).backward(); };
+  step.clear = [&] {
     rotated = {};
     problem.q.mutable_grad().reset();
     problem.k.mutable_grad().reset();
   };
-  return measure([&] {
-    clear();
-    switch (pass) {
-      case Pass::forward:
-        return wall_time(device, forward);
-      case Pass::backward:
-        forward();
-        return wall_time(device, backward);
-      case Pass::total:
-        break;
-    }
-    return wall_time(device, [&] {
-      forward();
-      backward();
-    });
-  });
+  return time_step(device, step, pass);
 }
 
 /// Registers the cases of one configuration.
@@ -227,7 +212,7 @@ class Registration {
         suite_.add(describe(pass, name, /*bytes=*/0), [pass, &device = device_, c = c_, factory = factory] {
           return with_released_memory(device, [&] {
             Problem problem(c, device.torch_device(), factory);
-            return time_step(device, problem, pass);
+            return time_training_step(device, problem, pass);
           });
         });
       }

@@ -14,8 +14,6 @@ namespace posenc::bench {
 /// kernel: time of the device's work alone, gradients given. wall: what a training loop waits for.
 enum class Protocol { kernel, wall };
 
-enum class Pass { forward, backward, total };
-
 const char* to_string(Protocol protocol);
 const char* to_string(Pass pass);
 

@@ -23,6 +23,9 @@ inline double median(std::vector<double> values) {
   return values.size() % 2 == 1 ? values[middle] : (values[middle - 1] + values[middle]) / 2;
 }
 
+/// What of a step is on the clock.
+enum class Pass { forward, backward, total };
+
 /// What was measured, in seconds.
 struct Timing {
   double median;

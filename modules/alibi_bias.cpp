@@ -126,6 +126,27 @@ Tensor ALiBiBiasImpl::softmax(
   return alibi_softmax(scores, slopes_on(scores.device()), scale, options.causal(), key_padding_mask, query_offset);
 }
 
+Tensor ALiBiBiasImpl::attention(
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& v,
+    const ALiBiAttentionOptions& attention_options) {
+  return std::get<0>(attention_with_lse(q, k, v, attention_options));
+}
+
+std::tuple<Tensor, Tensor> ALiBiBiasImpl::attention_with_lse(
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& v,
+    const ALiBiAttentionOptions& attention_options) {
+  TORCH_CHECK(q.defined(), "posenc::ALiBiBias: expected q to be a tensor, got an undefined one");
+  TORCH_CHECK(
+      options.causal() || !attention_options.causal(),
+      "posenc::ALiBiBias: expected attention_options without causal in a module that is not causal, got causal");
+  return alibi_attention_with_lse(
+      q, k, v, slopes_on(q.device()), ALiBiAttentionOptions(attention_options).causal(options.causal()));
+}
+
 Tensor ALiBiBiasImpl::slopes_on(const torch::Device& device) {
   if (!slopes.defined()) {
     return fixed_->on(resolved(device));
@@ -134,17 +155,6 @@ Tensor ALiBiBiasImpl::slopes_on(const torch::Device& device) {
       slopes.device() == resolved(device), "posenc::ALiBiBias: expected the learnable slopes on ", resolved(device),
       ", got them on ", slopes.device(), "; move the module there");
   return slopes;
-}
-
-void ALiBiBiasImpl::to(torch::Device device, torch::Dtype /*dtype*/, bool non_blocking) {
-  Module::to(device, non_blocking);
-}
-
-void ALiBiBiasImpl::to(torch::Dtype /*dtype*/, bool /*non_blocking*/) {
-}
-
-void ALiBiBiasImpl::to(torch::Device device, bool non_blocking) {
-  Module::to(device, non_blocking);
 }
 
 void ALiBiBiasImpl::pretty_print(std::ostream& stream) const {

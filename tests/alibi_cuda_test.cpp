@@ -284,20 +284,35 @@ TEST_F(AlibiCuda, MoreThan65535QueriesOrKeysWork) {
   check([](AlibiCase& c) { c.k_len = kMany; });
 }
 
-TEST_F(AlibiCuda, MoreThan65535HeadsOrBatchesAreAnError) {
+TEST_F(AlibiCuda, MoreThan65535HeadsOrBatchesWork) {
   const auto check = [](int64_t batch, int64_t heads) {
     AlibiCase c;
     c.batch = batch;
     c.heads = heads;
-    c.q_len = 1;
-    c.k_len = 5;
+    c.q_len = 2;
+    c.k_len = 3;
+    c.causal = true;
     SCOPED_TRACE(::testing::Message() << c);
     const AlibiInputs in = leaves(c);
-    expect_error([&] { add_of(in); }, {"posenc::alibi_add", "65535 heads and batches", "65537"});
-    expect_error([&] { softmax_of(in); }, {"posenc::alibi_softmax", "65535 heads and batches", "65537"});
+    const at::Tensor grad = random_tensor(in.scores.sizes(), kTarget);
+    expect_bias(bias_of(in, at::kFloat), in, c.q_len, c.k_len);
+    const at::Tensor sum = add_of(in);
+    expect_sum(sum, in);
+    const TensorList of_sum = gradients({sum}, {in.scores, in.slopes}, {grad});
+    const AlibiGradients expected = scalar_add_gradients(in, grad);
+    expect_within(of_sum[0], expected.scores, at::zeros({}, at::kDouble));
+    expect_slope_gradient(of_sum[1], expected, 1e-6);
+    const AlibiGradients of_one = scalar_add_gradients(in, at::ones_like(grad));
+    expect_slope_gradient(
+        gradients({add_of(in)}, {in.slopes}, {at::ones({}, kTarget.device).expand_as(sum)})[0], of_one, 1e-6);
+    const at::Tensor softmax = softmax_of(in);
+    expect_softmax(softmax, in);
+    const TensorList found = gradients({softmax}, {in.scores, in.slopes}, {grad});
+    expect_softmax_gradients(found[0], found[1], in, grad);
   };
-  check(65'537, 1);
-  check(1, 65'537);
+  check(70'000, 1);
+  check(1, 70'000);
+  check(257, 300);  // together
 }
 
 TEST_F(AlibiCuda, SlopeGradientsOf16384TokensAreThoseOfFloat64) {

@@ -1,6 +1,7 @@
 #include "support.h"
 
 #include <posenc/frequencies.h>
+#include <posenc/reference.h>
 
 #include <ATen/ATen.h>
 
@@ -102,6 +103,48 @@ TEST_P(RotaryTables, OfFloat32AreThoseOfFloat64RoundedOnce) {
   expect_same_bits(sin, wide_sin.to(at::kFloat));
 }
 
+TEST_P(RotaryTables, OfFloat32FrequenciesHaveAnglesOfFloat64) {
+  const at::Tensor narrow = inv_freq(64).to(at::kFloat);
+  for (const at::ScalarType dtype : {at::kFloat, at::kDouble}) {
+    const auto [cos, sin] = posenc::rotary_tables(narrow, 3000, dtype);
+    const auto [wide_cos, wide_sin] = posenc::rotary_tables(narrow.to(at::kDouble), 3000, dtype);
+    expect_same_bits(cos, wide_cos);
+    expect_same_bits(sin, wide_sin);
+  }
+}
+
+TEST_P(RotaryTables, AreMultipliedWithTheAttentionFactor) {
+  const auto [cos, sin] = posenc::rotary_tables(inv_freq(64), 300, at::kFloat, 1.25);
+  const auto [wide_cos, wide_sin] = posenc::rotary_tables(inv_freq(64), 300, at::kDouble);
+  expect_same_bits(cos, (wide_cos * 1.25).to(at::kFloat));
+  expect_same_bits(sin, (wide_sin * 1.25).to(at::kFloat));
+}
+
+TEST_P(RotaryTables, TakeFrequenciesOfAnyStride) {
+  const at::Tensor every_other = at::stack({inv_freq(64), at::zeros_like(inv_freq(64))}, 1).select(1, 0);
+  const auto [cos, sin] = posenc::rotary_tables(every_other, 20);
+  const auto [dense_cos, dense_sin] = posenc::rotary_tables(inv_freq(64), 20);
+  expect_same_bits(cos, dense_cos);
+  expect_same_bits(sin, dense_sin);
+}
+
+TEST_P(RotaryTables, MatchTheReference) {
+  const auto [cos, sin] = posenc::rotary_tables(inv_freq(10), 37, at::kDouble, 1.5);
+  const auto [expected_cos, expected_sin] = posenc::reference::rotary_tables(inv_freq(10), 37, at::kDouble, 1.5);
+  // Both are within two units of the last place of the true value, which is at most 1.5.
+  const at::Tensor bound = at::full({}, 1.5 * 8 * unit_roundoff(at::kDouble), at::kDouble);
+  expect_within(cos, expected_cos.cpu(), bound);
+  expect_within(sin, expected_sin.cpu(), bound);
+}
+
+TEST_P(RotaryTables, OfMoreThan128PairsAreWhole) {
+  const auto [cos, sin] = posenc::rotary_tables(inv_freq(600), 3, at::kDouble);
+  const at::Tensor angles = posenc::rotary_inv_freq(600) * 2;
+  const at::Tensor bound = at::full({}, 8 * unit_roundoff(at::kDouble), at::kDouble);
+  expect_within(cos[2], angles.cos(), bound);
+  expect_within(sin[2], angles.sin(), bound);
+}
+
 TEST_P(RotaryTables, OfLengthZeroAreEmpty) {
   const auto [cos, sin] = posenc::rotary_tables(inv_freq(8), 0);
   EXPECT_EQ(cos.sizes(), at::IntArrayRef({0, 4}));
@@ -110,12 +153,18 @@ TEST_P(RotaryTables, OfLengthZeroAreEmpty) {
 
 TEST_P(RotaryTables, RejectBadArguments) {
   const at::Tensor good = inv_freq(8);
-  expect_error([&] { posenc::rotary_tables(good.to(at::kFloat), 4); }, {"inv_freq", "float64", "Float"});
+  for (const at::ScalarType dtype : {at::kHalf, at::kLong}) {
+    expect_error(
+        [&] { posenc::rotary_tables(good.to(dtype), 4); }, {"inv_freq", "float32 or float64", at::toString(dtype)});
+  }
   expect_error([&] { posenc::rotary_tables(good.view({2, 2}), 4); }, {"inv_freq", "[R/2]", "[2, 2]"});
   expect_error([&] { posenc::rotary_tables(at::Tensor(), 4); }, {"inv_freq", "undefined"});
   expect_error([&] { posenc::rotary_tables(good, -1); }, {"length", "-1"});
   for (const at::ScalarType dtype : {at::kHalf, at::kBFloat16, at::kLong}) {
     expect_error([&] { posenc::rotary_tables(good, 4, dtype); }, {"dtype", "float32 or float64", at::toString(dtype)});
+  }
+  for (const double factor : {0.0, -1.0, std::nan(""), static_cast<double>(INFINITY)}) {
+    expect_error([&] { posenc::rotary_tables(good, 4, at::kFloat, factor); }, {"attention_factor", "positive"});
   }
 }
 

@@ -85,6 +85,7 @@ TEST_F(RotaryEmbeddingOptionsTest, HaveTheDefaultsOfThePaper) {
   EXPECT_EQ(options.max_position_embeddings(), 2048);
   EXPECT_FALSE(options.interleaved());
   EXPECT_EQ(options.layout(), Layout::bshd);
+  EXPECT_FALSE(options.learnable_frequencies());
 }
 
 TEST_F(RotaryEmbeddingOptionsTest, WithBadHeadDimAreRejected) {
@@ -614,7 +615,7 @@ TEST(RotaryEmbeddingSubmodule, PrintsItsOptions) {
   const std::string text = stream.str();
   for (const char* part :
        {"posenc::RotaryEmbedding(", "head_dim=64", "rotary_dim=32", "base=500000", "max_position_embeddings=2048",
-        "interleaved=true", "layout=bhsd"}) {
+        "interleaved=true", "layout=bhsd", "learnable_frequencies=false"}) {
     EXPECT_NE(text.find(part), std::string::npos) << "'" << part << "' is not in: " << text;
   }
 }

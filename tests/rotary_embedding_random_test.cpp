@@ -104,16 +104,11 @@ void check_case(RandomCases& random, at::DeviceType device) {
   expect_table_gradients(found[2], found[3], scalar_table_gradients(in, {{grad_q, in.q}, {grad_k, in.k}}));
 }
 
-// A failing case prints its seed: POSENC_TEST_SEED=<seed> POSENC_TEST_CASES=1 repeats it alone.
 TEST_P(RotaryEmbeddingRandom, CallsMatchTheReference) {
-  const int64_t cases = env_int("POSENC_TEST_CASES", 200);
-  for (int64_t i = 0; i < cases && !HasFailure(); ++i) {
-    const uint64_t case_seed = seed() + static_cast<uint64_t>(i);
-    SCOPED_TRACE(::testing::Message() << "POSENC_TEST_SEED=" << case_seed << " POSENC_TEST_CASES=1");
-    at::manual_seed(case_seed);
+  for_each_seed(200, [](uint64_t case_seed) {
     RandomCases random(case_seed);
     check_case(random, GetParam());
-  }
+  });
 }
 
 }  // namespace

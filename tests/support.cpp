@@ -26,6 +26,16 @@ int64_t env_int(const char* name, int64_t otherwise) {
   return value == nullptr || *value == '\0' ? otherwise : std::strtoll(value, nullptr, 10);
 }
 
+void for_each_seed(int64_t otherwise, const std::function<void(uint64_t)>& check) {
+  const int64_t cases = env_int("POSENC_TEST_CASES", otherwise);
+  for (int64_t i = 0; i < cases && !::testing::Test::HasFailure(); ++i) {
+    const uint64_t case_seed = seed() + static_cast<uint64_t>(i);
+    SCOPED_TRACE(::testing::Message() << "POSENC_TEST_SEED=" << case_seed << " POSENC_TEST_CASES=1");
+    at::manual_seed(case_seed);
+    check(case_seed);
+  }
+}
+
 std::string unavailable(at::DeviceType device) {
   if (device != at::kCUDA) {
     return "";

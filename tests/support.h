@@ -34,6 +34,10 @@ uint64_t seed();
 /// Integer value of an environment variable, or `otherwise` when it is not set.
 int64_t env_int(const char* name, int64_t otherwise);
 
+/// Calls `check` with one seed after the other from `seed()` on, until one fails: as many as `POSENC_TEST_CASES` asks
+/// for, or `otherwise`. A failing one is printed: POSENC_TEST_SEED=<seed> POSENC_TEST_CASES=1 repeats it alone.
+void for_each_seed(int64_t otherwise, const std::function<void(uint64_t)>& check);
+
 /// Why nothing can run on `device` here; empty when it can.
 std::string unavailable(at::DeviceType device);
 

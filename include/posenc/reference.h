@@ -1,5 +1,6 @@
 #pragma once
 
+#include <posenc/alibi_attention.h>
 #include <posenc/export.h>
 
 #include <ATen/core/Tensor.h>
@@ -60,6 +61,28 @@ POSENC_API at::Tensor rotary_embedding_pack(
     bool conjugate = false,
     at::IntArrayRef pair_axes = {});
 
+/// `posenc::rotary_tables` in tensor operations.
+POSENC_API std::tuple<at::Tensor, at::Tensor> rotary_tables(
+    const at::Tensor& inv_freq,
+    int64_t length,
+    at::ScalarType dtype = at::kFloat,
+    double attention_factor = 1.0);
+
+/// `posenc::qk_norm_rotary_embedding` in tensor operations, in the dtype of the tables and rounded once.
+POSENC_API std::tuple<at::Tensor, at::Tensor> qk_norm_rotary_embedding(
+    const at::Tensor& q,
+    const at::Tensor& k,
+    const at::Tensor& q_weight,
+    const at::Tensor& k_weight,
+    const at::Tensor& cos,
+    const at::Tensor& sin,
+    const std::optional<at::Tensor>& positions = std::nullopt,
+    double eps = 1e-6,
+    bool unit_offset = false,
+    bool interleaved = false,
+    bool conjugate = false,
+    at::IntArrayRef pair_axes = {});
+
 /// `posenc::alibi_bias` in tensor operations.
 POSENC_API at::Tensor alibi_bias(
     const at::Tensor& slopes,
@@ -84,5 +107,14 @@ POSENC_API at::Tensor alibi_softmax(
     bool causal = false,
     const std::optional<at::Tensor>& key_padding_mask = std::nullopt,
     std::optional<int64_t> query_offset = std::nullopt);
+
+/// `posenc::alibi_attention_with_lse` in tensor operations, with the scores in memory. Of packed sequences the host
+/// reads where they begin.
+POSENC_API std::tuple<at::Tensor, at::Tensor> alibi_attention(
+    const at::Tensor& q,
+    const at::Tensor& k,
+    const at::Tensor& v,
+    const at::Tensor& slopes,
+    const ALiBiAttentionOptions& options = {});
 
 }  // namespace posenc::reference

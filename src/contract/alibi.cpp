@@ -18,12 +18,21 @@ ScoreStrides strides_of_scores(const Tensor& tensor) {
       tensor.size(-1) == 1 ? 1 : tensor.stride(-1)};
 }
 
+}  // namespace
+
+at::ScalarType alibi_slopes_dtype(at::ScalarType dtype) {
+  return dtype == at::kDouble ? at::kDouble : at::kFloat;
+}
+
 /// All positions and distances must fit into int32.
-AlibiShape shape_of(const AlibiArguments& a, int64_t batch, int64_t num_heads, int64_t q_len, int64_t k_len) {
+AlibiShape alibi_shape(const AlibiArguments& a, int64_t batch, int64_t num_heads, int64_t q_len, int64_t k_len) {
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
   TORCH_CHECK(
       q_len <= kMax && k_len <= kMax, a.op, ": expected at most ", kMax, " queries and keys, got ", q_len, " and ",
       k_len);
+  TORCH_CHECK(
+      num_heads == 0 || batch <= kMax / num_heads, a.op, ": expected at most ", kMax, " heads of all batches, got ",
+      num_heads, " heads and ", batch, " batches");
   const int64_t offset = a.query_offset.value_or(k_len - q_len);
   // Written without sums of what the user gave, which may overflow.
   TORCH_CHECK(
@@ -34,21 +43,15 @@ AlibiShape shape_of(const AlibiArguments& a, int64_t batch, int64_t num_heads, i
           a.causal};
 }
 
-}  // namespace
-
-at::ScalarType alibi_slopes_dtype(at::ScalarType dtype) {
-  return dtype == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 AlibiShape alibi_shape(const AlibiArguments& a, const char* name, const Tensor& scores) {
-  TORCH_CHECK(scores.defined(), a.op, ": expected ", name, " to be a tensor, got an undefined one");
+  check_defined(a.op, name, scores);
   TORCH_CHECK(
       scores.dim() == 4 || scores.dim() == 3, a.op, ": expected ", name,
       " of shape [B, H, Sq, Sk] or [H, Sq, Sk], got ", scores.sizes());
   TORCH_CHECK(
       is_served(scores.scalar_type()), a.op, ": expected ", name,
       " of dtype float16, bfloat16, float32 or float64, got ", scores.scalar_type());
-  return shape_of(a, scores.dim() == 4 ? scores.size(0) : 1, scores.size(-3), scores.size(-2), scores.size(-1));
+  return alibi_shape(a, scores.dim() == 4 ? scores.size(0) : 1, scores.size(-3), scores.size(-2), scores.size(-1));
 }
 
 SlopesView alibi_slopes_view(
@@ -56,8 +59,9 @@ SlopesView alibi_slopes_view(
     const Tensor& slopes,
     int64_t num_heads,
     at::ScalarType dtype,
-    c10::Device device) {
-  TORCH_CHECK(slopes.defined(), op, ": expected slopes to be a tensor, got an undefined one");
+    c10::Device device,
+    const char* beside) {
+  check_defined(op, "slopes", slopes);
   TORCH_CHECK(
       slopes.dim() == 1 && (num_heads < 0 || slopes.size(0) == num_heads), op, ": expected slopes of shape [H]",
       num_heads < 0 ? "" : c10::str(" = [", num_heads, "]"), ", got ", slopes.sizes());
@@ -67,7 +71,8 @@ SlopesView alibi_slopes_view(
       ": expected slopes of dtype float32", dtype == at::kDouble ? " or float64" : "", " with ", dtype, ", got ",
       slopes_dtype);
   TORCH_CHECK(
-      slopes.device() == device, op, ": expected slopes on the device of scores, ", device, ", got ", slopes.device());
+      slopes.device() == device, op, ": expected slopes on the device of ", beside, ", ", device, ", got ",
+      slopes.device());
   return {slopes.is_meta() ? nullptr : slopes.const_data_ptr(), slopes.stride(0), slopes_dtype == at::kDouble};
 }
 
@@ -80,10 +85,10 @@ AlibiAddProblem alibi_bias_problem(
   TORCH_CHECK(is_served(dtype), a.op, ": expected dtype float16, bfloat16, float32 or float64, got ", dtype);
   TORCH_CHECK(
       q_len >= 0 && k_len >= 0, a.op, ": expected q_len and k_len that are not negative, got ", q_len, " and ", k_len);
-  TORCH_CHECK(slopes.defined(), a.op, ": expected slopes to be a tensor, got an undefined one");
+  check_defined(a.op, "slopes", slopes);
   AlibiAddProblem problem{};
   problem.slopes = alibi_slopes_view(a.op, slopes, /*num_heads=*/-1, dtype, slopes.device());
-  problem.shape = shape_of(a, 1, slopes.size(0), q_len, k_len);
+  problem.shape = alibi_shape(a, 1, slopes.size(0), q_len, k_len);
   return problem;
 }
 
@@ -126,7 +131,7 @@ AlibiSoftmaxProblem alibi_softmax_problem(
   problem.scale = scale;
   if (key_padding_mask.has_value()) {
     const Tensor& mask = *key_padding_mask;
-    TORCH_CHECK(mask.defined(), a.op, ": expected key_padding_mask to be a tensor, got an undefined one");
+    check_defined(a.op, "key_padding_mask", mask);
     TORCH_CHECK(
         mask.scalar_type() == at::kBool, a.op, ": expected key_padding_mask of dtype bool, got ", mask.scalar_type());
     TORCH_CHECK(
@@ -170,6 +175,16 @@ Tensor allocate_output(const Tensor& input, ScoresOut& out) {
   Tensor output = at::empty_like(input);
   out = {output.mutable_data_ptr(), strides_of_scores(output)};
   return output;
+}
+
+AlibiSlopesGradient allocate_slopes_gradient(const Tensor& probs, AlibiSoftmaxBackwardProblem& problem) {
+  const AlibiShape& shape = problem.shape;
+  AlibiSlopesGradient slopes{
+      at::empty({shape.num_heads}, probs.options().dtype(alibi_slopes_dtype(probs.scalar_type()))),
+      at::empty({shape.num_heads, shape.batch, shape.q_len}, probs.options().dtype(at::kDouble))};
+  problem.slopes = slopes.result.mutable_data_ptr();
+  problem.row_sums = slopes.row_sums.mutable_data_ptr<double>();
+  return slopes;
 }
 
 Tensor allocate_bias(const Tensor& slopes, at::ScalarType dtype, AlibiAddProblem& problem) {

@@ -59,6 +59,12 @@ struct AlibiShape {
     return position < 0 ? 0 : position + 1;
   }
 
+  /// The key that is nearest to `position`. Measured from there, all distances of a row are shorter by the same number,
+  /// to which its softmax is blind, and exact in float32 for any row below 2^24 keys.
+  POSENC_HOST_DEVICE int32_t nearest_key(int32_t position) const {
+    return position < 0 ? 0 : (position < k_len ? position : k_len - 1);
+  }
+
   POSENC_HOST_DEVICE static int32_t distance(int32_t position, int32_t key) {
     const int32_t difference = position - key;
     return difference < 0 ? -difference : difference;
@@ -98,13 +104,14 @@ struct AlibiSoftmaxProblem {
   double scale;
 };
 
-/// `row_sums` has one entry for each row, in the order `[H, B, Sq]`, to be summed for each head; null where slopes
-/// need no gradient.
+/// `row_sums` has one entry for each row, in the order `[H, B, Sq]`, to be summed for each head into `slopes`, `[H]`
+/// in the arithmetic of the dtype; both are null where slopes need no gradient.
 struct AlibiSoftmaxBackwardProblem {
   AlibiShape shape;
   ScoresIn grad, probs;
   ScoresOut out;
   double* row_sums;
+  void* slopes;
   double scale;
 };
 

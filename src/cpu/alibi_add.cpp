@@ -2,15 +2,19 @@
 #include <cpu/detail/clones.h>
 #include <cpu/detail/dispatch.h>
 #include <cpu/detail/score_rows.h>
+#include <cpu/detail/stream.h>
 
 #include <torch/library.h>
 
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
 #include <limits>
+#include <type_traits>
 
 namespace posenc {
 namespace {
-
-using at::Tensor;
 
 /// One row, which may be the same memory for both.
 template <typename T>
@@ -19,6 +23,20 @@ struct Row {
   T* out;
   int64_t in_stride, out_stride;
 };
+
+/// Rounds to nearest, ties to even, as the conversion does, which however looks at each number for NaN: a tenth of the
+/// time of a sum in bfloat16. A NaN whose lower half is zero, as all that were bfloat16, rounds to itself.
+template <typename T>
+POSENC_ALWAYS_INLINE T narrow(cpu::arithmetic_t<T> value) {
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    const uint32_t half = 0x7fff + ((bits >> 16) & 1);
+    return {static_cast<uint16_t>((bits + half) >> 16), at::BFloat16::from_bits()};
+  } else {
+    return static_cast<T>(value);
+  }
+}
 
 /// The first `count` keys. Strides are 1 where `Dense`.
 template <typename T, bool Dense>
@@ -31,7 +49,7 @@ POSENC_CPU_CLONES void add_row(const Row<T>& row, cpu::arithmetic_t<T> slope, in
   POSENC_INDEPENDENT
   for (int32_t j = 0; j < count; ++j) {
     const Real bias = -slope * static_cast<Real>(AlibiShape::distance(position, j));
-    out[j * out_stride] = static_cast<T>(static_cast<Real>(in[j * in_stride]) + bias);
+    out[j * out_stride] = narrow<T>(static_cast<Real>(in[j * in_stride]) + bias);
   }
 }
 
@@ -42,66 +60,108 @@ void copy_row(const Row<T>& row, int32_t count) {
   }
 }
 
-/// Adds the bias, or where there are no slopes copies; beyond what a query sees, writes `hidden`.
+/// Where the queries of a call find their rows, and what is written beyond the keys that they see.
 template <typename T>
-void run(const AlibiAddProblem& problem, cpu::arithmetic_t<T> hidden) {
-  using Real = cpu::arithmetic_t<T>;
-  const AlibiShape& shape = problem.shape;
-  const int64_t in_stride = problem.in.strides.key;
-  const int64_t out_stride = problem.out.strides.key;
-  const auto add = in_stride == 1 && out_stride == 1 ? add_row<T, true> : add_row<T, false>;
-  cpu::for_each_row(shape, /*head_first=*/false, [&](const cpu::ScoreRow& at) {
-    const Row<T> row{
+struct Rows {
+  const AlibiAddProblem& problem;
+  T hidden;
+
+  Row<T> row(const cpu::ScoreRow& at) const {
+    return {
         static_cast<const T*>(problem.in.data) + problem.in.strides.row(at.batch, at.head, at.query),
-        static_cast<T*>(problem.out.data) + problem.out.strides.row(at.batch, at.head, at.query), in_stride,
-        out_stride};
-    const int32_t position = shape.position(at.query);
-    const int32_t visible = shape.visible(position);
+        static_cast<T*>(problem.out.data) + problem.out.strides.row(at.batch, at.head, at.query),
+        problem.in.strides.key, problem.out.strides.key};
+  }
+
+  /// Adds the bias to the first `visible` keys, or where there are no slopes copies them; hides the others of `count`.
+  template <bool Dense>
+  void write(const Row<T>& row, int64_t head, int32_t position, int32_t visible, int32_t count) const {
     if (problem.slopes.data != nullptr) {
-      add(row, problem.slopes.slope<Real>(at.head), position, visible);
+      using Real = cpu::arithmetic_t<T>;
+      const Real slope = problem.slopes.slope<Real>(head);
+      add_row<T, Dense>(row, std::isnan(slope) ? std::numeric_limits<Real>::quiet_NaN() : slope, position, visible);
     } else {
       copy_row(row, visible);
     }
-    for (int32_t j = visible; j < shape.k_len; ++j) {
-      row.out[j * out_stride] = static_cast<T>(hidden);
+    for (int32_t j = visible; j < count; ++j) {
+      row.out[j * row.out_stride] = hidden;
+    }
+  }
+};
+
+/// Whether the output is better written past the caches, and can be. Half and bfloat16 take longer to convert than to
+/// write.
+template <typename T>
+bool is_streamed(const AlibiAddProblem& problem) {
+  const AlibiShape& shape = problem.shape;
+  const ScoreStrides& out = problem.out.strides;
+  const auto is_aligned = [](int64_t elements) {
+    return elements * static_cast<int64_t>(sizeof(T)) % cpu::kStreamAlignment == 0;
+  };
+  const bool aligned = is_aligned(shape.k_len) && is_aligned(out.batch) && is_aligned(out.head) &&
+      is_aligned(out.query) && reinterpret_cast<std::uintptr_t>(problem.out.data) % cpu::kStreamAlignment == 0;
+  const int64_t elements = shape.batch * shape.num_heads * shape.q_len * shape.k_len;
+  return cpu::kStreams && sizeof(T) >= 4 && elements * static_cast<int64_t>(sizeof(T)) >= cpu::kStreamedBytes &&
+      aligned && out.key == 1 && problem.in.strides.key == 1 && problem.in.data != problem.out.data;
+}
+
+template <typename T>
+void run_streamed(const Rows<T>& rows) {
+  const AlibiShape& shape = rows.problem.shape;
+  const auto body = [&](const cpu::ScoreRow& at) {
+    constexpr int32_t kBlock = 4096 / sizeof(T);
+    alignas(cpu::kStreamAlignment) T block[kBlock];
+    const Row<T> row = rows.row(at);
+    const int32_t position = shape.position(at.query);
+    const int32_t visible = shape.visible(position);
+    int32_t count = 0;
+    for (int32_t begin = 0; begin < shape.k_len; begin += count) {
+      count = std::min(shape.k_len - begin, kBlock);
+      const int32_t seen = std::min(std::max(visible - begin, 0), count);
+      rows.template write<true>({row.in + begin, block, 1, 1}, at.head, position - begin, seen, count);
+      cpu::stream(block, row.out + begin, count * static_cast<int64_t>(sizeof(T)));
+    }
+  };
+  cpu::for_each_row(shape, /*head_first=*/false, body, cpu::finish_streaming);
+}
+
+template <typename T>
+void run(const AlibiAddProblem& problem, cpu::arithmetic_t<T> hidden) {
+  const Rows<T> rows{problem, static_cast<T>(hidden)};
+  if (is_streamed<T>(problem)) {
+    run_streamed(rows);
+    return;
+  }
+  const AlibiShape& shape = problem.shape;
+  const bool dense = problem.in.strides.key == 1 && problem.out.strides.key == 1;
+  cpu::for_each_row(shape, /*head_first=*/false, [&](const cpu::ScoreRow& at) {
+    const int32_t position = shape.position(at.query);
+    const int32_t visible = shape.visible(position);
+    if (dense) {
+      rows.template write<true>(rows.row(at), at.head, position, visible, shape.k_len);
+    } else {
+      rows.template write<false>(rows.row(at), at.head, position, visible, shape.k_len);
     }
   });
 }
 
-void run_add(const AlibiAddProblem& problem, at::ScalarType dtype) {
-  cpu::for_dtype(dtype, [&](auto type) {
+void run_add(const AlibiAddProblem& problem, const at::Tensor& like) {
+  cpu::for_dtype(like.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     run<T>(problem, -std::numeric_limits<cpu::arithmetic_t<T>>::infinity());
   });
 }
 
-Tensor alibi_add_cpu(const Tensor& scores, const Tensor& slopes, bool causal, std::optional<int64_t> query_offset) {
-  auto problem = contract::alibi_add_problem({"posenc::alibi_add", causal, query_offset}, scores, slopes);
-  Tensor output = contract::allocate_output(scores, problem.out);
-  run_add(problem, scores.scalar_type());
-  return output;
-}
-
-Tensor& alibi_add_cpu_(Tensor& scores, const Tensor& slopes, bool causal, std::optional<int64_t> query_offset) {
-  run_add(
-      contract::alibi_add_in_place_problem({"posenc::alibi_add_", causal, query_offset}, scores, slopes),
-      scores.scalar_type());
-  return scores;
-}
-
-Tensor alibi_mask_cpu(const Tensor& grad, std::optional<int64_t> query_offset) {
-  auto problem = contract::alibi_mask_problem({"posenc::alibi_mask", /*causal=*/true, query_offset}, grad);
-  Tensor output = contract::allocate_output(grad, problem.out);
-  cpu::for_dtype(grad.scalar_type(), [&](auto type) { run<typename decltype(type)::type>(problem, 0); });
-  return output;
+void run_mask(const AlibiAddProblem& problem, const at::Tensor& like) {
+  cpu::for_dtype(like.scalar_type(), [&](auto type) { run<typename decltype(type)::type>(problem, 0); });
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, CPU, m) {
-  m.impl("alibi_add", alibi_add_cpu);
-  m.impl("alibi_add_", alibi_add_cpu_);
-  m.impl("alibi_mask", alibi_mask_cpu);
+  m.impl("alibi_add", contract::alibi_add<run_add>);
+  m.impl("alibi_add_", contract::alibi_add_<run_add>);
+  m.impl("alibi_mask", contract::alibi_mask<run_mask>);
 }
 
 }  // namespace posenc

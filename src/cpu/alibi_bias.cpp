@@ -11,8 +11,6 @@
 namespace posenc {
 namespace {
 
-using at::Tensor;
-
 template <typename T>
 POSENC_CPU_CLONES void bias_row(T* out, cpu::arithmetic_t<T> slope, int32_t position, int32_t count) {
   using Real = cpu::arithmetic_t<T>;
@@ -23,7 +21,7 @@ POSENC_CPU_CLONES void bias_row(T* out, cpu::arithmetic_t<T> slope, int32_t posi
 }
 
 template <typename T>
-void run(const AlibiAddProblem& problem) {
+void run_typed(const AlibiAddProblem& problem) {
   using Real = cpu::arithmetic_t<T>;
   const AlibiShape& shape = problem.shape;
   cpu::for_each_row(shape, /*head_first=*/false, [&](const cpu::ScoreRow& row) {
@@ -35,24 +33,14 @@ void run(const AlibiAddProblem& problem) {
   });
 }
 
-Tensor alibi_bias_cpu(
-    const Tensor& slopes,
-    int64_t q_len,
-    int64_t k_len,
-    bool causal,
-    at::ScalarType dtype,
-    std::optional<int64_t> query_offset) {
-  auto problem =
-      contract::alibi_bias_problem({"posenc::alibi_bias", causal, query_offset}, slopes, q_len, k_len, dtype);
-  Tensor output = contract::allocate_bias(slopes, dtype, problem);
-  cpu::for_dtype(dtype, [&](auto type) { run<typename decltype(type)::type>(problem); });
-  return output;
+void run(const AlibiAddProblem& problem, const at::Tensor& like) {
+  cpu::for_dtype(like.scalar_type(), [&](auto type) { run_typed<typename decltype(type)::type>(problem); });
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, CPU, m) {
-  m.impl("alibi_bias", alibi_bias_cpu);
+  m.impl("alibi_bias", contract::alibi_bias<run>);
 }
 
 }  // namespace posenc

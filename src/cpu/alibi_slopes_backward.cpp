@@ -13,28 +13,12 @@ namespace {
 
 using at::Tensor;
 
-/// Sums are formed in float64, eight side by side.
-constexpr int kLanes = 8;
-
 /// The sum of `grad * distance` over the first `count` keys. The stride is 1 where `Dense`.
 template <typename T, bool Dense>
 POSENC_CPU_CLONES double sum_row(const T* grad, int64_t stride, int32_t position, int32_t count) {
   using Real = cpu::arithmetic_t<T>;
   const int64_t step = Dense ? 1 : stride;
-  const auto term = [&](int32_t j) {
-    return static_cast<double>(static_cast<Real>(grad[j * step])) * AlibiShape::distance(position, j);
-  };
-  cpu::Lanes<double, kLanes> sums(0);
-  int32_t j = 0;
-  for (; j + kLanes <= count; j += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      sums.values[lane] += term(j + lane);
-    }
-  }
-  for (int lane = 0; j < count; ++j, ++lane) {
-    sums.values[lane] += term(j);
-  }
-  return sums.sum();
+  return cpu::moment_of_row<Real>(position, count, [&](int32_t j) { return static_cast<Real>(grad[j * step]); });
 }
 
 /// Rows are summed by themselves, and then one after the other for each head, in one order.

@@ -3,7 +3,6 @@
 #include <cpu/detail/dispatch.h>
 #include <cpu/detail/score_rows.h>
 
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -14,9 +13,7 @@
 namespace posenc {
 namespace {
 
-using at::Tensor;
-
-constexpr int kLanes = 16;
+using cpu::kLanes;
 
 /// exp(x) for x at most 0, to 2 units in the last place, in steps that the compiler can vectorise (Cody and Waite's
 /// reduction by ln 2, then the polynomial of Cephes' expf); zero where float32 has no normal number. NaN stays NaN.
@@ -66,7 +63,7 @@ template <typename Real>
 POSENC_CPU_CLONES Real maximum(const Real* logits, int32_t count) {
   cpu::Lanes<Real, kLanes> lanes(-std::numeric_limits<Real>::infinity());
   int32_t j = 0;
-  for (; j + kLanes <= count; j += kLanes) {
+  for (; count - j >= kLanes; j += kLanes) {
     for (int lane = 0; lane < kLanes; ++lane) {
       lanes.values[lane] = logits[j + lane] > lanes.values[lane] ? logits[j + lane] : lanes.values[lane];
     }
@@ -85,7 +82,7 @@ POSENC_CPU_CLONES Real exponentials(Real* logits, Real shift, int32_t count) {
   }
   cpu::Lanes<Real, kLanes> lanes(0);
   int32_t j = 0;
-  for (; j + kLanes <= count; j += kLanes) {
+  for (; count - j >= kLanes; j += kLanes) {
     for (int lane = 0; lane < kLanes; ++lane) {
       lanes.values[lane] += logits[j + lane];
     }
@@ -117,7 +114,7 @@ void fill_zero(T* out, int64_t stride, int32_t begin, int32_t end) {
 }
 
 template <typename T>
-void run(const AlibiSoftmaxProblem& problem) {
+void run_typed(const AlibiSoftmaxProblem& problem) {
   using Real = cpu::arithmetic_t<T>;
   constexpr Real kHidden = -std::numeric_limits<Real>::infinity();
   const AlibiShape& shape = problem.shape;
@@ -135,7 +132,7 @@ void run(const AlibiSoftmaxProblem& problem) {
     const int32_t position = shape.position(row.query);
     const int32_t visible = shape.visible(position);
     const Real slope = problem.slopes.slope<Real>(row.head);
-    logits_of(in, in_stride, static_cast<Real>(problem.scale), slope, position, visible, logits);
+    logits_of(in, in_stride, static_cast<Real>(problem.scale), slope, shape.nearest_key(position), visible, logits);
     if (padding.data != nullptr) {
       const bool* hides = padding.data + row.batch * padding.stride_batch;
       for (int32_t j = 0; j < visible; ++j) {
@@ -175,7 +172,7 @@ POSENC_CPU_CLONES double backward_row(const BackwardRow<T>& row, double scale, b
 
   cpu::Lanes<Real, kLanes> products(0);
   int32_t j = 0;
-  for (; j + kLanes <= count; j += kLanes) {
+  for (; count - j >= kLanes; j += kLanes) {
     for (int lane = 0; lane < kLanes; ++lane) {
       products.values[lane] += g(j + lane) * p(j + lane);
     }
@@ -191,25 +188,11 @@ POSENC_CPU_CLONES double backward_row(const BackwardRow<T>& row, double scale, b
   if (!slopes_grad) {
     return 0;
   }
-  constexpr int kWideLanes = 8;
-  cpu::Lanes<double, kWideLanes> sums(0);
-  const auto term = [&](int32_t key) {
-    return static_cast<double>(p(key) * (g(key) - r)) * AlibiShape::distance(position, key);
-  };
-  j = 0;
-  for (; j + kWideLanes <= count; j += kWideLanes) {
-    for (int lane = 0; lane < kWideLanes; ++lane) {
-      sums.values[lane] += term(j + lane);
-    }
-  }
-  for (int lane = 0; j < count; ++j, ++lane) {
-    sums.values[lane] += term(j);
-  }
-  return sums.sum();
+  return cpu::moment_of_row<Real>(position, count, [&](int32_t key) { return p(key) * (g(key) - r); });
 }
 
 template <typename T>
-void run_backward(const AlibiSoftmaxBackwardProblem& problem) {
+void run_backward_typed(const AlibiSoftmaxBackwardProblem& problem) {
   const AlibiShape& shape = problem.shape;
   const auto at_row = [](const ScoreStrides& strides, const cpu::ScoreRow& row) {
     return strides.row(row.batch, row.head, row.query);
@@ -234,55 +217,24 @@ void run_backward(const AlibiSoftmaxBackwardProblem& problem) {
     }
     fill_zero(row.out, row.out_stride, row.count, shape.k_len);
   });
-}
-
-Tensor alibi_softmax_cpu(
-    const Tensor& scores,
-    const Tensor& slopes,
-    double scale,
-    bool causal,
-    const std::optional<Tensor>& key_padding_mask,
-    std::optional<int64_t> query_offset) {
-  auto problem = contract::alibi_softmax_problem(
-      {"posenc::alibi_softmax", causal, query_offset}, scores, slopes, scale, key_padding_mask);
-  Tensor output = contract::allocate_output(scores, problem.out);
-  cpu::for_dtype(scores.scalar_type(), [&](auto type) { run<typename decltype(type)::type>(problem); });
-  return output;
-}
-
-std::tuple<Tensor, Tensor> alibi_softmax_backward_cpu(
-    const Tensor& grad,
-    const Tensor& probs,
-    double scale,
-    bool causal,
-    std::optional<int64_t> query_offset,
-    bool slopes_grad) {
-  auto problem = contract::alibi_softmax_backward_problem(
-      {"posenc::alibi_softmax_backward", causal, query_offset}, grad, probs, scale);
-  const AlibiShape& shape = problem.shape;
-  Tensor output = contract::allocate_output(probs, problem.out);
-  std::vector<double> row_sums;
-  if (slopes_grad) {
-    row_sums.resize(shape.num_heads * shape.batch * shape.q_len);
-    problem.row_sums = row_sums.data();
+  if (problem.slopes != nullptr) {
+    cpu::sum_rows_of_heads(shape, problem.row_sums, static_cast<cpu::arithmetic_t<T>*>(problem.slopes));
   }
-  Tensor slopes;
-  cpu::for_dtype(probs.scalar_type(), [&](auto type) {
-    using T = typename decltype(type)::type;
-    run_backward<T>(problem);
-    if (slopes_grad) {
-      slopes = at::empty({shape.num_heads}, probs.options().dtype(contract::alibi_slopes_dtype(probs.scalar_type())));
-      cpu::sum_rows_of_heads(shape, row_sums.data(), slopes.mutable_data_ptr<cpu::arithmetic_t<T>>());
-    }
-  });
-  return {output, slopes};
+}
+
+void run(const AlibiSoftmaxProblem& problem, const at::Tensor& like) {
+  cpu::for_dtype(like.scalar_type(), [&](auto type) { run_typed<typename decltype(type)::type>(problem); });
+}
+
+void run_backward(const AlibiSoftmaxBackwardProblem& problem, const at::Tensor& like) {
+  cpu::for_dtype(like.scalar_type(), [&](auto type) { run_backward_typed<typename decltype(type)::type>(problem); });
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, CPU, m) {
-  m.impl("alibi_softmax", alibi_softmax_cpu);
-  m.impl("alibi_softmax_backward", alibi_softmax_backward_cpu);
+  m.impl("alibi_softmax", contract::alibi_softmax<run>);
+  m.impl("alibi_softmax_backward", contract::alibi_softmax_backward<run_backward>);
 }
 
 }  // namespace posenc

@@ -25,8 +25,10 @@ struct AlibiPolicy {
 };
 
 template <typename T, typename Policy>
-__global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
-    alibi_add_kernel(const __grid_constant__ AlibiAddProblem problem, const __grid_constant__ Divider key_groups) {
+__global__ void __launch_bounds__(kMaxThreads, kMinBlocks) alibi_add_kernel(
+    const __grid_constant__ AlibiAddProblem problem,
+    const __grid_constant__ Matrices matrices,
+    const __grid_constant__ Divider key_groups) {
   using Real = arithmetic_t<T>;
   constexpr int V = Policy::kVectorWidth;
   constexpr int U = Policy::kVectorsPerThread;
@@ -35,9 +37,11 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
   const uint32_t query_group = key_groups.quotient(blockIdx.x);
   const uint32_t key_group = blockIdx.x - query_group * key_groups.divisor;
   const uint32_t query = query_group * blockDim.y + threadIdx.y;
-  if (query >= static_cast<uint32_t>(shape.q_len)) {
+  const uint32_t matrix = Matrices::of_block();
+  if (query >= static_cast<uint32_t>(shape.q_len) || matrix >= matrices.count) {
     return;
   }
+  const auto [batch, head] = matrices.index(matrix);
   const int32_t position = shape.position(static_cast<int32_t>(query));
   const auto k_len = static_cast<uint32_t>(shape.k_len);
   const uint32_t visible = Policy::kCausal ? static_cast<uint32_t>(shape.visible(position)) : k_len;
@@ -46,7 +50,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
 
   Vector<T, V> values[U];
   if constexpr (kReads) {
-    const T* in = static_cast<const T*>(problem.in.data) + problem.in.strides.row(blockIdx.z, blockIdx.y, query);
+    const T* in = static_cast<const T*>(problem.in.data) + problem.in.strides.row(batch, head, query);
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       if (first + u * step < visible) {  // what is hidden is not even read
@@ -56,10 +60,10 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
   }
   Real slope = 0;
   if constexpr (Policy::kPass != AlibiPass::mask) {
-    slope = problem.slopes.slope<Real>(blockIdx.y);
+    slope = problem.slopes.slope<Real>(head);
   }
   const T hidden = narrow<T>(Policy::kPass == AlibiPass::mask ? Real(0) : static_cast<Real>(-INFINITY));
-  T* out = static_cast<T*>(problem.out.data) + problem.out.strides.row(blockIdx.z, blockIdx.y, query);
+  T* out = static_cast<T*>(problem.out.data) + problem.out.strides.row(batch, head, query);
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     const uint32_t key = first + u * step;

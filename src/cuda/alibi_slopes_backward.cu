@@ -19,18 +19,21 @@ using at::Tensor;
 constexpr const char* kOp = "posenc::alibi_slopes_backward";
 
 /// What a block reads at least, and how many blocks share a head and batch at most: enough bytes to make up for the
-/// end of a block, blocks enough for every SM, and not so many that the second kernel takes long.
+/// end of a block, blocks enough for every SM, and not so many that the second kernel takes long. Of float32, S 2048 and
+/// 32 heads, times the copy of the gradient, measured on an H100: 0.517 with 32 KiB, 0.518 with 16, 0.527 with 64, 0.525
+/// with 128, 0.530 with one wave of blocks; 0.508 without the second kernel, 0.505 for a kernel that only reads.
 constexpr int64_t kBytesPerBlock = 32 * 1024;
 constexpr int64_t kMaxRowGroups = 2048;
 
 template <typename T, int V>
-void launch(const AlibiShape& shape, const ScoresIn& grad, const dim3& grid, int64_t rows_per_block, double* sums) {
+void launch(const AlibiShape& shape, const ScoresIn& grad, int64_t row_groups, int64_t rows_per_block, double* sums) {
+  const cuda::Matrices matrices(shape);
   const int64_t along_keys = cuda::threads_along_keys(cuda::ceil_div(shape.k_len, V), cuda::kSumVectors);
   const dim3 block(along_keys, cuda::kMaxThreads / along_keys);
   cuda::for_bool(shape.causal, [&](auto causal) {
     cuda::alibi_slopes_backward_kernel<T, V, decltype(causal)::value>
-        <<<grid, block, 0, c10::cuda::getCurrentCUDAStream()>>>(
-            shape, grad, static_cast<int32_t>(rows_per_block), sums);
+        <<<matrices.grid(row_groups), block, 0, c10::cuda::getCurrentCUDAStream()>>>(
+            shape, grad, matrices, static_cast<int32_t>(rows_per_block), sums);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
 }
@@ -45,21 +48,19 @@ void run(const AlibiShape& shape, const ScoresIn& grad, Tensor& result) {
       ? cuda::kMaxThreads
       : std::max(cuda::ceil_div(kBytesPerBlock, row_bytes), cuda::ceil_div(shape.q_len, kMaxRowGroups));
   const int64_t row_groups = cuda::ceil_div(shape.q_len, rows_per_block);
-  TORCH_CHECK(
-      cuda::fits_grid(row_groups, shape), kOp, ": expected at most ", cuda::kMaxGridY,
-      " heads and batches on CUDA, got ", shape.num_heads, " and ", shape.batch);
   const int64_t sums_per_head = shape.batch * row_groups;
   const Tensor sums = at::empty({shape.num_heads, sums_per_head}, result.options().dtype(at::kDouble));
   auto* const sums_data = sums.mutable_data_ptr<double>();
-  const dim3 grid(row_groups, shape.num_heads, shape.batch);
   const auto stream = c10::cuda::getCurrentCUDAStream();
   if (expanded) {
-    cuda::alibi_slopes_backward_of_expanded_kernel<T><<<grid, cuda::kMaxThreads, 0, stream>>>(shape, grad, sums_data);
+    const cuda::Matrices matrices(shape);
+    cuda::alibi_slopes_backward_of_expanded_kernel<T>
+        <<<matrices.grid(row_groups), cuda::kMaxThreads, 0, stream>>>(shape, grad, matrices, sums_data);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   } else if (cuda::holds_vectors<T, V>(grad.data, grad.strides, shape.k_len)) {
-    launch<T, V>(shape, grad, grid, rows_per_block, sums_data);
+    launch<T, V>(shape, grad, row_groups, rows_per_block, sums_data);
   } else {
-    launch<T, 1>(shape, grad, grid, rows_per_block, sums_data);
+    launch<T, 1>(shape, grad, row_groups, rows_per_block, sums_data);
   }
   cuda::sum_of_heads_kernel<Real><<<dim3(shape.num_heads), cuda::kHeadSumThreads, 0, stream>>>(
       sums_data, sums_per_head, result.mutable_data_ptr<Real>());

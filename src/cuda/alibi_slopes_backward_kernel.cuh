@@ -21,19 +21,25 @@ template <typename T, int V, bool Causal>
 __global__ void __launch_bounds__(kMaxThreads, kMinSumBlocks) alibi_slopes_backward_kernel(
     const __grid_constant__ AlibiShape shape,
     const __grid_constant__ ScoresIn grad,
+    const __grid_constant__ Matrices matrices,
     int32_t rows_per_block,
     double* __restrict__ sums) {
   using Real = arithmetic_t<T>;
   __shared__ double scratch[kWarp];
+  const uint32_t matrix = Matrices::of_block();
+  if (matrix >= matrices.count) {
+    return;
+  }
+  const auto [batch, head] = matrices.index(matrix);
   const uint32_t step = blockDim.x * V;
   const int64_t first_row = int64_t{blockIdx.x} * rows_per_block;
-  const T* head = static_cast<const T*>(grad.data) + grad.strides.row(blockIdx.z, blockIdx.y, 0);
+  const T* matrix_grad = static_cast<const T*>(grad.data) + grad.strides.row(batch, head, 0);
   double sum = 0;
   for (int64_t row = threadIdx.y; row < rows_per_block && first_row + row < shape.q_len; row += blockDim.y) {
     const auto query = static_cast<int32_t>(first_row + row);
     const int32_t position = shape.position(query);
     const auto visible = static_cast<uint32_t>(Causal ? shape.visible(position) : shape.k_len);
-    const T* data = head + query * grad.strides.query;
+    const T* data = matrix_grad + query * grad.strides.query;
     for (uint32_t first = threadIdx.x * V; first < visible; first += kSumVectors * step) {
       Vector<T, V> values[kSumVectors];
 #pragma unroll
@@ -58,7 +64,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinSumBlocks) alibi_slopes_backw
   }
   sum = sum_of_block(sum, scratch);
   if (threadIdx.x == 0 && threadIdx.y == 0) {
-    sums[(int64_t{blockIdx.y} * gridDim.z + blockIdx.z) * gridDim.x + blockIdx.x] = sum;
+    sums[(head * shape.batch + batch) * gridDim.x + blockIdx.x] = sum;
   }
 }
 
@@ -67,21 +73,27 @@ template <typename T>
 __global__ void __launch_bounds__(kMaxThreads) alibi_slopes_backward_of_expanded_kernel(
     const __grid_constant__ AlibiShape shape,
     const __grid_constant__ ScoresIn grad,
+    const __grid_constant__ Matrices matrices,
     double* __restrict__ sums) {
   __shared__ double scratch[kWarp];
+  const uint32_t matrix = Matrices::of_block();
+  if (matrix >= matrices.count) {
+    return;
+  }
+  const auto [batch, head] = matrices.index(matrix);
   const int64_t query = int64_t{blockIdx.x} * kMaxThreads + threadIdx.x;
   double sum = 0;
   if (query < shape.q_len) {
     const int32_t position = shape.position(static_cast<int32_t>(query));
     const int32_t visible = shape.visible(position);
     if (visible > 0) {
-      const T value = static_cast<const T*>(grad.data)[grad.strides.row(blockIdx.z, blockIdx.y, query)];
+      const T value = static_cast<const T*>(grad.data)[grad.strides.row(batch, head, query)];
       sum = static_cast<double>(widen(value)) * AlibiShape::sum_of_distances(position, visible);
     }
   }
   sum = sum_of_block(sum, scratch);
   if (threadIdx.x == 0) {
-    sums[(int64_t{blockIdx.y} * gridDim.z + blockIdx.z) * gridDim.x + blockIdx.x] = sum;
+    sums[(head * shape.batch + batch) * gridDim.x + blockIdx.x] = sum;
   }
 }
 

@@ -29,24 +29,14 @@ struct RowPolicy {
 template <int VectorWidth, int Bytes>
 constexpr int kMinRowBlocks = VectorWidth > 1 && Bytes <= 128 ? 2 : 1;
 
-/// Keeps the compiler from carrying the widened elements of a vector past this point: they would take twice the
-/// registers of the packed ones, and spill.
-template <typename T, int V>
-__device__ void keep_packed(Vector<T, V>& vector) {
-  if constexpr (sizeof(T) == 2 && V % 2 == 0) {
-    auto* const words = reinterpret_cast<uint32_t*>(&vector);
-#pragma unroll
-    for (int i = 0; i < V / 2; ++i) {
-      asm volatile("" : "+r"(words[i]));
-    }
-  }
-}
-
-/// Narrow results do not show that this one is only good to 5e-6.
+/// exp(x). Narrow results do not show that this one is only good to 5e-6, nor that it knows no subnormal numbers.
 template <typename T>
 __device__ arithmetic_t<T> exponential(arithmetic_t<T> x) {
   if constexpr (sizeof(T) == 2) {
-    return __expf(x);
+    constexpr float kLog2E = 1.44269504F;
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * kLog2E));
+    return power;
   } else if constexpr (sizeof(T) == 4) {
     return expf(x);
   } else {
@@ -63,28 +53,67 @@ struct SoftmaxRow {
   const bool* hides;  // null where there is no mask
   int64_t in_stride, hides_stride;
   Real scale, slope;
-  int32_t position;
+  int32_t nearest;
   uint32_t visible;
 
-  __device__ SoftmaxRow(const AlibiSoftmaxProblem& problem, uint32_t query, bool causal) {
+  __device__ SoftmaxRow(
+      const AlibiSoftmaxProblem& problem,
+      const Matrices::Index& matrix,
+      uint32_t query,
+      bool causal) {
     const AlibiShape& shape = problem.shape;
     const PaddingView& padding = problem.padding;
-    in = static_cast<const T*>(problem.in.data) + problem.in.strides.row(blockIdx.z, blockIdx.y, query);
+    in = static_cast<const T*>(problem.in.data) + problem.in.strides.row(matrix.batch, matrix.head, query);
     in_stride = problem.in.strides.key;
-    hides = padding.data == nullptr ? nullptr : padding.data + blockIdx.z * padding.stride_batch;
+    hides = padding.data == nullptr ? nullptr : padding.data + matrix.batch * padding.stride_batch;
     hides_stride = padding.stride_key;
     scale = static_cast<Real>(problem.scale);
-    slope = problem.slopes.slope<Real>(blockIdx.y);
-    position = shape.position(static_cast<int32_t>(query));
+    slope = problem.slopes.slope<Real>(matrix.head);
+    const int32_t position = shape.position(static_cast<int32_t>(query));
+    nearest = shape.nearest_key(position);
     visible = static_cast<uint32_t>(causal ? shape.visible(position) : shape.k_len);
   }
 
-  /// Minus infinity where the query does not see the key.
-  __device__ Real logit(T score, uint32_t key) const {
-    if (key >= visible || (hides != nullptr && hides[key * hides_stride])) {
-      return static_cast<Real>(-INFINITY);
+  /// The logits of V keys from `key` on, of which the query sees the first: minus infinity where it does not see one.
+  /// Distances of a `Short` row, below 2^24 keys, are exact in float32 and so can be counted on: a conversion each costs
+  /// as much as the exponential.
+  template <bool Short, int V>
+  __device__ Vector<Real, V> logits(const Vector<T, V>& scores, uint32_t key) const {
+    Vector<Real, V> result = widen(scores);
+    const auto from = static_cast<Real>(static_cast<int32_t>(key) - nearest);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const Real offset =
+          Short ? from + static_cast<Real>(i) : static_cast<Real>(static_cast<int32_t>(key) - nearest + i);
+      const Real bias = multiply(-slope, fabs(offset));
+      result[i] = sizeof(T) == 2 ? multiply_add(result[i], scale, bias) : multiply(result[i], scale) + bias;
     }
-    return multiply(widen(score), scale) + bias_of(slope, position, key);
+    if (key + V > visible || hides != nullptr) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        if (key + i >= visible || (hides != nullptr && hides[(key + i) * hides_stride])) {
+          result[i] = static_cast<Real>(-INFINITY);
+        }
+      }
+    }
+    return result;
+  }
+
+  /// Probabilities of V keys from `key` on from their exponentials; zero where causality hides the key, even in a row
+  /// of NaN.
+  template <int V>
+  __device__ Vector<T, V> probabilities(Vector<Real, V> exponentials, Real factor, uint32_t key) const {
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      exponentials[i] *= factor;
+    }
+    if (key + V > visible) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        exponentials[i] = key + i < visible ? exponentials[i] : Real(0);
+      }
+    }
+    return narrow<T>(exponentials);
   }
 };
 
@@ -105,74 +134,88 @@ __global__ void __launch_bounds__(
     kMinRowBlocks<
         Policy::kVectorWidth,
         Policy::kVectorWidth * Policy::kCount* static_cast<int>(sizeof(arithmetic_t<T>))>)
-    alibi_softmax_kernel(const __grid_constant__ AlibiSoftmaxProblem problem) {
+    alibi_softmax_kernel(
+        const __grid_constant__ AlibiSoftmaxProblem problem,
+        const __grid_constant__ Matrices matrices) {
   using Real = arithmetic_t<T>;
   constexpr int V = Policy::kVectorWidth;
   constexpr int U = Policy::kCount;
   __shared__ Real scratch[2][kMaxRowWarps];
+  const uint32_t matrix = Matrices::of_block();
+  if (matrix >= matrices.count) {
+    return;
+  }
+  const auto [batch, head] = matrices.index(matrix);
   const uint32_t own_query = blockIdx.x * blockDim.y + threadIdx.y;
   const auto q_len = static_cast<uint32_t>(problem.shape.q_len);
   const auto k_len = static_cast<uint32_t>(problem.shape.k_len);
   // All threads meet at the reductions: those behind the last query repeat it, and do not store.
   const uint32_t query = own_query < q_len ? own_query : q_len - 1;
-  const SoftmaxRow<T> row(problem, query, Policy::kCausal);
+  const SoftmaxRow<T> row(problem, {batch, head}, query, Policy::kCausal);
   const uint32_t step = blockDim.x * V;
   const uint32_t first = threadIdx.x * V;
 
+  // Vectors that causality hides, half of a square matrix, cost a comparison at each step and no arithmetic.
   Vector<T, V> scores[U];
 #pragma unroll
   for (int u = 0; u < U; ++u) {
-    scores[u] = Vector<T, V>{};
     if (first + u * step < row.visible) {
       scores[u] = load_keys<V>(row.in, first + u * step, row.in_stride);
     }
   }
-  Real values[U][V];
+  Vector<Real, V> values[U];
   auto top = static_cast<Real>(-INFINITY);
 #pragma unroll
   for (int u = 0; u < U; ++u) {
+    if (first + u * step < row.visible) {
+      values[u] = row.template logits<true>(scores[u], first + u * step);
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      values[u][i] = row.logit(scores[u][i], first + u * step + i);
-      top = Maximum()(top, values[u][i]);
+      for (int i = 0; i < V; ++i) {
+        top = Maximum()(top, values[u][i]);
+      }
     }
   }
   const Real shift = shift_of(reduce_row(top, static_cast<Real>(-INFINITY), Maximum(), scratch[0]));
   Real sum = 0;
 #pragma unroll
   for (int u = 0; u < U; ++u) {
+    if (first + u * step < row.visible) {
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      values[u][i] = exponential<T>(values[u][i] - shift);
-      sum += values[u][i];
+      for (int i = 0; i < V; ++i) {
+        values[u][i] = exponential<T>(values[u][i] - shift);
+        sum += values[u][i];
+      }
     }
   }
   const Real factor = reciprocal_or_zero(reduce_row(sum, Real(0), Sum(), scratch[1]));
   if (own_query >= q_len) {
     return;
   }
-  T* out = static_cast<T*>(problem.out.data) + problem.out.strides.row(blockIdx.z, blockIdx.y, query);
+  T* out = static_cast<T*>(problem.out.data) + problem.out.strides.row(batch, head, query);
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     const uint32_t key = first + u * step;
-    if (key < k_len) {
-      Vector<T, V> result;
-#pragma unroll
-      for (int i = 0; i < V; ++i) {
-        result[i] = narrow<T>(values[u][i] * factor);
-      }
-      store_keys<V>(out, key, problem.out.strides.key, result);
+    if (key < row.visible) {
+      store_keys<V>(out, key, problem.out.strides.key, row.probabilities(values[u], factor, key));
+    } else if (key < k_len) {
+      store_keys<V>(out, key, problem.out.strides.key, Vector<T, V>{});
     }
   }
 }
 
 /// One row a block, of any length.
 template <typename T, int V>
-__global__ void __launch_bounds__(kMaxRowThreads)
-    alibi_softmax_long_kernel(const __grid_constant__ AlibiSoftmaxProblem problem) {
+__global__ void __launch_bounds__(kMaxRowThreads) alibi_softmax_long_kernel(
+    const __grid_constant__ AlibiSoftmaxProblem problem,
+    const __grid_constant__ Matrices matrices) {
   using Real = arithmetic_t<T>;
   __shared__ Real scratch[2][kMaxRowWarps];
-  const SoftmaxRow<T> row(problem, blockIdx.x, problem.shape.causal);
+  const uint32_t matrix = Matrices::of_block();
+  if (matrix >= matrices.count) {
+    return;
+  }
+  const auto [batch, head] = matrices.index(matrix);
+  const SoftmaxRow<T> row(problem, {batch, head}, blockIdx.x, problem.shape.causal);
   const uint32_t step = blockDim.x * V;
   const uint32_t first = threadIdx.x * V;
 
@@ -180,12 +223,10 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   auto top = static_cast<Real>(-INFINITY);
   Real sum = 0;
   for (uint32_t key = first; key < row.visible; key += step) {
-    const Vector<T, V> scores = load_keys<V>(row.in, key, row.in_stride);
-    Real logits[V];
+    const auto logits = row.template logits<false>(load_keys<V>(row.in, key, row.in_stride), key);
     Real next = top;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      logits[i] = row.logit(scores[i], key + i);
       next = Maximum()(next, logits[i]);
     }
     const Real shift = shift_of(next);
@@ -200,16 +241,16 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   sum *= exponential<T>(top - shift);
   const Real factor = reciprocal_or_zero(reduce_row(sum, Real(0), Sum(), scratch[1]));
 
-  T* out = static_cast<T*>(problem.out.data) + problem.out.strides.row(blockIdx.z, blockIdx.y, blockIdx.x);
+  T* out = static_cast<T*>(problem.out.data) + problem.out.strides.row(batch, head, blockIdx.x);
   for (uint32_t key = first; key < static_cast<uint32_t>(problem.shape.k_len); key += step) {
-    Vector<T, V> scores{};
+    Vector<T, V> result{};
     if (key < row.visible) {
-      scores = load_keys<V>(row.in, key, row.in_stride);
-    }
-    Vector<T, V> result;
+      auto values = row.template logits<false>(load_keys<V>(row.in, key, row.in_stride), key);
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      result[i] = narrow<T>(exponential<T>(row.logit(scores[i], key + i) - shift) * factor);
+      for (int i = 0; i < V; ++i) {
+        values[i] = exponential<T>(values[i] - shift);
+      }
+      result = row.probabilities(values, factor, key);
     }
     store_keys<V>(out, key, problem.out.strides.key, result);
   }
@@ -248,13 +289,20 @@ __global__ void __launch_bounds__(
     kMinRowBlocks<
         Policy::kVectorWidth,
         Policy::kVectorWidth * Policy::kCount* static_cast<int>(sizeof(T)) * (Staged ? 1 : 2)>)
-    alibi_softmax_backward_kernel(const __grid_constant__ AlibiSoftmaxBackwardProblem problem) {
+    alibi_softmax_backward_kernel(
+        const __grid_constant__ AlibiSoftmaxBackwardProblem problem,
+        const __grid_constant__ Matrices matrices) {
   using Real = arithmetic_t<T>;
   constexpr int V = Policy::kVectorWidth;
   constexpr int U = Policy::kCount;
   __shared__ Real scratch[kMaxRowWarps];
   __shared__ double moments[kMaxRowWarps];
   extern __shared__ uint4 stage_bytes[];
+  const uint32_t matrix = Matrices::of_block();
+  if (matrix >= matrices.count) {
+    return;
+  }
+  const auto [batch, head] = matrices.index(matrix);
   const AlibiShape& shape = problem.shape;
   const uint32_t own_query = blockIdx.x * blockDim.y + threadIdx.y;
   const auto q_len = static_cast<uint32_t>(shape.q_len);
@@ -264,8 +312,8 @@ __global__ void __launch_bounds__(
   const uint32_t visible = Policy::kCausal ? static_cast<uint32_t>(shape.visible(position)) : k_len;
   const uint32_t step = blockDim.x * V;
   const uint32_t first = threadIdx.x * V;
-  const T* grad = static_cast<const T*>(problem.grad.data) + problem.grad.strides.row(blockIdx.z, blockIdx.y, query);
-  const T* prob = static_cast<const T*>(problem.probs.data) + problem.probs.strides.row(blockIdx.z, blockIdx.y, query);
+  const T* grad = static_cast<const T*>(problem.grad.data) + problem.grad.strides.row(batch, head, query);
+  const T* prob = static_cast<const T*>(problem.probs.data) + problem.probs.strides.row(batch, head, query);
 
   auto* const stage = reinterpret_cast<Vector<T, V>*>(stage_bytes) + threadIdx.y * blockDim.x + threadIdx.x;
   const uint32_t stage_step = blockDim.x * blockDim.y;
@@ -318,7 +366,7 @@ __global__ void __launch_bounds__(
       keep_packed(grads[u]);
     }
   }
-  T* out = static_cast<T*>(problem.out.data) + problem.out.strides.row(blockIdx.z, blockIdx.y, query);
+  T* out = static_cast<T*>(problem.out.data) + problem.out.strides.row(batch, head, query);
   const Real scale = static_cast<Real>(problem.scale);
   const bool live = own_query < q_len;
   Real moment = 0;
@@ -334,26 +382,32 @@ __global__ void __launch_bounds__(
   if (problem.row_sums != nullptr) {
     const double sum = reduce_row(static_cast<double>(moment), 0.0, Sum(), moments);
     if (threadIdx.x == 0 && live) {
-      problem.row_sums[(blockIdx.y * shape.batch + blockIdx.z) * q_len + query] = sum;
+      problem.row_sums[(head * shape.batch + batch) * q_len + query] = sum;
     }
   }
 }
 
 /// One row a block, of any length.
 template <typename T, int V>
-__global__ void __launch_bounds__(kMaxRowThreads)
-    alibi_softmax_backward_long_kernel(const __grid_constant__ AlibiSoftmaxBackwardProblem problem) {
+__global__ void __launch_bounds__(kMaxRowThreads) alibi_softmax_backward_long_kernel(
+    const __grid_constant__ AlibiSoftmaxBackwardProblem problem,
+    const __grid_constant__ Matrices matrices) {
   using Real = arithmetic_t<T>;
   __shared__ Real scratch[kMaxRowWarps];
   __shared__ double moments[kMaxRowWarps];
+  const uint32_t matrix = Matrices::of_block();
+  if (matrix >= matrices.count) {
+    return;
+  }
+  const auto [batch, head] = matrices.index(matrix);
   const AlibiShape& shape = problem.shape;
   const uint32_t query = blockIdx.x;
   const int32_t position = shape.position(static_cast<int32_t>(query));
   const auto visible = static_cast<uint32_t>(shape.visible(position));
   const uint32_t step = blockDim.x * V;
   const uint32_t first = threadIdx.x * V;
-  const T* grad = static_cast<const T*>(problem.grad.data) + problem.grad.strides.row(blockIdx.z, blockIdx.y, query);
-  const T* prob = static_cast<const T*>(problem.probs.data) + problem.probs.strides.row(blockIdx.z, blockIdx.y, query);
+  const T* grad = static_cast<const T*>(problem.grad.data) + problem.grad.strides.row(batch, head, query);
+  const T* prob = static_cast<const T*>(problem.probs.data) + problem.probs.strides.row(batch, head, query);
   Real r = 0;
   for (uint32_t key = first; key < visible; key += step) {
     const auto grads = load_keys<V>(grad, key, problem.grad.strides.key);
@@ -366,7 +420,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     }
   }
   r = reduce_row(r, Real(0), Sum(), scratch);
-  T* out = static_cast<T*>(problem.out.data) + problem.out.strides.row(blockIdx.z, blockIdx.y, query);
+  T* out = static_cast<T*>(problem.out.data) + problem.out.strides.row(batch, head, query);
   double moment = 0;
   for (uint32_t key = first; key < static_cast<uint32_t>(shape.k_len); key += step) {
     Vector<T, V> grads{};
@@ -383,7 +437,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   if (problem.row_sums != nullptr) {
     moment = reduce_row(moment, 0.0, Sum(), moments);
     if (threadIdx.x == 0) {
-      problem.row_sums[(blockIdx.y * shape.batch + blockIdx.z) * shape.q_len + query] = moment;
+      problem.row_sums[(head * shape.batch + batch) * shape.q_len + query] = moment;
     }
   }
 }

@@ -1,8 +1,9 @@
 #pragma once
 
+#include <posenc/alibi_attention.h>
 #include <posenc/export.h>
+#include <posenc/modules/detail/keeps_dtype.h>
 
-#include <torch/nn/cloneable.h>
 #include <torch/nn/pimpl.h>
 #include <torch/types.h>
 
@@ -10,6 +11,7 @@
 #include <memory>
 #include <optional>
 #include <ostream>
+#include <tuple>
 
 namespace posenc {
 
@@ -43,7 +45,7 @@ struct POSENC_API ALiBiBiasOptions {
 /// Attention with linear biases (ALiBi, Press et al. 2021, https://arxiv.org/abs/2108.12409).
 ///
 /// Slopes are float32 whatever dtype the model is converted to. Learnable ones are the parameter `slopes`, which
-/// `to(dtype)` leaves float32 (float64 scores are served by them too). Fixed ones are neither parameter nor buffer:
+/// `to(dtype)` leaves float32: bfloat16 holds a slope with 8 bits, an error of 30 at distance 8192 (float64 scores are served by them too). Fixed ones are neither parameter nor buffer:
 /// they are copied to the device of the scores when they are first needed there, and shared by clones. `forward` may
 /// be called from several threads.
 ///
@@ -52,7 +54,7 @@ struct POSENC_API ALiBiBiasOptions {
 /// posenc::ALiBiBias alibi(posenc::ALiBiBiasOptions(/*num_heads=*/12).causal(true));
 /// auto probabilities = alibi->softmax(at::matmul(q, k.transpose(-1, -2)), 1 / std::sqrt(head_dim));
 /// ```
-class POSENC_API ALiBiBiasImpl : public torch::nn::Cloneable<ALiBiBiasImpl> {
+class POSENC_API ALiBiBiasImpl : public detail::KeepsDtype<ALiBiBiasImpl> {
  public:
   explicit ALiBiBiasImpl(ALiBiBiasOptions options_);
 
@@ -83,14 +85,24 @@ class POSENC_API ALiBiBiasImpl : public torch::nn::Cloneable<ALiBiBiasImpl> {
       const std::optional<torch::Tensor>& key_padding_mask = std::nullopt,
       std::optional<int64_t> query_offset = std::nullopt);
 
+  /// Attention with the bias inside; see `posenc::alibi_attention`. q is `[B, Sq, H, D]` or packed `[T, H, D]` with the
+  /// H of this module. Whether it is causal is a matter of the module: `attention_options` need not say so.
+  torch::Tensor attention(
+      const torch::Tensor& q,
+      const torch::Tensor& k,
+      const torch::Tensor& v,
+      const ALiBiAttentionOptions& attention_options = {});
+
+  /// The same with the logarithms of sums of exponentials; see `posenc::alibi_attention_with_lse`.
+  std::tuple<torch::Tensor, torch::Tensor> attention_with_lse(
+      const torch::Tensor& q,
+      const torch::Tensor& k,
+      const torch::Tensor& v,
+      const ALiBiAttentionOptions& attention_options = {});
+
   /// The slopes `[H]`, float32, on `device`. Fixed slopes are copied there now if they were not; call it before a
   /// CUDA graph is captured. Learnable ones are the parameter, which must be there already.
   torch::Tensor slopes_on(const torch::Device& device);
-
-  // A parameter of this module keeps its dtype: bfloat16 holds a slope with 8 bits, an error of 30 at distance 8192.
-  void to(torch::Device device, torch::Dtype dtype, bool non_blocking = false) override;
-  void to(torch::Dtype dtype, bool non_blocking = false) override;
-  void to(torch::Device device, bool non_blocking = false) override;
 
   ALiBiBiasOptions options;
 

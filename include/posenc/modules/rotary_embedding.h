@@ -1,8 +1,9 @@
 #pragma once
 
 #include <posenc/export.h>
+#include <posenc/frequencies.h>
+#include <posenc/modules/detail/keeps_dtype.h>
 
-#include <torch/nn/cloneable.h>
 #include <torch/nn/modules/common.h>
 #include <torch/nn/pimpl.h>
 #include <torch/types.h>
@@ -11,9 +12,15 @@
 #include <memory>
 #include <optional>
 #include <ostream>
+#include <string>
 #include <tuple>
+#include <vector>
 
 namespace posenc {
+
+namespace detail {
+class RotaryTableCache;
+}
 
 /// How the dimensions of the tensors given to a module are ordered: batch, sequence, head and channel, or
 /// token, head and channel for packed sequences.
@@ -28,6 +35,33 @@ enum class Layout { bshd, sbhd, bhsd, thd };
 struct POSENC_API RotaryEmbeddingOptions {
   /* implicit */ RotaryEmbeddingOptions(int64_t head_dim);
 
+  /// The options of a published model, from its Hugging Face `config.json`.
+  ///
+  /// Read are the size of a head (`head_dim`, else `hidden_size / num_attention_heads`; `qk_rope_head_dim` for
+  /// multi-head latent attention), the base (`rope_theta`), the part that is rotated (`partial_rotary_factor`,
+  /// `rotary_pct`, `rotary_dim`), the pairing (`rope_interleave`, else by `model_type`: GPT-J, Cohere, GLM, Llama 4,
+  /// DeepSeek and others interleave), and the plan (`rope_parameters` or `rope_scaling`: default, linear, dynamic,
+  /// yarn, llama3, longrope and its old name su, proportional, mrope). The text model of a `text_config` is taken.
+  /// Where a file leaves out what its `model_type` implies, the defaults of transformers apply; a missing `rope_theta`
+  /// is 10000.
+  ///
+  /// `max_position_embeddings` becomes that of the file, at most 131072 (64 MiB of tables at 128 channels); tables grow
+  /// beyond it as described there.
+  ///
+  /// @param path_or_json  a path, or the text of the file: what begins with `{`.
+  /// @param layer_type  for models with other frequencies in some layers (Gemma 3: `full_attention` and
+  ///   `sliding_attention`): which of them.
+  /// @throws c10::Error  on a file that cannot be read, malformed JSON, missing or mistyped fields, an unknown type of
+  ///   plan or layer, each named; and where the library was built without nlohmann_json.
+  ///
+  /// Example:
+  /// ```
+  /// posenc::RotaryEmbedding rope(posenc::RotaryEmbeddingOptions::from_hf_config("Llama-3.1-8B/config.json"));
+  /// ```
+  static RotaryEmbeddingOptions from_hf_config(
+      const std::string& path_or_json,
+      const std::optional<std::string>& layer_type = std::nullopt);
+
   /// Channels of one head, D.
   TORCH_ARG(int64_t, head_dim);
   /// Channels that are rotated, R: even, at most `head_dim`. Default: all, which needs an even `head_dim`.
@@ -41,25 +75,45 @@ struct POSENC_API RotaryEmbeddingOptions {
   TORCH_ARG(bool, interleaved) = false;
   /// Order of the dimensions of q and k. Default: `Layout::bshd`.
   TORCH_ARG(Layout, layout) = Layout::bshd;
+  /// How the frequencies are stretched to longer contexts; see `posenc/frequencies.h`. Default: `DefaultScaling`.
+  TORCH_ARG(RotaryScaling, scaling) = DefaultScaling();
+  /// Pairs of each axis of multi-axis positions, `mrope_section` of model configurations; their sum is R/2. Default:
+  /// none, and positions have one axis. See `mrope_pair_axes`.
+  TORCH_ARG(std::vector<int64_t>, sections);
+  /// The sections are interleaved (Qwen3-VL), not one after the other (Qwen2-VL). Default: false.
+  TORCH_ARG(bool, interleaved_sections) = false;
+  /// The inverse frequencies are a parameter, `inv_freq`. Default: false.
+  TORCH_ARG(bool, learnable_frequencies) = false;
 };
 
 /// Rotary position embedding (RoFormer, Su et al. 2021, https://arxiv.org/abs/2104.09864) for queries and keys.
 ///
-/// The module has no parameters and no buffers: its tables are float32 (float64 for float64 inputs) whatever
+/// The module has no parameters (but see below) and no buffers: its tables are float32 (float64 for float64 inputs) whatever
 /// dtype the model is converted to, are built on the device of the input when they are first needed, grow by
 /// doubling, and stay allocated as long as the module or a clone of it lives, so that kernels in flight and captured CUDA
 /// graphs never lose them. Clones share them. `forward` may be called from several threads.
+///
+/// Dynamic NTK and LongRoPE have other frequencies for longer sequences. The length is `seq_len` where it is given, else
+/// that of the input or what positions on a CPU say; it is never read from a device. LongRoPE has two sets of tables.
+/// Dynamic NTK has one for every length beyond its `max_position_embeddings`: the last four of these are kept, and those
+/// that `reserve` built or a captured graph reads; see `DynamicNtkScaling::seq_len_multiple` for lengths that grow step by
+/// step.
+///
+/// With `learnable_frequencies` the inverse frequencies are the parameter `inv_freq`, which starts with those of the
+/// options, of a plan that does not depend on the length, and stays float32 under `to(dtype)`. Tables are then computed from it in every call, with angles of float64,
+/// by `rotary_tables`, and gradients flow to it, the same bits every time.
 ///
 /// Example:
 /// ```
 /// posenc::RotaryEmbedding rope(posenc::RotaryEmbeddingOptions(/*head_dim=*/128));
 /// auto [q_rotated, k_rotated] = rope->forward(q, k);  // [B, S, H, 128]
 /// ```
-class POSENC_API RotaryEmbeddingImpl : public torch::nn::Cloneable<RotaryEmbeddingImpl> {
+class POSENC_API RotaryEmbeddingImpl : public detail::KeepsDtype<RotaryEmbeddingImpl> {
  public:
   explicit RotaryEmbeddingImpl(RotaryEmbeddingOptions options_);
 
-  /// Checks the options and takes tables that match them. Call it after a change to `options`.
+  /// Checks the options and takes tables that match them. Call it after a change to `options`; learned frequencies
+  /// start anew.
   void reset() override;
 
   void pretty_print(std::ostream& stream) const override;
@@ -70,33 +124,94 @@ class POSENC_API RotaryEmbeddingImpl : public torch::nn::Cloneable<RotaryEmbeddi
   /// @param positions  `[S]`, `[B, S]` (`[T]` for `Layout::thd`), int32 or int64, on the device of `q`. Default:
   ///   token s is at position s. Positions on a CPU grow the tables as needed. Those on a GPU cannot be read
   ///   without waiting for it: they must be below `max_position_embeddings` or what `reserve` was given, and
-  ///   beyond that give NaN.
+  ///   beyond that give NaN. With `sections` there may be an axis for each of them in front, `[A, B, S]` (`[A, T]`);
+  ///   fewer dimensions, or no positions, mean the same position on every axis, as plain text has it.
+  /// @param seq_len  positions of the sequence: more than any of `positions`, at least the tokens of q without them.
+  ///   Tables get as many rows. Needed for positions on a GPU where frequencies depend on the length; not read by
+  ///   other plans for anything but the rows.
   /// @return the rotated pair, in the same order of dimensions.
   std::tuple<torch::Tensor, torch::Tensor> forward(
       const torch::Tensor& q,
       const torch::Tensor& k,
-      const std::optional<torch::Tensor>& positions = std::nullopt);
+      const std::optional<torch::Tensor>& positions = std::nullopt,
+      std::optional<int64_t> seq_len = std::nullopt);
 
   /// Rotates one tensor; arguments as in `forward`.
-  torch::Tensor rotate(const torch::Tensor& x, const std::optional<torch::Tensor>& positions = std::nullopt);
+  torch::Tensor rotate(
+      const torch::Tensor& x,
+      const std::optional<torch::Tensor>& positions = std::nullopt,
+      std::optional<int64_t> seq_len = std::nullopt);
+
+  /// `forward` in place: `q` and `k` become the rotated pair; see `rotary_embedding_qk_`. Not with learnable frequencies
+  /// while a graph is recorded.
+  void forward_(
+      torch::Tensor& q,
+      torch::Tensor& k,
+      const std::optional<torch::Tensor>& positions = std::nullopt,
+      std::optional<int64_t> seq_len = std::nullopt);
+
+  /// `rotate` in place; see `rotary_embedding_`.
+  void rotate_(
+      torch::Tensor& x,
+      const std::optional<torch::Tensor>& positions = std::nullopt,
+      std::optional<int64_t> seq_len = std::nullopt);
+
+  /// Splits a packed projection into rotated queries, rotated keys and values, in one launch; see
+  /// `rotary_embedding_qkv`.
+  ///
+  /// @param qkv  `[B, S, (Hq + 2 Hk) D]` or `[B, S, 3, H, D]`; with `Layout::sbhd`, S before B; with `Layout::thd`, T in
+  ///   place of both.
+  /// @param positions,seq_len  as in `forward`.
+  /// @return `(q', k', v)` in the order of dimensions of `options.layout()`.
+  std::tuple<torch::Tensor, torch::Tensor, torch::Tensor> forward_qkv(
+      const torch::Tensor& qkv,
+      int64_t num_q_heads,
+      int64_t num_kv_heads,
+      const std::optional<torch::Tensor>& positions = std::nullopt,
+      std::optional<int64_t> seq_len = std::nullopt);
+
+  /// The tables that `forward` rotates with, for operators that do it themselves.
+  ///
+  /// @param x  `[B, S, H, D]` or `[T, H, D]`, whatever `options.layout()` is: its length, device and dtype count.
+  /// @param positions,seq_len  as in `forward`.
+  /// @return `(cos, sin)`, with a row for each position.
+  std::tuple<torch::Tensor, torch::Tensor> tables_for(
+      const torch::Tensor& x,
+      const std::optional<torch::Tensor>& positions = std::nullopt,
+      std::optional<int64_t> seq_len = std::nullopt);
 
   /// Makes sure that tables for positions 0 to `length - 1` exist on `device`. Call it before a CUDA graph is
-  /// captured, and where positions on a GPU go beyond `max_position_embeddings`.
+  /// captured, and where positions on a GPU go beyond `max_position_embeddings`. Where frequencies depend on the length,
+  /// the tables are those of sequences of this `length`.
+  ///
+  /// With learnable frequencies nothing is built: tables of later calls with positions on a GPU, any of them, have
+  /// `length` rows where that is more than `max_position_embeddings`. Not while another thread is in `forward`.
   ///
   /// @param dtype  of the tensors to rotate: the tables are float64 for float64, float32 for all others.
   void reserve(int64_t length, const torch::Device& device, torch::Dtype dtype = torch::kFloat32);
 
-  /// Rows of the tables on `device` for tensors of `dtype`, 0 before they are built.
+  /// Rows of the tables on `device` for tensors of `dtype`, of the longest where there are several; 0 before they are
+  /// built. With learnable frequencies, rows of the tables of a call with positions on a GPU.
   int64_t table_length(const torch::Device& device, torch::Dtype dtype = torch::kFloat32) const;
 
   RotaryEmbeddingOptions options;
 
+  /// The parameter `[R/2]`, float32, where frequencies are learnable; else undefined.
+  torch::Tensor inv_freq;
+
  protected:
-  FORWARD_HAS_DEFAULT_ARGS({2, torch::nn::AnyValue(std::optional<torch::Tensor>())})
+  FORWARD_HAS_DEFAULT_ARGS(
+      {2, torch::nn::AnyValue(std::optional<torch::Tensor>())},
+      {3, torch::nn::AnyValue(std::optional<int64_t>())})
 
  private:
-  class Tables;
-  std::shared_ptr<Tables> tables_;
+  /// The axes that pairs read of `positions`: none where these have one.
+  torch::IntArrayRef axes_for(const std::optional<torch::Tensor>& positions) const;
+
+  std::vector<int64_t> pair_axes_;                    // of the sections
+  std::shared_ptr<detail::RotaryTableCache> tables_;  // where frequencies are fixed
+  double attention_factor_ = 1.0;                     // where they are learnable
+  int64_t rows_on_device_ = 0;                        // there too: of the tables for positions on a GPU
 };
 
 /// A `ModuleHolder` of `RotaryEmbeddingImpl`, as LibTorch's own modules are.

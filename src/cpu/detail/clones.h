@@ -10,6 +10,13 @@
 #define POSENC_CPU_CLONES
 #endif
 
+/// What such a function calls in a loop becomes part of each of its versions.
+#if defined(__GNUC__)
+#define POSENC_ALWAYS_INLINE inline __attribute__((always_inline))
+#else
+#define POSENC_ALWAYS_INLINE inline
+#endif
+
 #if defined(__GNUC__) && !defined(__clang__)
 /// The iterations of the next loop touch different elements.
 #define POSENC_INDEPENDENT _Pragma("GCC ivdep")

@@ -4,38 +4,38 @@
 #include <cuda/detail/vector_width.h>
 #include <cuda/alibi_add_kernel.cuh>
 
+#include <ATen/core/Tensor.h>
 #include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
 namespace posenc::cuda {
 
 template <typename T, typename Policy>
-void launch_alibi_add(const char* op, const AlibiAddProblem& problem) {
+void launch_alibi_add(const AlibiAddProblem& problem) {
   const AlibiShape& shape = problem.shape;
   constexpr int U = Policy::kVectorsPerThread;
   const int64_t num_vectors = ceil_div(shape.k_len, Policy::kVectorWidth);
   const int64_t along_keys = threads_along_keys(num_vectors, U);
   const int64_t along_queries = kMaxThreads / along_keys;
   const int64_t key_groups = ceil_div(num_vectors, along_keys * U);
+  // Outputs of more than 2^31 blocks a matrix, 2^40 elements, fit no memory.
   const int64_t blocks = key_groups * ceil_div(shape.q_len, along_queries);
-  TORCH_CHECK(
-      fits_grid(blocks, shape), op, ": expected at most ", kMaxGridX, " blocks of ", along_queries, " queries and ",
-      along_keys * U * Policy::kVectorWidth, " keys, and ", kMaxGridY, " heads and batches on CUDA, got ", blocks, ", ",
-      shape.num_heads, " and ", shape.batch);
-  const dim3 grid(blocks, shape.num_heads, shape.batch);
+  const Matrices matrices(shape);
   const dim3 block(along_keys, along_queries);
-  alibi_add_kernel<T, Policy>
-      <<<grid, block, 0, c10::cuda::getCurrentCUDAStream()>>>(problem, Divider(static_cast<uint32_t>(key_groups)));
+  alibi_add_kernel<T, Policy><<<matrices.grid(blocks), block, 0, c10::cuda::getCurrentCUDAStream()>>>(
+      problem, matrices, Divider(static_cast<uint32_t>(key_groups)));
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 /// Launches with 16-byte vectors where the call allows them, else with single elements.
 template <AlibiPass Pass>
-void run_alibi_add(const char* op, const AlibiAddProblem& problem, at::ScalarType dtype) {
+void run_alibi_add(const AlibiAddProblem& problem, const at::Tensor& like) {
   if (is_empty(problem.shape)) {
     return;
   }
-  for_dtype(dtype, [&](auto type) {
+  const c10::cuda::CUDAGuard device(like.device());
+  for_dtype(like.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     constexpr int V = kMaxVectorBytes / sizeof(T);
     const int32_t k_len = problem.shape.k_len;
@@ -44,9 +44,9 @@ void run_alibi_add(const char* op, const AlibiAddProblem& problem, at::ScalarTyp
     for_bool(problem.shape.causal, [&](auto causal) {
       constexpr bool kCausal = decltype(causal)::value || Pass == AlibiPass::mask;
       if (vectors) {
-        launch_alibi_add<T, AlibiPolicy<V, Pass, kCausal>>(op, problem);
+        launch_alibi_add<T, AlibiPolicy<V, Pass, kCausal>>(problem);
       } else {
-        launch_alibi_add<T, AlibiPolicy<1, Pass, kCausal>>(op, problem);
+        launch_alibi_add<T, AlibiPolicy<1, Pass, kCausal>>(problem);
       }
     });
   });

@@ -5,12 +5,11 @@
 
 #include <cuda_runtime.h>
 
-#include <algorithm>
-
 // How blocks are laid over scores [B, H, Sq, Sk]. No torch.
 //
 // Threads along x share the keys of a row, threads along y are queries. Blocks go through keys first, then queries
-// (x), heads (y) and batches (z), and so through memory in its order; the head of a block is one, and so is its slope.
+// (x), then matrices [Sq, Sk] (y and z), and so through memory in its order; the head of a block is one, and so is its
+// slope.
 namespace posenc::cuda {
 
 constexpr int kWarp = 32;
@@ -24,10 +23,36 @@ inline int64_t threads_along_keys(int64_t num_vectors, int64_t per_thread) {
   return threads;
 }
 
-/// Whether a grid of `x` blocks for each head can be launched.
-inline bool fits_grid(int64_t x, const AlibiShape& shape) {
-  return x <= kMaxGridX && shape.num_heads <= kMaxGridY && shape.batch <= kMaxGridY;
-}
+/// The matrices of a call: batch b and head h are number b * H + h. Batches, and heads, may be more than the hardware
+/// allows along y or z.
+struct Matrices {
+  uint32_t count;
+  Divider num_heads;
+
+  explicit Matrices(const AlibiShape& shape)
+      : count(static_cast<uint32_t>(shape.batch * shape.num_heads)),
+        num_heads(static_cast<uint32_t>(shape.num_heads)) {}
+
+  /// `x` blocks for each matrix, and at the end some that have none.
+  dim3 grid(int64_t x) const {
+    const int64_t z = ceil_div(count, kMaxGridY);
+    return dim3(x, ceil_div(count, z), z);
+  }
+
+#if defined(__CUDACC__)
+  struct Index {
+    uint32_t batch, head;
+  };
+
+  /// Number of the matrix of this block; where it is not below `count`, there is nothing to do.
+  __device__ static uint32_t of_block() { return blockIdx.z * gridDim.y + blockIdx.y; }
+
+  __device__ Index index(uint32_t matrix) const {
+    const uint32_t batch = num_heads.quotient(matrix);
+    return {batch, matrix - batch * num_heads.divisor};
+  }
+#endif
+};
 
 inline bool is_empty(const AlibiShape& shape) {
   return shape.batch == 0 || shape.num_heads == 0 || shape.q_len == 0 || shape.k_len == 0;

@@ -36,6 +36,19 @@ __device__ Vector<T, N> splat(T value) {
   return vector;
 }
 
+/// Keeps the compiler from carrying the widened elements of a vector past this point: they would take twice the
+/// registers of the packed ones, and spill.
+template <typename T, int V>
+__device__ void keep_packed(Vector<T, V>& vector) {
+  if constexpr (sizeof(T) == 2 && V % 2 == 0) {
+    auto* const words = reinterpret_cast<uint32_t*>(&vector);
+#pragma unroll
+    for (int i = 0; i < V / 2; ++i) {
+      asm volatile("" : "+r"(words[i]));
+    }
+  }
+}
+
 /// What a storage type is computed in.
 template <typename T>
 struct Arithmetic {
@@ -79,6 +92,46 @@ __device__ inline float narrow<float>(float value) {
 template <>
 __device__ inline double narrow<double>(double value) {
   return value;
+}
+
+/// The same for two at a time, in one instruction.
+__device__ inline void narrow_pair(float a, float b, __half& low, __half& high) {
+  const __half2 pair = __floats2half2_rn(a, b);
+  low = pair.x;
+  high = pair.y;
+}
+__device__ inline void narrow_pair(float a, float b, __nv_bfloat16& low, __nv_bfloat16& high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+  low = pair.x;
+  high = pair.y;
+}
+
+/// All elements of a vector.
+template <typename T, int N>
+__device__ Vector<arithmetic_t<T>, N> widen(const Vector<T, N>& vector) {
+  Vector<arithmetic_t<T>, N> wide;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    wide[i] = widen(vector[i]);
+  }
+  return wide;
+}
+
+template <typename T, int N>
+__device__ Vector<T, N> narrow(const Vector<arithmetic_t<T>, N>& wide) {
+  Vector<T, N> vector;
+  if constexpr (sizeof(T) == 2 && N % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+      narrow_pair(wide[i], wide[i + 1], vector[i], vector[i + 1]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      vector[i] = narrow<T>(wide[i]);
+    }
+  }
+  return vector;
 }
 
 /// Products and sums that the compiler neither fuses nor splits.

@@ -1,0 +1,85 @@
+#include <autograd/detail/record.h>
+#include <ops/rotary_tables.h>
+#include <ops/rotary_tables_backward.h>
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/library.h>
+
+#include <array>
+#include <functional>
+#include <utility>
+
+namespace posenc {
+namespace {
+
+using at::Tensor;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+/// The derivative of a cosine is a sine: the tables say all. They are outputs, and so lead a second derivative back to
+/// the frequencies.
+class RotaryTablesBackward : public torch::autograd::Node {
+ public:
+  explicit RotaryTablesBackward(at::ScalarType dtype) : dtype_(dtype) {}
+
+  void save(const Tensor& cos, const Tensor& sin) {
+    cos_ = SavedVariable(cos, /*is_output=*/true);
+    sin_ = SavedVariable(sin, /*is_output=*/true);
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    variable_list result(1);
+    if ((grads[0].defined() || grads[1].defined()) && task_should_compute_output(0)) {
+      const Tensor cos = cos_.unpack(getptr());
+      const Tensor sin = sin_.unpack(getptr());
+      const Tensor grad_cos = grads[0].defined() ? grads[0] : at::zeros_like(cos);
+      const Tensor grad_sin = grads[1].defined() ? grads[1] : at::zeros_like(sin);
+      result[0] = rotary_tables_backward(grad_cos, grad_sin, cos, sin, dtype_);
+    }
+    return result;
+  }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    cos_.reset_data();
+    sin_.reset_data();
+  }
+
+  std::string name() const override { return "RotaryTablesBackward"; }
+
+ private:
+  at::ScalarType dtype_;  // of the frequencies
+  SavedVariable cos_, sin_;
+};
+
+std::tuple<Tensor, Tensor> rotary_tables_autograd(
+    const Tensor& inv_freq,
+    c10::SymInt length,
+    at::ScalarType dtype,
+    double attention_factor) {
+  autograd::check_no_tangent("posenc::rotary_tables", inv_freq);
+  auto tables = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return rotary_tables_symint(inv_freq, std::move(length), dtype, attention_factor);
+  }();
+  const std::array<std::reference_wrapper<const Tensor>, 1> differentiable{inv_freq};
+  if (autograd::any_requires_grad(differentiable)) {
+    const auto node = autograd::make_node<RotaryTablesBackward>(differentiable, inv_freq.scalar_type());
+    const auto& [cos, sin] = tables;
+    torch::autograd::set_history(cos, node);
+    torch::autograd::set_history(sin, node);
+    static_cast<RotaryTablesBackward&>(*node).save(cos, sin);
+  }
+  return tables;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(posenc, Autograd, m) {
+  m.impl("rotary_tables", rotary_tables_autograd);
+}
+
+}  // namespace posenc

@@ -1,0 +1,369 @@
+#include <contract/qk_norm_rotary_embedding.h>
+#include <cpu/detail/clones.h>
+#include <cpu/detail/dispatch.h>
+#include <cpu/detail/lanes.h>
+
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+// A head is widened into a buffer, worked on there by loops over dense arrays of the arithmetic type, and narrowed on
+// its way out. So every combination of strides and dtypes runs the same vectorised loops.
+namespace posenc {
+namespace {
+
+using cpu::arithmetic_t;
+
+/// Sums are formed side by side in so many parts, one order for all instruction sets.
+constexpr int kSumLanes = 16;
+
+/// Parts of the tokens whose sums for the weights are formed apart, at most: a number of its own and not that of the
+/// threads, so that the gradients do not depend on these.
+constexpr int64_t kMaxParts = 256;
+
+/// The heads of one token in one tensor.
+template <typename T>
+struct TokenHeads {
+  const T* data;
+  Strides strides;
+
+  TokenHeads(const void* base, const Strides& of, int64_t batch, int64_t seq)
+      : data(static_cast<const T*>(base) + batch * of.batch + seq * of.seq), strides(of) {}
+};
+
+template <typename T>
+struct TokenResults {
+  T* data;
+  Strides strides;
+
+  TokenResults(void* base, const Strides& of, int64_t batch, int64_t seq)
+      : data(static_cast<T*>(base) + batch * of.batch + seq * of.seq), strides(of) {}
+};
+
+/// What all heads of one tensor and token share. `sin` has the sign of the rotation.
+template <typename Real>
+struct TokenRow {
+  const Real* cos;
+  const Real* sin;
+  const Real* weight;
+  int64_t num_heads, head_dim, num_pairs;
+  Real eps;
+};
+
+template <typename T>
+inline void read_head(const T* in, int64_t stride, int64_t count, arithmetic_t<T>* out) {
+  using Real = arithmetic_t<T>;
+  if (stride == 1) {
+    POSENC_INDEPENDENT
+    for (int64_t i = 0; i < count; ++i) {
+      out[i] = static_cast<Real>(in[i]);
+    }
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    out[i] = static_cast<Real>(in[i * stride]);
+  }
+}
+
+template <typename T>
+inline void write_head(const arithmetic_t<T>* in, int64_t count, T* out, int64_t stride) {
+  if (stride == 1) {
+    POSENC_INDEPENDENT
+    for (int64_t i = 0; i < count; ++i) {
+      out[i] = static_cast<T>(in[i]);
+    }
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    out[i * stride] = static_cast<T>(in[i]);
+  }
+}
+
+template <bool Interleaved, typename Real>
+inline void rotate_head(Real* x, const Real* cos, const Real* sin, int64_t pairs) {
+  POSENC_INDEPENDENT
+  for (int64_t i = 0; i < pairs; ++i) {
+    const int64_t first = Interleaved ? 2 * i : i;
+    const int64_t second = Interleaved ? 2 * i + 1 : i + pairs;
+    const Real x1 = x[first];
+    const Real x2 = x[second];
+    x[first] = x1 * cos[i] - x2 * sin[i];
+    x[second] = x1 * sin[i] + x2 * cos[i];
+  }
+}
+
+/// The sum of `a[i] b[i] c[i]` where `Weighted`, otherwise of `a[i] b[i]`.
+template <bool Weighted, typename Real>
+inline Real sum_of_products(const Real* a, const Real* b, const Real* c, int64_t count) {
+  cpu::Lanes<Real, kSumLanes> lanes(0);
+  int64_t begin = 0;
+  for (; begin + kSumLanes <= count; begin += kSumLanes) {
+    for (int i = 0; i < kSumLanes; ++i) {
+      const Real product = a[begin + i] * b[begin + i];
+      lanes.values[i] += Weighted ? product * c[begin + i] : product;
+    }
+  }
+  for (int i = 0; begin + i < count; ++i) {
+    const Real product = a[begin + i] * b[begin + i];
+    lanes.values[i] += Weighted ? product * c[begin + i] : product;
+  }
+  return lanes.sum();
+}
+
+template <typename Real>
+inline Real reciprocal_rms(const Real* x, int64_t count, Real eps) {
+  return Real(1) / std::sqrt(sum_of_products<false>(x, x, x, count) / static_cast<Real>(count) + eps);
+}
+
+/// `x` is a buffer of a head.
+template <typename T, bool Interleaved>
+POSENC_CPU_CLONES void normalise_and_rotate(
+    const TokenHeads<T>& in,
+    const TokenResults<T>& out,
+    const TokenRow<arithmetic_t<T>>& row,
+    arithmetic_t<T>* x) {
+  using Real = arithmetic_t<T>;
+  for (int64_t h = 0; h < row.num_heads; ++h) {
+    read_head(in.data + h * in.strides.head, in.strides.channel, row.head_dim, x);
+    const Real rstd = reciprocal_rms(x, row.head_dim, row.eps);
+    POSENC_INDEPENDENT
+    for (int64_t i = 0; i < row.head_dim; ++i) {
+      x[i] = x[i] * rstd * row.weight[i];
+    }
+    rotate_head<Interleaved>(x, row.cos, row.sin, row.num_pairs);
+    write_head(x, row.head_dim, out.data + h * out.strides.head, out.strides.channel);
+  }
+}
+
+/// Stores the gradients of one token, and adds to those of the weight unless `weight_grad` is null. `g` and `x` are
+/// buffers of a head.
+template <typename T, bool Interleaved>
+POSENC_CPU_CLONES void gradients_of_token(
+    const TokenHeads<T>& grad,
+    const TokenHeads<T>& in,
+    const TokenResults<T>& out,
+    const TokenRow<arithmetic_t<T>>& row,
+    arithmetic_t<T>* g,
+    arithmetic_t<T>* x,
+    double* weight_grad) {
+  using Real = arithmetic_t<T>;
+  for (int64_t h = 0; h < row.num_heads; ++h) {
+    read_head(grad.data + h * grad.strides.head, grad.strides.channel, row.head_dim, g);
+    read_head(in.data + h * in.strides.head, in.strides.channel, row.head_dim, x);
+    rotate_head<Interleaved>(g, row.cos, row.sin, row.num_pairs);
+    const Real rstd = reciprocal_rms(x, row.head_dim, row.eps);
+    const Real mean = rstd * sum_of_products<true>(g, x, row.weight, row.head_dim) / static_cast<Real>(row.head_dim);
+    POSENC_INDEPENDENT
+    for (int64_t i = 0; i < row.head_dim; ++i) {
+      x[i] *= rstd;
+    }
+    if (weight_grad != nullptr) {
+      POSENC_INDEPENDENT
+      for (int64_t i = 0; i < row.head_dim; ++i) {
+        weight_grad[i] += static_cast<double>(g[i] * x[i]);
+      }
+    }
+    POSENC_INDEPENDENT
+    for (int64_t i = 0; i < row.head_dim; ++i) {
+      g[i] = rstd * (g[i] * row.weight[i] - x[i] * mean);
+    }
+    write_head(g, row.head_dim, out.data + h * out.strides.head, out.strides.channel);
+  }
+}
+
+/// The weights of both operands, dense and in the arithmetic type, with what is added to them.
+template <typename T>
+std::vector<arithmetic_t<T>> widened_weights(const QKNormRotaryProblem& problem) {
+  using Real = arithmetic_t<T>;
+  const int64_t head_dim = problem.rotary.head_dim;
+  std::vector<Real> widened(2 * head_dim);
+  for (int32_t o = 0; o < problem.rotary.num_operands; ++o) {
+    const QKNormRotaryProblem::Weight& weight = problem.weights[o];
+    for (int64_t i = 0; i < head_dim; ++i) {
+      const Real value = problem.weights_are_wide
+          ? static_cast<const Real*>(weight.data)[i * weight.stride]
+          : static_cast<Real>(static_cast<const T*>(weight.data)[i * weight.stride]);
+      widened[o * head_dim + i] = problem.unit_offset ? 1 + value : value;
+    }
+  }
+  return widened;
+}
+
+/// The entries of the tables that tokens read, dense, one token at a time. With several axes a pair whose position is
+/// outside the tables has entries of NaN.
+template <typename Real>
+class TokenTables {
+ public:
+  explicit TokenTables(const RotaryProblem& problem)
+      : problem_(problem),
+        sign_(problem.conjugate ? Real(-1) : Real(1)),
+        cos_(problem.num_pairs),
+        sin_(problem.num_pairs) {}
+
+  /// Whether token (batch, seq) has a row in the tables; with several axes, whether some pair may have one.
+  bool read(int64_t batch, int64_t seq) {
+    const PositionsView& positions = problem_.positions;
+    if (positions.data == nullptr) {
+      read_pairs([&](int64_t /*pair*/) { return seq; }, batch);
+      return true;
+    }
+    std::array<int64_t, kMaxAxes> rows{};
+    for (int32_t axis = 0; axis < std::max(1, positions.num_axes); ++axis) {
+      const int64_t index = axis * positions.stride_axis + batch * positions.stride_batch + seq * positions.stride_seq;
+      const int64_t position = positions.is_int64 ? static_cast<const int64_t*>(positions.data)[index]
+                                                  : static_cast<const int32_t*>(positions.data)[index];
+      rows[axis] = position >= 0 && position < problem_.table_rows ? position : kNoRow;
+    }
+    if (positions.num_axes > 0) {
+      read_pairs([&](int64_t pair) { return rows[problem_.pair_axes.axis(pair)]; }, /*batch=*/0);
+      return true;
+    }
+    if (rows[0] != kNoRow) {
+      read_pairs([&](int64_t /*pair*/) { return rows[0]; }, /*batch=*/0);
+    }
+    return rows[0] != kNoRow;
+  }
+
+  const Real* cos() const { return cos_.data(); }
+  const Real* sin() const { return sin_.data(); }
+
+ private:
+  static constexpr int64_t kNoRow = -1;
+
+  template <typename RowOf>
+  void read_pairs(const RowOf& row_of, int64_t batch) {
+    const auto entry = [batch](const RotaryTable& table, int64_t row, int64_t pair) {
+      return row == kNoRow
+          ? std::numeric_limits<Real>::quiet_NaN()
+          : static_cast<const Real*>(
+                table.data)[batch * table.stride_batch + row * table.stride_row + pair * table.stride_pair];
+    };
+    for (int64_t pair = 0; pair < problem_.num_pairs; ++pair) {
+      const int64_t row = row_of(pair);
+      cos_[pair] = entry(problem_.cos, row, pair);
+      sin_[pair] = sign_ * entry(problem_.sin, row, pair);
+    }
+  }
+
+  const RotaryProblem& problem_;
+  Real sign_;
+  std::vector<Real> cos_, sin_;
+};
+
+int64_t elements_of_token(const RotaryProblem& problem) {
+  return (problem.operands[0].num_heads + problem.operands[1].num_heads) * problem.head_dim;
+}
+
+template <typename T>
+void run_typed(const QKNormRotaryProblem& problem) {
+  using Real = arithmetic_t<T>;
+  const RotaryProblem& rotary = problem.rotary;
+  const std::vector<Real> weights = widened_weights<T>(problem);
+  // A token without rows in the tables is normalised by NaN.
+  const auto rotate = rotary.interleaved ? normalise_and_rotate<T, true> : normalise_and_rotate<T, false>;
+  const int64_t grain = std::max<int64_t>(1, cpu::kGrainElements / std::max<int64_t>(1, elements_of_token(rotary)));
+  at::parallel_for(0, rotary.batch * rotary.seq_len, grain, [&](int64_t begin, int64_t end) {
+    TokenTables<Real> tables(rotary);
+    std::vector<Real> buffer(rotary.head_dim);
+    for (int64_t token = begin; token < end; ++token) {
+      const int64_t batch = token / rotary.seq_len;
+      const int64_t seq = token % rotary.seq_len;
+      const bool exists = tables.read(batch, seq);
+      for (int32_t o = 0; o < rotary.num_operands; ++o) {
+        const RotaryProblem::Operand& operand = rotary.operands[o];
+        const TokenRow<Real> row{
+            tables.cos(),
+            tables.sin(),
+            weights.data() + o * rotary.head_dim,
+            operand.num_heads,
+            rotary.head_dim,
+            rotary.num_pairs,
+            exists ? static_cast<Real>(problem.eps) : std::numeric_limits<Real>::quiet_NaN()};
+        rotate(
+            TokenHeads<T>(operand.in, operand.in_strides, batch, seq),
+            TokenResults<T>(operand.out, operand.out_strides, batch, seq), row, buffer.data());
+      }
+    }
+  });
+}
+
+template <typename T>
+void run_backward_typed(const QKNormRotaryBackwardProblem& problem) {
+  using Real = arithmetic_t<T>;
+  const RotaryProblem& rotary = problem.call.rotary;
+  const int64_t head_dim = rotary.head_dim;
+  const int64_t num_tokens = rotary.batch * rotary.seq_len;
+  const std::vector<Real> weights = widened_weights<T>(problem.call);
+  const auto differentiate = rotary.interleaved ? gradients_of_token<T, true> : gradients_of_token<T, false>;
+  const int64_t num_parts =
+      std::clamp<int64_t>(num_tokens * elements_of_token(rotary) / cpu::kGrainElements, 1, kMaxParts);
+  // Part after part, of each operand.
+  std::vector<double> sums(2 * num_parts * head_dim, 0.0);
+  at::parallel_for(0, num_parts, /*grain_size=*/1, [&](int64_t begin, int64_t end) {
+    TokenTables<Real> tables(rotary);
+    std::vector<Real> buffers(2 * head_dim);
+    for (int64_t part = begin; part < end; ++part) {
+      for (int64_t token = num_tokens * part / num_parts; token < num_tokens * (part + 1) / num_parts; ++token) {
+        const int64_t batch = token / rotary.seq_len;
+        const int64_t seq = token % rotary.seq_len;
+        const bool exists = tables.read(batch, seq);
+        for (int32_t o = 0; o < rotary.num_operands; ++o) {
+          const RotaryProblem::Operand& operand = rotary.operands[o];
+          const TokenRow<Real> row{
+              tables.cos(),
+              tables.sin(),
+              weights.data() + o * head_dim,
+              operand.num_heads,
+              head_dim,
+              rotary.num_pairs,
+              exists ? static_cast<Real>(problem.call.eps) : std::numeric_limits<Real>::quiet_NaN()};
+          differentiate(
+              TokenHeads<T>(operand.in, operand.in_strides, batch, seq),
+              TokenHeads<T>(problem.inputs[o].data, problem.inputs[o].strides, batch, seq),
+              TokenResults<T>(operand.out, operand.out_strides, batch, seq), row, buffers.data(),
+              buffers.data() + head_dim,
+              problem.weight_grads[o] == nullptr ? nullptr : sums.data() + (2 * part + o) * head_dim);
+        }
+      }
+    }
+  });
+  for (int32_t o = 0; o < rotary.num_operands; ++o) {
+    if (problem.weight_grads[o] == nullptr) {
+      continue;
+    }
+    const double* const of_operand = sums.data() + o * head_dim;
+    for (int64_t i = 0; i < head_dim; ++i) {
+      double sum = 0;
+      for (int64_t part = 0; part < num_parts; ++part) {
+        sum += of_operand[2 * part * head_dim + i];
+      }
+      if (problem.call.weights_are_wide) {
+        static_cast<Real*>(problem.weight_grads[o])[i] = static_cast<Real>(sum);
+      } else {
+        static_cast<T*>(problem.weight_grads[o])[i] = static_cast<T>(static_cast<Real>(sum));
+      }
+    }
+  }
+}
+
+void run(const QKNormRotaryProblem& problem, const at::Tensor& like) {
+  cpu::for_dtype(like.scalar_type(), [&](auto type) { run_typed<typename decltype(type)::type>(problem); });
+}
+
+void run_backward(const QKNormRotaryBackwardProblem& problem, const at::Tensor& like) {
+  cpu::for_dtype(like.scalar_type(), [&](auto type) { run_backward_typed<typename decltype(type)::type>(problem); });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(posenc, CPU, m) {
+  m.impl("qk_norm_rotary_embedding", contract::qk_norm_rotary_embedding<run>);
+  m.impl("qk_norm_rotary_embedding_backward", contract::qk_norm_rotary_embedding_backward<run_backward>);
+}
+
+}  // namespace posenc

@@ -1,0 +1,68 @@
+#include <contract/rotary_frequencies.h>
+#include <cuda/detail/dispatch.h>
+#include <cuda/detail/reduce.cuh>
+#include <cuda/rotary_tables_backward_kernel.cuh>
+
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+namespace posenc {
+namespace {
+
+using at::Tensor;
+
+/// Rows of a block at least, and blocks that share a pair at most: work for every SM, and not so many sums that the
+/// second kernel takes long.
+constexpr int64_t kRowsPerBlock = 32;
+constexpr int64_t kMaxRowGroups = 2048;
+
+Tensor rotary_tables_backward_cuda(
+    const Tensor& grad_cos,
+    const Tensor& grad_sin,
+    const Tensor& cos,
+    const Tensor& sin,
+    at::ScalarType dtype) {
+  const auto problem = contract::frequencies_backward_problem({grad_cos, grad_sin, cos, sin, dtype});
+  const c10::cuda::CUDAGuard device(cos.device());
+  Tensor result = at::empty({problem.num_pairs}, cos.options().dtype(dtype));
+  if (problem.length == 0 || problem.num_pairs == 0) {
+    return result.zero_();
+  }
+  const int64_t pairs = std::min<int64_t>(problem.num_pairs, cuda::kMaxThreads);
+  const int64_t rows_per_block = std::max(kRowsPerBlock, cuda::ceil_div(problem.length, kMaxRowGroups));
+  const int64_t row_groups = cuda::ceil_div(problem.length, rows_per_block);
+  const int64_t pair_groups = cuda::ceil_div(problem.num_pairs, pairs);
+  TORCH_CHECK(
+      pair_groups <= cuda::kMaxGridY, "posenc::rotary_tables_backward: expected at most ", cuda::kMaxGridY * pairs,
+      " pairs on CUDA, got ", problem.num_pairs);
+  const Tensor sums = at::empty({problem.num_pairs, row_groups}, cos.options().dtype(at::kDouble));
+  auto* const sums_data = sums.mutable_data_ptr<double>();
+  const dim3 grid(row_groups, pair_groups);
+  const dim3 block(pairs, cuda::kMaxThreads / pairs);
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  cuda::for_bool(cos.scalar_type() == at::kDouble, [&](auto wide) {
+    using Real = std::conditional_t<decltype(wide)::value, double, float>;
+    cuda::rotary_tables_backward_kernel<Real><<<grid, block, 0, stream>>>(problem, rows_per_block, sums_data);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  cuda::for_bool(dtype == at::kDouble, [&](auto wide) {
+    using Real = std::conditional_t<decltype(wide)::value, double, float>;
+    cuda::sum_of_heads_kernel<Real><<<dim3(problem.num_pairs), cuda::kHeadSumThreads, 0, stream>>>(
+        sums_data, row_groups, result.mutable_data_ptr<Real>());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return result;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(posenc, CUDA, m) {
+  m.impl("rotary_tables_backward", rotary_tables_backward_cuda);
+}
+
+}  // namespace posenc

@@ -1,0 +1,68 @@
+#include <ops/qk_norm_rotary_embedding.h>
+#include <posenc/qk_norm_rotary_embedding.h>
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+namespace posenc {
+
+using at::Tensor;
+
+TORCH_LIBRARY_FRAGMENT(posenc, m) {
+  m.def(
+      "qk_norm_rotary_embedding(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, "
+      "Tensor? positions=None, *, float eps=1e-6, bool unit_offset=False, bool interleaved=False, "
+      "bool conjugate=False, int[] pair_axes=[]) -> (Tensor, Tensor)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "qk_norm_rotary_embedding_backward(Tensor? grad_q, Tensor? grad_k, Tensor q, Tensor k, Tensor q_weight, "
+      "Tensor k_weight, Tensor cos, Tensor sin, Tensor? positions=None, *, float eps=1e-6, bool unit_offset=False, "
+      "bool interleaved=False, bool conjugate=False, int[] pair_axes=[], bool weights_grad=True) -> (Tensor, Tensor, "
+      "Tensor, Tensor)",
+      {at::Tag::pt2_compliant_tag});
+}
+
+std::tuple<Tensor, Tensor> qk_norm_rotary_embedding(
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& q_weight,
+    const Tensor& k_weight,
+    const Tensor& cos,
+    const Tensor& sin,
+    const std::optional<Tensor>& positions,
+    double eps,
+    bool unit_offset,
+    bool interleaved,
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("posenc::qk_norm_rotary_embedding", "")
+                             .typed<decltype(qk_norm_rotary_embedding)>();
+  return op.call(q, k, q_weight, k_weight, cos, sin, positions, eps, unit_offset, interleaved, conjugate, pair_axes);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rotary_embedding_backward(
+    const std::optional<Tensor>& grad_q,
+    const std::optional<Tensor>& grad_k,
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& q_weight,
+    const Tensor& k_weight,
+    const Tensor& cos,
+    const Tensor& sin,
+    const std::optional<Tensor>& positions,
+    double eps,
+    bool unit_offset,
+    bool interleaved,
+    bool conjugate,
+    at::IntArrayRef pair_axes,
+    bool weights_grad) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("posenc::qk_norm_rotary_embedding_backward", "")
+                             .typed<decltype(qk_norm_rotary_embedding_backward)>();
+  return op.call(
+      grad_q, grad_k, q, k, q_weight, k_weight, cos, sin, positions, eps, unit_offset, interleaved, conjugate,
+      pair_axes, weights_grad);
+}
+
+}  // namespace posenc

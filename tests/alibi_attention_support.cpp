@@ -1,0 +1,310 @@
+#include "alibi_attention_support.h"
+
+#include <ATen/ATen.h>
+
+#include <cmath>
+#include <limits>
+
+namespace posenc::test {
+
+std::ostream& operator<<(std::ostream& stream, const AttentionCase& c) {
+  stream << c.name << ": " << (c.packed() ? "packed, " : "") << "B " << c.batch << ", S " << c.q_len << " x " << c.k_len
+         << ", heads " << c.q_heads << "/" << c.k_heads << " of " << c.head_dim << ", " << strides_name(c.strides)
+         << (c.causal ? ", causal" : "") << (c.every_other_slope ? ", every other slope" : "");
+  if (c.query_offset) {
+    stream << ", query_offset " << *c.query_offset;
+  }
+  const auto list = [&stream](const char* name, const std::vector<int64_t>& values) {
+    if (!values.empty()) {
+      stream << ", " << name << " " << at::IntArrayRef(values);
+    }
+  };
+  list("seqlens_q", c.seqlens_q);
+  list("seqlens_k", c.seqlens_k);
+  list("cu_seqlens_q", c.cu_seqlens_q);
+  list("cu_seqlens_k", c.cu_seqlens_k);
+  return stream;
+}
+
+AttentionInputs make_attention_inputs(const AttentionCase& c, const Target& target) {
+  const auto draw = [&](int64_t tokens, int64_t heads) {
+    const std::vector<int64_t> sizes = c.packed() ? std::vector<int64_t>{tokens, heads, c.head_dim}
+                                                  : std::vector<int64_t>{c.batch, tokens, heads, c.head_dim};
+    return random_tensor(sizes, target, c.strides);
+  };
+  AttentionInputs in;
+  in.q = draw(c.q_len, c.q_heads);
+  in.k = draw(c.k_len, c.k_heads);
+  in.v = draw(c.k_len, c.k_heads);
+  const int64_t stored = c.every_other_slope ? 2 * c.q_heads : c.q_heads;
+  in.slopes = (at::randint(1, 257, {stored}, at::kFloat) / 256 * c.largest_slope).to(target.device);
+  if (c.every_other_slope) {
+    in.slopes = in.slopes.slice(0, 0, stored, 2);
+  }
+  const auto tensor = [&](const std::vector<int64_t>& values) {
+    return values.empty() ? std::optional<at::Tensor>() : at::tensor(values, at::kInt).to(target.device);
+  };
+  const auto longest = [](const std::vector<int64_t>& begins) {
+    int64_t most = 0;
+    for (size_t i = 1; i < begins.size(); ++i) {
+      most = std::max(most, begins[i] - begins[i - 1]);
+    }
+    return begins.empty() ? std::optional<int64_t>() : most;
+  };
+  in.options = ALiBiAttentionOptions()
+                   .scale(c.scale)
+                   .causal(c.causal)
+                   .query_offset(c.query_offset)
+                   .seqlens_q(tensor(c.seqlens_q))
+                   .seqlens_k(tensor(c.seqlens_k))
+                   .cu_seqlens_q(tensor(c.cu_seqlens_q))
+                   .cu_seqlens_k(tensor(c.cu_seqlens_k))
+                   .max_seqlen_q(longest(c.cu_seqlens_q))
+                   .max_seqlen_k(longest(c.cu_seqlens_k));
+  return in;
+}
+
+AttentionInputs attention_leaves(const AttentionInputs& in) {
+  AttentionInputs leaves = in;
+  for (at::Tensor* tensor : {&leaves.q, &leaves.k, &leaves.v, &leaves.slopes}) {
+    *tensor = tensor->detach().requires_grad_();
+  }
+  return leaves;
+}
+
+at::Tensor attend(const AttentionInputs& in) {
+  return posenc::alibi_attention(in.q, in.k, in.v, in.slopes, in.options);
+}
+
+std::tuple<at::Tensor, at::Tensor> attend_with_lse(const AttentionInputs& in) {
+  return posenc::alibi_attention_with_lse(in.q, in.k, in.v, in.slopes, in.options);
+}
+
+namespace {
+
+/// Rows of a sequence in tensors whose tokens are counted through.
+struct Sequence {
+  int64_t q_begin, k_begin, q_len, k_len, offset;
+};
+
+std::vector<int64_t> values_of(const std::optional<at::Tensor>& tensor) {
+  if (!tensor) {
+    return {};
+  }
+  const at::Tensor wide = tensor->to(at::kCPU, at::kLong).contiguous();
+  return {wide.data_ptr<int64_t>(), wide.data_ptr<int64_t>() + wide.numel()};
+}
+
+std::vector<Sequence> sequences_of(const AttentionInputs& in) {
+  const ALiBiAttentionOptions& o = in.options;
+  std::vector<Sequence> result;
+  if (in.q.dim() == 3) {
+    const std::vector<int64_t> q = values_of(o.cu_seqlens_q());
+    const std::vector<int64_t> k = o.cu_seqlens_k() ? values_of(o.cu_seqlens_k()) : q;
+    for (size_t n = 0; n + 1 < q.size(); ++n) {
+      result.push_back({q[n], k[n], q[n + 1] - q[n], k[n + 1] - k[n], 0});
+    }
+  } else {
+    const std::vector<int64_t> q = values_of(o.seqlens_q());
+    const std::vector<int64_t> k = values_of(o.seqlens_k());
+    for (int64_t b = 0; b < in.q.size(0); ++b) {
+      const auto index = static_cast<size_t>(b);
+      result.push_back(
+          {b * in.q.size(1), b * in.k.size(1), q.empty() ? in.q.size(1) : q[index], k.empty() ? in.k.size(1) : k[index],
+           0});
+    }
+  }
+  for (Sequence& sequence : result) {
+    sequence.offset = o.query_offset().value_or(sequence.k_len - sequence.q_len);
+  }
+  return result;
+}
+
+/// A tensor as `[tokens, heads, channels]` of float64, to read and write by index.
+struct Table {
+  explicit Table(const at::Tensor& tensor)
+      : data(tensor.detach().to(at::kCPU, at::kDouble).contiguous().view({-1, tensor.size(-2), tensor.size(-1)})) {}
+
+  double* at(int64_t token, int64_t head) const {
+    return data.data_ptr<double>() + (token * data.size(1) + head) * data.size(2);
+  }
+
+  at::Tensor data;
+};
+
+Table zeros_like(const Table& table) {
+  return Table(at::zeros_like(table.data));
+}
+
+/// `[B, H, S]` or `[H, T]` as tokens by heads of one channel, and back.
+at::Tensor rows_last(const at::Tensor& x, const at::Tensor& q) {
+  return q.dim() == 3 ? x.t().unsqueeze(-1) : x.transpose(1, 2).unsqueeze(-1);
+}
+at::Tensor rows_first(const Table& table, const at::Tensor& q) {
+  return q.dim() == 3 ? table.data.squeeze(-1).t() : table.data.view({q.size(0), q.size(1), -1}).transpose(1, 2);
+}
+
+/// Largest error of one rounding to `dtype`, also of what is subnormal in it.
+at::Tensor stored(const at::Tensor& error, const at::Tensor& value, at::ScalarType dtype) {
+  const double smallest = dtype == at::kHalf ? 0x1p-25 : dtype == at::kDouble ? 0 : 0x1p-126;
+  return error + (error + value.abs()) * unit_roundoff(dtype) + smallest;
+}
+
+}  // namespace
+
+// Let u be the roundoff of sums. A sum of n products in any order is off by at most (n + 1) u times the sum of their
+// absolute values (Higham, section 3.1). The exponent of a probability carries the errors of its logit and of the row's
+// lse; exp itself, the sum and the quotient add (n + 32) u.
+ScalarAttention scalar_attention(
+    const AttentionInputs& in,
+    const at::Tensor& grad_out,
+    const at::Tensor& grad_lse,
+    double probability_roundoff) {
+  const at::ScalarType dtype = in.q.scalar_type();
+  const double u = unit_roundoff(dtype == at::kDouble ? at::kDouble : at::kFloat);
+  const Table q(in.q);
+  const Table k(in.k);
+  const Table v(in.v);
+  const Table go(grad_out);
+  const Table gl(rows_last(grad_lse, in.q));
+  const at::Tensor slopes = in.slopes.detach().to(at::kCPU, at::kDouble).contiguous();
+  const int64_t heads = in.q.size(-2);
+  const int64_t group = heads / std::max<int64_t>(1, in.k.size(-2));
+  const int64_t channels = in.q.size(-1);
+  const double scale = in.options.scale().value_or(1 / std::sqrt(static_cast<double>(channels)));
+  const Table out = zeros_like(q);
+  const Table dq = zeros_like(q);
+  const Table dk = zeros_like(k);
+  const Table dv = zeros_like(k);
+  const Table out_error = zeros_like(q);
+  const Table dq_error = zeros_like(q);
+  const Table dk_error = zeros_like(k);
+  const Table dv_error = zeros_like(k);
+  const Table lse = zeros_like(gl);
+  const Table lse_error = zeros_like(gl);
+  lse.data.fill_(-std::numeric_limits<double>::infinity());
+  const at::Tensor dslopes = at::zeros({heads}, at::kDouble);
+  const at::Tensor dslopes_error = at::zeros({heads}, at::kDouble);
+  const double of_dot = static_cast<double>(channels + 1) * u;
+  for (const Sequence& s : sequences_of(in)) {
+    const double n = static_cast<double>(s.k_len);
+    const double rows = static_cast<double>(s.q_len * group);
+    std::vector<double> x(static_cast<size_t>(s.k_len));
+    std::vector<double> x_error(x.size());
+    for (int64_t i = 0; i < s.q_len; ++i) {
+      const int64_t position = s.offset + i;
+      const int64_t visible = in.options.causal() ? std::clamp<int64_t>(position + 1, 0, s.k_len) : s.k_len;
+      if (visible == 0) {
+        continue;
+      }
+      for (int64_t h = 0; h < heads; ++h) {
+        const int64_t g = h / group;
+        const double slope = slopes.data_ptr<double>()[h];
+        const double* qi = q.at(s.q_begin + i, h);
+        const double* goi = go.at(s.q_begin + i, h);
+        double top = -std::numeric_limits<double>::infinity();
+        double top_error = 0;
+        for (int64_t j = 0; j < visible; ++j) {
+          const double* kj = k.at(s.k_begin + j, g);
+          double dot = 0;
+          double magnitude = 0;
+          for (int64_t d = 0; d < channels; ++d) {
+            dot += qi[d] * kj[d];
+            magnitude += std::abs(qi[d] * kj[d]);
+          }
+          const auto index = static_cast<size_t>(j);
+          const double bias = slope * static_cast<double>(std::abs(position - j));
+          x[index] = scale * dot - bias;
+          x_error[index] = std::abs(scale) * magnitude * (of_dot + 2 * u) + 3 * u * std::abs(bias);
+          top = std::max(top, x[index]);
+          top_error = std::max(top_error, x_error[index]);
+        }
+        double sum = 0;
+        double mean_error = 0;
+        for (int64_t j = 0; j < visible; ++j) {
+          const double e = std::exp(x[static_cast<size_t>(j)] - top);
+          sum += e;
+          mean_error += e * x_error[static_cast<size_t>(j)];
+        }
+        mean_error /= sum;
+        const double row_lse = top + std::log(sum);
+        // As many roundings as the lse itself is large, too: probabilities are made of it again.
+        const double row_error = mean_error + (n + 32) * u + 2 * u * std::abs(row_lse) + 2 * u * std::abs(top);
+        *lse.at(s.q_begin + i, h) = row_lse;
+        *lse_error.at(s.q_begin + i, h) = row_error;
+        double* outi = out.at(s.q_begin + i, h);
+        double* outi_error = out_error.at(s.q_begin + i, h);
+        const auto p_of = [&](int64_t j) { return std::exp(x[static_cast<size_t>(j)] - row_lse); };
+        const auto p_error = [&](int64_t j) {
+          const auto index = static_cast<size_t>(j);
+          return x_error[index] + row_error + u * (std::abs(x[index]) + std::abs(row_lse));
+        };
+        for (int64_t j = 0; j < visible; ++j) {
+          const double* vj = v.at(s.k_begin + j, g);
+          const double p = p_of(j);
+          const double relative = p_error(j) + probability_roundoff + (n + 1) * u;
+          for (int64_t d = 0; d < channels; ++d) {
+            outi[d] += p * vj[d];
+            outi_error[d] += p * relative * std::abs(vj[d]);
+          }
+        }
+        double delta = 0;
+        double delta_error = 0;
+        for (int64_t d = 0; d < channels; ++d) {
+          delta += goi[d] * outi[d];
+          // The output is read back as it was rounded.
+          delta_error += std::abs(goi[d]) *
+              (outi_error[d] + std::abs(outi[d]) * (unit_roundoff(dtype) + of_dot) +
+               (dtype == at::kHalf ? 0x1p-25 : 0));
+        }
+        const double cotangent = *gl.at(s.q_begin + i, h);
+        double* dqi = dq.at(s.q_begin + i, h);
+        double* dqi_error = dq_error.at(s.q_begin + i, h);
+        for (int64_t j = 0; j < visible; ++j) {
+          const double* kj = k.at(s.k_begin + j, g);
+          const double* vj = v.at(s.k_begin + j, g);
+          double dp = 0;
+          double dp_magnitude = 0;
+          for (int64_t d = 0; d < channels; ++d) {
+            dp += goi[d] * vj[d];
+            dp_magnitude += std::abs(goi[d] * vj[d]);
+          }
+          const double p = p_of(j);
+          const double factor = dp - delta + cotangent;
+          const double ds = p * factor;
+          const double ds_error = p *
+              ((p_error(j) + probability_roundoff + 2 * u) * std::abs(factor) + dp_magnitude * of_dot + delta_error +
+               3 * u * (std::abs(dp) + std::abs(delta) + std::abs(cotangent)));
+          double* dkj = dk.at(s.k_begin + j, g);
+          double* dvj = dv.at(s.k_begin + j, g);
+          double* dkj_error = dk_error.at(s.k_begin + j, g);
+          double* dvj_error = dv_error.at(s.k_begin + j, g);
+          for (int64_t d = 0; d < channels; ++d) {
+            dqi[d] += scale * ds * kj[d];
+            dqi_error[d] += std::abs(scale * kj[d]) * (ds_error + std::abs(ds) * (n + 3) * u);
+            dkj[d] += scale * ds * qi[d];
+            dkj_error[d] += std::abs(scale * qi[d]) * (ds_error + std::abs(ds) * (rows + 3) * u);
+            dvj[d] += p * goi[d];
+            dvj_error[d] += p * std::abs(goi[d]) * (p_error(j) + probability_roundoff + (rows + 1) * u);
+          }
+          const double distance = static_cast<double>(std::abs(position - j));
+          dslopes.data_ptr<double>()[h] -= ds * distance;
+          dslopes_error.data_ptr<double>()[h] += distance * (ds_error + std::abs(ds) * 4 * u);
+        }
+      }
+    }
+  }
+  const auto shaped = [](const Table& table, const at::Tensor& like) { return table.data.view(like.sizes()); };
+  const auto bound = [&](const Table& error, const Table& value, const at::Tensor& like) {
+    return stored(shaped(error, like), shaped(value, like), dtype);
+  };
+  ScalarAttention result;
+  result.values = {shaped(out, in.q), rows_first(lse, in.q), shaped(dq, in.q),
+                   shaped(dk, in.k),  shaped(dv, in.k),      dslopes};
+  result.bounds = {bound(out_error, out, in.q), rows_first(lse_error, in.q),
+                   bound(dq_error, dq, in.q),   bound(dk_error, dk, in.k),
+                   bound(dv_error, dv, in.k),   stored(dslopes_error, dslopes, in.slopes.scalar_type())};
+  return result;
+}
+
+}  // namespace posenc::test
