@@ -9,6 +9,9 @@ namespace posenc::bench {
 /// RoPE: rotary_embedding.cpp.
 void add_rotary_embedding(Suite& suite, Device& device, Protocol protocol);
 
+/// RoPE of packed projections, in place and with positions of several axes: rotary_embedding_forms.cpp.
+void add_rotary_embedding_forms(Suite& suite, Device& device);
+
 /// RMSNorm of queries and keys and RoPE: qk_norm_rotary_embedding.cpp.
 void add_qk_norm_rotary_embedding(Suite& suite, Device& device, Protocol protocol);
 

@@ -94,6 +94,7 @@ int run(int argc, char** argv) {
   add_alibi(suite, *device, protocol);
   if (protocol == Protocol::kernel) {
     keep_freed_memory();
+    add_rotary_embedding_forms(suite, *device);
     add_host_cost(suite, *device);
   }
   MarkdownReporter reporter(suite, describe_run(protocol, *device));

@@ -143,9 +143,8 @@ template <typename T, typename Policy>
 void launch(const QKNormRotaryProblem& problem) {
   const LaunchPlan plan =
       plan_launch("posenc::qk_norm_rotary_embedding", problem.rotary, Policy::kVectorWidth, /*sums=*/false);
-  cuda::qk_norm_rotary_embedding_kernel<T, Policy>
-      <<<plan.blocks, plan.threads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-          problem, plan.grid, scalars_of<cuda::arithmetic_t<T>>(problem));
+  cuda::qk_norm_rotary_embedding_kernel<T, Policy><<<plan.blocks, plan.threads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+      problem, plan.grid, scalars_of<cuda::arithmetic_t<T>>(problem));
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -154,8 +153,8 @@ void run_typed(const QKNormRotaryProblem& problem) {
   constexpr int V = cuda::kMaxVectorBytes / sizeof(T);
   const RotaryProblem& rotary = problem.rotary;
   bool holds = holds_heads<T, W, V>(problem, Interleaved);
-  for (const RotaryProblem::Operand& operand : rotary.operands) {
-    holds = holds && cuda::holds_vectors<T, V>(operand.in, operand.in_strides);
+  for (int i = 0; i < rotary.num_operands; ++i) {
+    holds = holds && cuda::holds_vectors<T, V>(rotary.operands[i].in, rotary.operands[i].in_strides);
   }
   if (!holds) {
     warn_of_single_elements();
