@@ -2,7 +2,7 @@
 
 #include <contract/rotary_backward_problem.h>
 #include <cuda/detail/launch.h>
-#include <cuda/detail/rotary_chunk.cuh>
+#include <cuda/detail/rotary_tables.cuh>
 
 // Gradients of cos and sin, and of what was rotated by them if wanted, in one pass: outgoing gradients and inputs are
 // read once, and the gradients of the inputs written.
