@@ -1,5 +1,6 @@
 #include <posenc/modules/rotary_embedding.h>
 
+#include "detail/layout.h"
 #include "detail/rotary_table_cache.h"
 
 #include <posenc/frequencies.h>
@@ -15,44 +16,11 @@ using torch::Tensor;
 
 namespace {
 
-const char* name_of(Layout layout) {
-  switch (layout) {
-    case Layout::bshd:
-      return "bshd";
-    case Layout::sbhd:
-      return "sbhd";
-    case Layout::bhsd:
-      return "bhsd";
-    case Layout::thd:
-      return "thd";
-  }
-  return "unknown";
-}
-
-/// A view in the operators' order of dimensions. It is its own inverse.
-Tensor reordered(const Tensor& x, Layout layout) {
-  switch (layout) {
-    case Layout::sbhd:
-      return x.transpose(0, 1);
-    case Layout::bhsd:
-      return x.transpose(1, 2);
-    default:
-      return x;
-  }
-}
+constexpr const char* kName = "posenc::RotaryEmbedding";
 
 /// A device as tensors report it: `cuda` is the current one.
 torch::Device resolved(const torch::Device& device) {
   return device.has_index() || device.is_cpu() ? device : torch::empty({0}, device).device();
-}
-
-void check_input(const char* name, const Tensor& x, const RotaryEmbeddingOptions& options) {
-  TORCH_CHECK(x.defined(), "posenc::RotaryEmbedding: expected ", name, " to be a tensor, got an undefined one");
-  const int64_t dims = options.layout() == Layout::thd ? 3 : 4;
-  TORCH_CHECK(
-      x.dim() == dims && x.size(-1) == options.head_dim(), "posenc::RotaryEmbedding: expected ", name, " in layout ",
-      name_of(options.layout()), " with ", dims, " dimensions and a head size of ", options.head_dim(), ", got ",
-      x.sizes());
 }
 
 /// Positions that a call goes through as far as the host can see. Positions on an accelerator cannot be read without
@@ -124,9 +92,8 @@ void RotaryEmbeddingImpl::reset() {
   if (options.learnable_frequencies()) {
     TORCH_CHECK(
         !depends_on_length(options.scaling()),
-        "posenc::RotaryEmbedding: expected learnable frequencies to start with a plan that does not depend on the "
-        "length "
-        "of the sequence, got ",
+        "posenc::RotaryEmbedding: expected learnable frequencies to start with a plan that does not depend on "
+        "the length of the sequence, got ",
         to_string(options.scaling()));
     tables_ = nullptr;
     rows_on_device_ = std::max(rows_on_device_, options.max_position_embeddings());
@@ -164,23 +131,24 @@ std::tuple<Tensor, Tensor> RotaryEmbeddingImpl::forward(
     const Tensor& k,
     const std::optional<Tensor>& positions,
     std::optional<int64_t> seq_len) {
-  check_input("q", q, options);
-  check_input("k", k, options);
+  detail::check_input(kName, "q", q, options);
+  detail::check_input(kName, "k", k, options);
   const Layout layout = options.layout();
-  const Tensor q_view = reordered(q, layout);
+  const Tensor q_view = detail::reordered(q, layout);
   const auto [cos, sin] = tables_for(q_view, positions, seq_len);
-  auto [q_out, k_out] = rotary_embedding_qk(q_view, reordered(k, layout), cos, sin, positions, options.interleaved());
-  return {reordered(q_out, layout), reordered(k_out, layout)};
+  auto [q_out, k_out] =
+      rotary_embedding_qk(q_view, detail::reordered(k, layout), cos, sin, positions, options.interleaved());
+  return {detail::reordered(q_out, layout), detail::reordered(k_out, layout)};
 }
 
 Tensor RotaryEmbeddingImpl::rotate(
     const Tensor& x,
     const std::optional<Tensor>& positions,
     std::optional<int64_t> seq_len) {
-  check_input("x", x, options);
-  const Tensor view = reordered(x, options.layout());
+  detail::check_input(kName, "x", x, options);
+  const Tensor view = detail::reordered(x, options.layout());
   const auto [cos, sin] = tables_for(view, positions, seq_len);
-  return reordered(rotary_embedding(view, cos, sin, positions, options.interleaved()), options.layout());
+  return detail::reordered(rotary_embedding(view, cos, sin, positions, options.interleaved()), options.layout());
 }
 
 void RotaryEmbeddingImpl::reserve(int64_t length, const torch::Device& device, torch::Dtype dtype) {
@@ -200,7 +168,7 @@ void RotaryEmbeddingImpl::pretty_print(std::ostream& stream) const {
   stream << "posenc::RotaryEmbedding(head_dim=" << options.head_dim()
          << ", rotary_dim=" << options.rotary_dim().value_or(options.head_dim()) << ", base=" << options.base()
          << ", max_position_embeddings=" << options.max_position_embeddings() << std::boolalpha
-         << ", interleaved=" << options.interleaved() << ", layout=" << name_of(options.layout())
+         << ", interleaved=" << options.interleaved() << ", layout=" << detail::name_of(options.layout())
          << ", scaling=" << to_string(options.scaling())
          << ", learnable_frequencies=" << options.learnable_frequencies() << ")";
 }

@@ -35,6 +35,11 @@ TEST(Dispatcher, SchemasAreThePublicOnes) {
       "Tensor? positions=None, *, bool interleaved=False, bool conjugate=False, int[] pair_axes=[]) -> (Tensor, "
       "Tensor)");
   EXPECT_EQ(
+      schema("posenc::rotary_embedding_backward"),
+      "posenc::rotary_embedding_backward(Tensor[] grads, Tensor[] inputs, Tensor cos, Tensor sin, "
+      "Tensor? positions=None, *, bool interleaved=False, bool conjugate=False, int[] pair_axes=[]) -> "
+      "(Tensor[], Tensor, Tensor)");
+  EXPECT_EQ(
       schema("posenc::rotary_tables"),
       "posenc::rotary_tables(Tensor inv_freq, SymInt length, *, ScalarType dtype=6, float attention_factor=1.) "
       "-> (Tensor, Tensor)");
@@ -46,8 +51,8 @@ TEST(Dispatcher, SchemasAreThePublicOnes) {
 
 TEST(Dispatcher, EveryOperatorHasItsKernels) {
   for (const char* name :
-       {"posenc::rotary_embedding", "posenc::rotary_embedding_qk", "posenc::rotary_embedding_tables_backward",
-        "posenc::rotary_tables", "posenc::rotary_tables_backward"}) {
+       {"posenc::rotary_embedding", "posenc::rotary_embedding_qk", "posenc::rotary_embedding_backward",
+        "posenc::rotary_embedding_tables_backward", "posenc::rotary_tables", "posenc::rotary_tables_backward"}) {
     SCOPED_TRACE(name);
     EXPECT_TRUE(find(name).hasKernelForDispatchKey(c10::DispatchKey::CPU));
     EXPECT_TRUE(find(name).hasKernelForDispatchKey(c10::DispatchKey::Meta));

@@ -54,7 +54,8 @@ POSENC_API std::tuple<at::Tensor, at::Tensor> qk_norm_rotary_embedding(
     double eps = 1e-6,
     bool unit_offset = false,
     bool interleaved = false,
-    bool conjugate = false);
+    bool conjugate = false,
+    at::IntArrayRef pair_axes = {});
 
 /// `posenc::alibi_bias` in tensor operations.
 POSENC_API at::Tensor alibi_bias(

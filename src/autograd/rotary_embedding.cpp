@@ -1,5 +1,6 @@
 #include <autograd/detail/record.h>
 #include <autograd/detail/rotate_by_table_gradients.h>
+#include <ops/rotary_embedding_backward.h>
 #include <ops/rotary_embedding_tables_backward.h>
 #include <posenc/rotary_embedding.h>
 
@@ -53,6 +54,37 @@ class RotaryEmbeddingBackward : public torch::autograd::Node {
 
     variable_list result(num_inputs_ + 2);
     const auto wanted = [&](size_t i) { return grads[i].defined() && task_should_compute_output(i); };
+    const bool tables_wanted = task_should_compute_output({{num_inputs_, num_inputs_ + 2}});
+    variable_list inputs;
+    variable_list output_grads;
+    bool all_wanted = tables_wanted;
+    if (tables_wanted) {
+      for (size_t i = 0; i < num_inputs_; ++i) {
+        if (grads[i].defined()) {
+          inputs.push_back(inputs_[i].unpack());
+          output_grads.push_back(grads[i]);
+          all_wanted = all_wanted && task_should_compute_output(i);
+        }
+      }
+      if (inputs.empty()) {
+        return result;
+      }
+    }
+    // In one pass over memory, unless it is recorded: then by the operators that know their derivatives.
+    if (all_wanted && !at::GradMode::is_enabled()) {
+      auto [input_grads, grad_cos, grad_sin] =
+          rotary_embedding_backward(output_grads, inputs, cos, sin, positions, interleaved_, conjugate_, pair_axes_);
+      size_t next = 0;
+      for (size_t i = 0; i < num_inputs_; ++i) {
+        if (grads[i].defined()) {
+          result[i] = std::move(input_grads[next++]);
+        }
+      }
+      result[num_inputs_] = std::move(grad_cos);
+      result[num_inputs_ + 1] = std::move(grad_sin);
+      return result;
+    }
+
     if (num_inputs_ == 2 && wanted(0) && wanted(1)) {
       std::tie(result[0], result[1]) =
           rotary_embedding_qk(grads[0], grads[1], cos, sin, positions, interleaved_, !conjugate_, pair_axes_);
@@ -64,19 +96,9 @@ class RotaryEmbeddingBackward : public torch::autograd::Node {
       }
     }
 
-    if (task_should_compute_output({{num_inputs_, num_inputs_ + 2}})) {
-      variable_list inputs;
-      variable_list output_grads;
-      for (size_t i = 0; i < num_inputs_; ++i) {
-        if (grads[i].defined()) {
-          inputs.push_back(inputs_[i].unpack());
-          output_grads.push_back(grads[i]);
-        }
-      }
-      if (!inputs.empty()) {
-        std::tie(result[num_inputs_], result[num_inputs_ + 1]) = rotary_embedding_tables_backward(
-            output_grads, inputs, cos, positions, interleaved_, conjugate_, pair_axes_);
-      }
+    if (tables_wanted) {
+      std::tie(result[num_inputs_], result[num_inputs_ + 1]) =
+          rotary_embedding_tables_backward(output_grads, inputs, cos, positions, interleaved_, conjugate_, pair_axes_);
     }
     return result;
   }

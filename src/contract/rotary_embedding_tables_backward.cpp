@@ -8,19 +8,14 @@
 #include <ATen/ops/sort.h>
 
 namespace posenc::contract {
-namespace {
 
 using at::Tensor;
 
-constexpr const char* kOp = "posenc::rotary_embedding_tables_backward";
-
-}  // namespace
-
 void check_rotary_tables(const RotaryTablesArguments& a) {
   TORCH_CHECK(
-      a.grads.size() == a.inputs.size() && (a.inputs.size() == 1 || a.inputs.size() == 2), kOp,
+      a.grads.size() == a.inputs.size() && (a.inputs.size() == 1 || a.inputs.size() == 2), a.op,
       ": expected one or two inputs and as many grads, got ", a.inputs.size(), " and ", a.grads.size());
-  const RotaryArguments rotary{kOp, a.table, a.table, a.positions, a.interleaved, a.conjugate, a.pair_axes};
+  const RotaryArguments rotary{a.op, a.table, a.table, a.positions, a.interleaved, a.conjugate, a.pair_axes};
   const Rotated second{"inputs[1]", a.inputs.back()};
   check_rotary(rotary, {"inputs[0]", a.inputs[0]}, a.inputs.size() == 2 ? &second : nullptr);
   for (size_t i = 0; i < a.inputs.size(); ++i) {
@@ -29,7 +24,7 @@ void check_rotary_tables(const RotaryTablesArguments& a) {
     TORCH_CHECK(
         grad.defined() && grad.sizes() == input.sizes() && grad.scalar_type() == input.scalar_type() &&
             grad.device() == input.device(),
-        kOp, ": expected grads[", i, "] of the shape, dtype and device of inputs[", i, "], ", input.sizes(), " ",
+        a.op, ": expected grads[", i, "] of the shape, dtype and device of inputs[", i, "], ", input.sizes(), " ",
         input.scalar_type(), " ", input.device(), ", got ",
         grad.defined() ? c10::str(grad.sizes(), " ", grad.scalar_type(), " ", grad.device()) : "an undefined tensor");
   }

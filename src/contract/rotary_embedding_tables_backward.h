@@ -9,8 +9,9 @@
 
 namespace posenc::contract {
 
-/// The arguments of `rotary_embedding_tables_backward`.
+/// The arguments of `rotary_embedding_tables_backward`, and of others that sum as it does.
 struct RotaryTablesArguments {
+  const char* op;
   at::TensorList grads;
   at::TensorList inputs;
   const at::Tensor& table;

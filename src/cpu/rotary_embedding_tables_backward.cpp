@@ -88,7 +88,8 @@ std::tuple<Tensor, Tensor> rotary_embedding_tables_backward_cpu(
     bool interleaved,
     bool conjugate,
     at::IntArrayRef pair_axes) {
-  const auto call = contract::rotary_tables_call({grads, inputs, table, positions, interleaved, conjugate, pair_axes});
+  const auto call = contract::rotary_tables_call(
+      {"posenc::rotary_embedding_tables_backward", grads, inputs, table, positions, interleaved, conjugate, pair_axes});
   cpu::for_dtype(inputs[0].scalar_type(), [&](auto type) { run<typename decltype(type)::type>(call.problem); });
   return {call.grad_cos, call.grad_sin};
 }

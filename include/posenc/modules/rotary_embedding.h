@@ -135,6 +135,16 @@ class POSENC_API RotaryEmbeddingImpl : public detail::KeepsDtype<RotaryEmbedding
       const std::optional<torch::Tensor>& positions = std::nullopt,
       std::optional<int64_t> seq_len = std::nullopt);
 
+  /// The tables that `forward` rotates with, for operators that do it themselves.
+  ///
+  /// @param x  `[B, S, H, D]` or `[T, H, D]`, whatever `options.layout()` is: its length, device and dtype count.
+  /// @param positions,seq_len  as in `forward`.
+  /// @return `(cos, sin)`, with a row for each position.
+  std::tuple<torch::Tensor, torch::Tensor> tables_for(
+      const torch::Tensor& x,
+      const std::optional<torch::Tensor>& positions = std::nullopt,
+      std::optional<int64_t> seq_len = std::nullopt);
+
   /// Makes sure that tables for positions 0 to `length - 1` exist on `device`. Call it before a CUDA graph is
   /// captured, and where positions on a GPU go beyond `max_position_embeddings`. Where frequencies depend on the length,
   /// the tables are those of sequences of this `length`.
@@ -160,12 +170,6 @@ class POSENC_API RotaryEmbeddingImpl : public detail::KeepsDtype<RotaryEmbedding
       {3, torch::nn::AnyValue(std::optional<int64_t>())})
 
  private:
-  /// The tables for a call of `forward` or `rotate` with a tensor in the operators' order of dimensions.
-  std::tuple<torch::Tensor, torch::Tensor> tables_for(
-      const torch::Tensor& x,
-      const std::optional<torch::Tensor>& positions,
-      std::optional<int64_t> seq_len);
-
   std::shared_ptr<detail::RotaryTableCache> tables_;  // where frequencies are fixed
   double attention_factor_ = 1.0;                     // where they are learnable
   int64_t rows_on_device_ = 0;                        // there too: of the tables for positions on a GPU
