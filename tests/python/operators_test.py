@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Every operator of libposenc as Python sees it: torch.library.opcheck, gradcheck, torch.compile.
 
-POSENC_LIBRARY names the library. Plain unittest: python3 tests/python/operators_test.py [CpuTest | CudaTest]
+POSENC_LIBRARY names the library. Plain unittest: python3 tests/python/operators_test.py [cpu | cuda]
 """
 
 import os
@@ -11,6 +11,9 @@ import sys
 import sysconfig
 import unittest
 import warnings
+
+# Harmless, and said on import.
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 import torch
 from torch.utils import _pytree as pytree
@@ -122,6 +125,11 @@ def rotary_embedding_qk(i, tables, **kw):
     return Sample(i.normal(2, i.size, 4, 8), i.normal(2, i.size, 2, 8), *tables, **kw)
 
 
+def rotary_embedding_backward(i, tables, **kw):
+    shapes = [(2, i.size, 4, 8), (2, i.size, 2, 8)]
+    return Sample([i.normal(*s) for s in shapes], [i.normal(*s) for s in shapes], *tables, **kw)
+
+
 def rotary_embedding_tables_backward(i, tables, **kw):
     shapes = [(2, i.size, 4, 8), (2, i.size, 2, 8)]
     # The table says its shape and nothing else.
@@ -154,6 +162,7 @@ def attention_backward(i, **kw):
 CASES = {
     "rotary_embedding": rotary(rotary_embedding) + on_axes(rotary_embedding),
     "rotary_embedding_qk": rotary(rotary_embedding_qk) + on_axes(rotary_embedding_qk),
+    "rotary_embedding_backward": rotary(rotary_embedding_backward) + on_axes(rotary_embedding_backward),
     "rotary_embedding_tables_backward": rotary(rotary_embedding_tables_backward)
     + on_axes(rotary_embedding_tables_backward),
     "rotary_tables": [
@@ -163,8 +172,9 @@ CASES = {
     "rotary_tables_backward": [
         lambda i: Sample(*[i.normal(i.size, 3) for _ in range(4)], dtype=torch.float64),
     ],
-    "qk_norm_rotary_embedding": qk_norm(qk_norm_rotary_embedding),
-    "qk_norm_rotary_embedding_backward": qk_norm(qk_norm_rotary_embedding_backward),
+    "qk_norm_rotary_embedding": qk_norm(qk_norm_rotary_embedding) + on_axes(qk_norm_rotary_embedding),
+    "qk_norm_rotary_embedding_backward": qk_norm(qk_norm_rotary_embedding_backward)
+    + on_axes(qk_norm_rotary_embedding_backward),
     "alibi_slopes": [lambda i: Sample(12), lambda i: Sample(8, max_bias=4.0)],
     "alibi_bias": [
         lambda i: Sample(i.positive(3), i.size, i.size + 1, dtype=torch.float64),
@@ -329,8 +339,8 @@ class CudaTest(Operators, unittest.TestCase):
 
 
 def main():
-    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
-    program = unittest.main(exit=False, verbosity=2)
+    suites = {"cpu": "CpuTest", "cuda": "CudaTest"}
+    program = unittest.main(argv=[suites.get(arg, arg) for arg in sys.argv], exit=False, verbosity=2)
     result = program.result
     if not result.wasSuccessful():
         return 1
