@@ -37,7 +37,7 @@ void QKNormRotaryEmbeddingImpl::reset() {
       options.eps() > 0 && std::isfinite(options.eps()), kName, ": expected a positive, finite eps, got ",
       options.eps());
   RotaryEmbedding rotation(options.rotary());  // checks its options
-  if (children_.contains("rotary")) {          // a second call; clones come without
+  if (named_children().contains("rotary")) {   // a second call; clones come without
     unregister_module("rotary");
     parameters_.erase("q_weight");
     parameters_.erase("k_weight");
@@ -52,12 +52,13 @@ void QKNormRotaryEmbeddingImpl::reset() {
 std::tuple<Tensor, Tensor> QKNormRotaryEmbeddingImpl::forward(
     const Tensor& q,
     const Tensor& k,
-    const std::optional<Tensor>& positions) {
+    const std::optional<Tensor>& positions,
+    std::optional<int64_t> seq_len) {
   const RotaryEmbeddingOptions& rotation = rotary->options;
   detail::check_input(kName, "q", q, rotation);
   detail::check_input(kName, "k", k, rotation);
   const Tensor q_view = detail::reordered(q, rotation.layout());
-  const auto [cos, sin] = rotary->tables_for(q_view, positions);
+  const auto [cos, sin] = rotary->tables_for(q_view, positions, seq_len);
   auto [q_out, k_out] = qk_norm_rotary_embedding(
       q_view, detail::reordered(k, rotation.layout()), q_weight, k_weight, cos, sin, positions, options.eps(),
       options.unit_offset(), rotation.interleaved());

@@ -170,6 +170,14 @@ TEST_P(QKNormRotaryEmbeddingModule, PositionsChooseTheRowsOfTheTables) {
   expect_same_bits(k_out, expected_k);
 }
 
+TEST_P(QKNormRotaryEmbeddingModule, SeqLenReachesTheTables) {
+  const auto module = make(RotaryEmbeddingOptions(kHeadDim).max_position_embeddings(4));
+  const at::Tensor q = random({1, 1, 2, kHeadDim});
+  const at::Tensor position = at::tensor({99}, at::kLong).to(device());
+  const at::Tensor q_out = std::get<0>(module->forward(q, q, position, /*seq_len=*/100));
+  EXPECT_FALSE(q_out.isnan().any().item<bool>());
+}
+
 TEST_P(QKNormRotaryEmbeddingModule, GradientsReachTheWeights) {
   const auto module = make(kHeadDim);
   const at::Tensor q = random({2, 5, 4, kHeadDim}).requires_grad_();

@@ -143,9 +143,8 @@ template <typename T, typename Policy>
 void launch(const QKNormRotaryProblem& problem) {
   const LaunchPlan plan =
       plan_launch("posenc::qk_norm_rotary_embedding", problem.rotary, Policy::kVectorWidth, /*sums=*/false);
-  cuda::qk_norm_rotary_embedding_kernel<T, Policy>
-      <<<plan.blocks, plan.threads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-          problem, plan.grid, scalars_of<cuda::arithmetic_t<T>>(problem));
+  cuda::qk_norm_rotary_embedding_kernel<T, Policy><<<plan.blocks, plan.threads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+      problem, plan.grid, scalars_of<cuda::arithmetic_t<T>>(problem));
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -123,13 +123,12 @@ struct ChunkWeights {
   }
 };
 
-/// The sum over the lanes of a head, for all of them. All threads of a warp take part.
-template <typename Real>
-__device__ Real sum_of_lanes(Real value) {
+/// Sums over the lanes of a head, for all of them. All threads of a warp take part.
+template <typename... Real>
+__device__ void sum_over_lanes(Real&... values) {
   for (int offset = static_cast<int>(blockDim.x) / 2; offset > 0; offset /= 2) {
-    value += __shfl_xor_sync(0xffffffffU, value, offset);
+    ((values += __shfl_xor_sync(0xffffffffU, values, offset)), ...);
   }
-  return value;
 }
 
 __device__ inline float reciprocal_root(float value) {
@@ -207,7 +206,9 @@ __global__ void __launch_bounds__(kMaxThreads, kMinNormBlocks<Policy>) qk_norm_r
       x.template load<false>(in, in_stride, channels);
     }
     const ChunkTables<T, Policy> tables(problem.rotary, index.batch, index.seq, channels, exists);
-    const Real rstd = reciprocal_rms(scalars, tables.sign, sum_of_lanes(x.sum_of_squares()));
+    Real squares = x.sum_of_squares();
+    sum_over_lanes(squares);
+    const Real rstd = reciprocal_rms(scalars, tables.sign, squares);
     x.keep_packed();
     const ChunkWeights<T, Policy> weights(problem, rows.operand, channels, exists);
     normalise_and_rotate(x, weights, tables, rstd, channels.rotates);
@@ -218,14 +219,15 @@ __global__ void __launch_bounds__(kMaxThreads, kMinNormBlocks<Policy>) qk_norm_r
   } else {
     T* out = static_cast<T*>(operand.out) + index.offset(operand.out_strides);
     const int64_t out_stride = operand.out_strides.channel;
-    Real sum = 0;
+    Real squares = 0;
     for (int chunk = lane; chunk < grid.num_chunks; chunk += static_cast<int>(blockDim.x)) {
       HeadChunk<T, Policy> x;
       x.template load<false>(in, in_stride, channels_of_chunk<Policy>(problem.rotary, chunk));
-      sum += x.sum_of_squares();
+      squares += x.sum_of_squares();
     }
+    sum_over_lanes(squares);
     const Real sign = sign_of_token<Real>(problem.rotary, index.batch, index.seq);
-    const Real rstd = reciprocal_rms(scalars, sign, sum_of_lanes(sum));
+    const Real rstd = reciprocal_rms(scalars, sign, squares);
     for (int chunk = lane; chunk < grid.num_chunks && live; chunk += static_cast<int>(blockDim.x)) {
       const ChunkChannels channels = channels_of_chunk<Policy>(problem.rotary, chunk);
       HeadChunk<T, Policy> x;
@@ -330,10 +332,11 @@ __global__ void __launch_bounds__(kMaxThreads, kMinNormBackwardBlocks<Policy>) q
       const ChunkTables<T, Policy> tables(rotary, index.batch, index.seq, channels, exists);
       const RotatedGradient<T, Policy> h(g, tables, channels.rotates);
       ChunkWeights<T, Policy> weights(problem.call, rows.operand, channels, exists);
-      const Real rstd = reciprocal_rms(scalars, tables.sign, sum_of_lanes(x.sum_of_squares()));
-      x.keep_packed();
-      const Real mean =
-          multiply(multiply(rstd, sum_of_lanes(h.sum_of_products(x, weights))), scalars.one_over_head_dim);
+      Real squares = x.sum_of_squares();
+      Real products = h.sum_of_products(x, weights);
+      sum_over_lanes(squares, products);
+      const Real rstd = reciprocal_rms(scalars, tables.sign, squares);
+      const Real mean = multiply(multiply(rstd, products), scalars.one_over_head_dim);
       x.keep_packed();
       weights.keep_packed();
       if (exists && live) {
@@ -391,8 +394,9 @@ __global__ void __launch_bounds__(kMaxThreads, kMinNormBackwardBlocks<Policy>) q
         products += h.sum_of_products(x, weights);
       });
       const Real sign = sign_of_token<Real>(rotary, index.batch, index.seq);
-      const Real rstd = reciprocal_rms(scalars, sign, sum_of_lanes(squares));
-      const Real mean = multiply(multiply(rstd, sum_of_lanes(products)), scalars.one_over_head_dim);
+      sum_over_lanes(squares, products);
+      const Real rstd = reciprocal_rms(scalars, sign, squares);
+      const Real mean = multiply(multiply(rstd, products), scalars.one_over_head_dim);
       if (!live) {
         continue;
       }

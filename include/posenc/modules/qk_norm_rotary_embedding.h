@@ -60,12 +60,13 @@ class POSENC_API QKNormRotaryEmbeddingImpl : public torch::nn::Cloneable<QKNormR
 
   /// Normalises and rotates `q` and `k` in one launch.
   ///
-  /// @param q,k,positions  as in `RotaryEmbeddingImpl::forward`.
+  /// @param q,k,positions,seq_len  as in `RotaryEmbeddingImpl::forward`.
   /// @return the pair, in the same order of dimensions.
   std::tuple<torch::Tensor, torch::Tensor> forward(
       const torch::Tensor& q,
       const torch::Tensor& k,
-      const std::optional<torch::Tensor>& positions = std::nullopt);
+      const std::optional<torch::Tensor>& positions = std::nullopt,
+      std::optional<int64_t> seq_len = std::nullopt);
 
   QKNormRotaryEmbeddingOptions options;
 
@@ -75,7 +76,9 @@ class POSENC_API QKNormRotaryEmbeddingImpl : public torch::nn::Cloneable<QKNormR
   RotaryEmbedding rotary = nullptr;
 
  protected:
-  FORWARD_HAS_DEFAULT_ARGS({2, torch::nn::AnyValue(std::optional<torch::Tensor>())})
+  FORWARD_HAS_DEFAULT_ARGS(
+      {2, torch::nn::AnyValue(std::optional<torch::Tensor>())},
+      {3, torch::nn::AnyValue(std::optional<int64_t>())})
 };
 
 /// A `ModuleHolder` of `QKNormRotaryEmbeddingImpl`, as LibTorch's own modules are.
