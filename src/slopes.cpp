@@ -1,6 +1,9 @@
 #include <posenc/alibi.h>
 
-#include <ATen/ops/empty.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/exp2.h>
+#include <ATen/ops/where.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -19,15 +22,12 @@ Tensor alibi_slopes(int64_t num_heads, double max_bias) {
   while (power <= num_heads / 2) {
     power *= 2;
   }
-  Tensor slopes = at::empty({num_heads}, at::TensorOptions().dtype(at::kFloat));
-  float* data = slopes.mutable_data_ptr<float>();
-  for (int64_t h = 0; h < num_heads; ++h) {
-    // Head h - power of the second part is number 2 (h - power) of the slopes for twice as many heads.
-    const double exponent = h < power ? static_cast<double>(h + 1) / static_cast<double>(power)
-                                      : static_cast<double>(2 * (h - power) + 1) / static_cast<double>(2 * power);
-    data[h] = static_cast<float>(std::exp2(-max_bias * exponent));
-  }
-  return slopes;
+  // In tensor operations, so that graphs which are traced without data hold it too.
+  const Tensor h = at::arange(num_heads, at::TensorOptions().dtype(at::kDouble));
+  const auto n = static_cast<double>(power);
+  // Head h - power of the second part is number 2 (h - power) of the slopes for twice as many heads.
+  const Tensor exponents = at::where(h < n, (h + 1) / n, (2 * (h - n) + 1) / (2 * n));
+  return at::exp2(exponents.mul(-max_bias)).to(at::kFloat);
 }
 
 TORCH_LIBRARY_FRAGMENT(posenc, m) {

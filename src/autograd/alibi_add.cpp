@@ -80,7 +80,7 @@ Tensor alibi_add_autograd(
   return output;
 }
 
-Tensor& alibi_add_autograd_(Tensor& scores, const Tensor& slopes, bool causal, std::optional<int64_t> query_offset) {
+void alibi_add_autograd_(Tensor& scores, const Tensor& slopes, bool causal, std::optional<int64_t> query_offset) {
   autograd::check_no_tangent("posenc::alibi_add_", scores);
   autograd::check_no_tangent("posenc::alibi_add_", slopes);
   const std::array<std::reference_wrapper<const Tensor>, 2> differentiable{scores, slopes};
@@ -100,17 +100,15 @@ Tensor& alibi_add_autograd_(Tensor& scores, const Tensor& slopes, bool causal, s
   if (node != nullptr) {
     torch::autograd::rebase_history(scores, node);
   }
-  return scores;
 }
 
 /// Tells autograd that values saved of `scores` are stale.
-Tensor& alibi_add_version_(Tensor& scores, const Tensor& slopes, bool causal, std::optional<int64_t> query_offset) {
+void alibi_add_version_(Tensor& scores, const Tensor& slopes, bool causal, std::optional<int64_t> query_offset) {
   {
     const at::AutoDispatchBelowADInplaceOrView below_version;
     alibi_add_(scores, slopes, causal, query_offset);
   }
   torch::autograd::increment_version(scores);
-  return scores;
 }
 
 Tensor alibi_mask_autograd(const Tensor& grad, std::optional<int64_t> query_offset) {

@@ -115,9 +115,8 @@ at::Tensor alibi_add(
 }
 
 template <AlibiKernel<AlibiAddProblem> kKernel>
-at::Tensor& alibi_add_(at::Tensor& scores, const at::Tensor& slopes, bool causal, std::optional<int64_t> query_offset) {
+void alibi_add_(at::Tensor& scores, const at::Tensor& slopes, bool causal, std::optional<int64_t> query_offset) {
   kKernel(alibi_add_in_place_problem({"posenc::alibi_add_", causal, query_offset}, scores, slopes), scores);
-  return scores;
 }
 
 template <AlibiKernel<AlibiAddProblem> kKernel>

@@ -20,11 +20,10 @@ Tensor alibi_add_meta(const Tensor& scores, const Tensor& slopes, bool causal, s
   return at::empty_like(scores);
 }
 
-Tensor& alibi_add_meta_(Tensor& scores, const Tensor& slopes, bool causal, std::optional<int64_t> query_offset) {
+void alibi_add_meta_(Tensor& scores, const Tensor& slopes, bool causal, std::optional<int64_t> query_offset) {
   if (!is_symbolic(scores, slopes)) {
     contract::alibi_add_in_place_problem({"posenc::alibi_add_", causal, query_offset}, scores, slopes);
   }
-  return scores;
 }
 
 Tensor alibi_mask_meta(const Tensor& grad, std::optional<int64_t> query_offset) {

@@ -14,8 +14,9 @@ TORCH_LIBRARY_FRAGMENT(posenc, m) {
   m.def(
       "alibi_add(Tensor scores, Tensor slopes, *, bool causal=False, int? query_offset=None) -> Tensor",
       {at::Tag::pt2_compliant_tag});
+  // Without a result: torch.compile takes no operator that returns its argument.
   m.def(
-      "alibi_add_(Tensor(a!) scores, Tensor slopes, *, bool causal=False, int? query_offset=None) -> Tensor(a!)",
+      "alibi_add_(Tensor(a!) scores, Tensor slopes, *, bool causal=False, int? query_offset=None) -> ()",
       {at::Tag::pt2_compliant_tag});
   m.def("alibi_mask(Tensor grad, *, int? query_offset=None) -> Tensor", {at::Tag::pt2_compliant_tag});
 }
@@ -29,9 +30,11 @@ Tensor alibi_add(const Tensor& scores, const Tensor& slopes, bool causal, std::o
 
 Tensor& alibi_add_(Tensor& scores, const Tensor& slopes, bool causal, std::optional<int64_t> query_offset) {
   check_defined("posenc::alibi_add_", "scores", scores);
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("posenc::alibi_add_", "").typed<decltype(alibi_add_)>();
-  return op.call(scores, slopes, causal, query_offset);
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("posenc::alibi_add_", "")
+                             .typed<void(Tensor&, const Tensor&, bool, std::optional<int64_t>)>();
+  op.call(scores, slopes, causal, query_offset);
+  return scores;
 }
 
 Tensor alibi_mask(const Tensor& grad, std::optional<int64_t> query_offset) {
