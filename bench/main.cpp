@@ -90,6 +90,7 @@ int run(int argc, char** argv) {
   Suite suite;
   add_rotary_embedding(suite, *device, protocol);
   add_alibi(suite, *device, protocol);
+  add_alibi_attention(suite, *device, protocol);
   if (protocol == Protocol::kernel) {
     keep_freed_memory();
     add_host_cost(suite, *device);
