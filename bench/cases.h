@@ -9,6 +9,12 @@ namespace posenc::bench {
 /// RoPE: rotary_embedding.cpp.
 void add_rotary_embedding(Suite& suite, Device& device, Protocol protocol);
 
+/// RMSNorm of queries and keys and RoPE: qk_norm_rotary_embedding.cpp.
+void add_qk_norm_rotary_embedding(Suite& suite, Device& device, Protocol protocol);
+
+/// RoPE with learnable frequencies: learnable_frequencies.cpp.
+void add_learnable_frequencies(Suite& suite, Device& device, Protocol protocol);
+
 /// ALiBi: alibi.cpp.
 void add_alibi(Suite& suite, Device& device, Protocol protocol);
 

@@ -89,6 +89,8 @@ int run(int argc, char** argv) {
   const std::unique_ptr<Device> device = make_device();
   Suite suite;
   add_rotary_embedding(suite, *device, protocol);
+  add_qk_norm_rotary_embedding(suite, *device, protocol);
+  add_learnable_frequencies(suite, *device, protocol);
   add_alibi(suite, *device, protocol);
   add_alibi_attention(suite, *device, protocol);
   if (protocol == Protocol::kernel) {

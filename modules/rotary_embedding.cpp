@@ -1,140 +1,38 @@
 #include <posenc/modules/rotary_embedding.h>
 
-#include <posenc/frequencies.h>
-#include <posenc/logging.h>
-#include <posenc/rotary_embedding.h>
+#include "detail/layout.h"
+#include "detail/rotary_table_cache.h"
 
-#include <torch/utils.h>
+#include <posenc/frequencies.h>
+#include <posenc/rotary_embedding.h>
 
 #include <algorithm>
 #include <limits>
-#include <mutex>
-#include <vector>
+#include <utility>
 
 namespace posenc {
 
 using torch::Tensor;
 
-/// The tables of one set of frequencies, by device and dtype. Tables are never replaced in place nor freed before
-/// this object is: kernels in flight on other streams and captured graphs may still read the shorter ones. As the
-/// length at least doubles, all of them together hold less than two of the last.
-class RotaryEmbeddingImpl::Tables {
- public:
-  struct Table {
-    torch::Device device;
-    torch::Dtype dtype;
-    Tensor cos, sin;
-
-    int64_t length() const { return cos.size(0); }
-  };
-
-  Tables(int64_t rotary_dim, double base, int64_t initial_length)
-      : rotary_dim_(rotary_dim),
-        base_(base),
-        initial_length_(initial_length),
-        inv_freq_(rotary_inv_freq(rotary_dim, base)) {}
-
-  /// Whether these are the tables that the constructor would start with the same arguments.
-  bool serve(int64_t rotary_dim, double base, int64_t initial_length) const {
-    return rotary_dim_ == rotary_dim && base_ == base && initial_length_ == initial_length;
-  }
-
-  /// `cos` and `sin` of at least `length` rows.
-  std::tuple<Tensor, Tensor> get(int64_t length, const torch::Device& device, torch::Dtype dtype) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const Table* table = find(device, dtype);
-    if (table == nullptr || table->length() < length) {
-      const int64_t doubled = table == nullptr ? initial_length_ : 2 * table->length();
-      table = &built_.emplace_back(build(std::max(length, doubled), device, dtype));
-    }
-    return {table->cos, table->sin};
-  }
-
-  int64_t length(const torch::Device& device, torch::Dtype dtype) const {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const Table* table = find(device, dtype);
-    return table == nullptr ? 0 : table->length();
-  }
-
- private:
-  /// The last one built, which is the longest. There are a handful at most.
-  const Table* find(const torch::Device& device, torch::Dtype dtype) const {
-    const auto found = std::find_if(built_.rbegin(), built_.rend(), [&](const Table& table) {
-      return table.device == device && table.dtype == dtype;
-    });
-    return found == built_.rend() ? nullptr : &*found;
-  }
-
-  /// Built on the CPU, so that every device has the same bits, and copied with a wait, so that no other stream
-  /// reads a table before it is there. Not under the caller's inference mode: a training step may use it next.
-  Table build(int64_t length, const torch::Device& device, torch::Dtype dtype) const {
-    const torch::InferenceMode no_inference(false);
-    const torch::NoGradGuard no_grad;
-    const auto [cos, sin] = rotary_tables(inv_freq_, length, dtype);
-    if (log_level() <= LogLevel::debug) {
-      log(LogLevel::debug, c10::str("RotaryEmbedding: built ", dtype, " tables of ", length, " positions on ", device));
-    }
-    return {device, dtype, cos.to(device), sin.to(device)};
-  }
-
-  int64_t rotary_dim_;
-  double base_;
-  int64_t initial_length_;
-  Tensor inv_freq_;
-  mutable std::mutex mutex_;
-  std::vector<Table> built_;
-};
-
 namespace {
 
-const char* name_of(Layout layout) {
-  switch (layout) {
-    case Layout::bshd:
-      return "bshd";
-    case Layout::sbhd:
-      return "sbhd";
-    case Layout::bhsd:
-      return "bhsd";
-    case Layout::thd:
-      return "thd";
-  }
-  return "unknown";
-}
-
-/// A view in the operators' order of dimensions. It is its own inverse.
-Tensor reordered(const Tensor& x, Layout layout) {
-  switch (layout) {
-    case Layout::sbhd:
-      return x.transpose(0, 1);
-    case Layout::bhsd:
-      return x.transpose(1, 2);
-    default:
-      return x;
-  }
-}
+constexpr const char* kName = "posenc::RotaryEmbedding";
 
 /// A device as tensors report it: `cuda` is the current one.
 torch::Device resolved(const torch::Device& device) {
   return device.has_index() || device.is_cpu() ? device : torch::empty({0}, device).device();
 }
 
-void check_input(const char* name, const Tensor& x, const RotaryEmbeddingOptions& options) {
-  TORCH_CHECK(x.defined(), "posenc::RotaryEmbedding: expected ", name, " to be a tensor, got an undefined one");
-  const int64_t dims = options.layout() == Layout::thd ? 3 : 4;
-  TORCH_CHECK(
-      x.dim() == dims && x.size(-1) == options.head_dim(), "posenc::RotaryEmbedding: expected ", name, " in layout ",
-      name_of(options.layout()), " with ", dims, " dimensions and a head size of ", options.head_dim(), ", got ",
-      x.sizes());
-}
-
-/// Rows that the tables must have; none where positions cannot be read, on an accelerator without waiting for it.
-std::optional<int64_t> needed_length(const Tensor& x, const std::optional<Tensor>& positions) {
+/// Positions that a call goes through as far as the host can see. Positions on an accelerator cannot be read without
+/// waiting for it.
+std::optional<int64_t> visible_length(const Tensor& x, const std::optional<Tensor>& positions) {
   if (!positions.has_value()) {
     return x.size(-3);
   }
-  const bool readable =
-      positions->defined() && positions->is_cpu() && positions->numel() > 0 && !positions->is_floating_point();
-  if (!readable) {
+  if (!positions->defined() || positions->numel() == 0 || positions->is_floating_point()) {
+    return 0;
+  }
+  if (!positions->is_cpu()) {
     return std::nullopt;
   }
   const auto last = positions->max().item<int64_t>();
@@ -144,12 +42,34 @@ std::optional<int64_t> needed_length(const Tensor& x, const std::optional<Tensor
   return last + 1;
 }
 
+/// Positions of the sequence: what its frequencies may depend on, and rows that its tables must have. None where nobody
+/// can tell.
+std::optional<int64_t> sequence_length(
+    const Tensor& x,
+    const std::optional<Tensor>& positions,
+    std::optional<int64_t> seq_len,
+    const RotaryScaling& scaling) {
+  const std::optional<int64_t> visible = visible_length(x, positions);
+  if (seq_len) {
+    TORCH_CHECK(
+        *seq_len >= visible.value_or(0) && *seq_len <= std::numeric_limits<int32_t>::max(),
+        "posenc::RotaryEmbedding: expected a seq_len of at least ", visible.value_or(0),
+        ", what the positions need, and below 2^31, got ", *seq_len);
+    return seq_len;
+  }
+  TORCH_CHECK(
+      visible || !depends_on_length(scaling),
+      "posenc::RotaryEmbedding: expected seq_len, since the frequencies depend on it (", to_string(scaling),
+      ") and positions on ", positions->device(), " cannot be read without waiting for it, got none");
+  return visible;
+}
+
 }  // namespace
 
 RotaryEmbeddingOptions::RotaryEmbeddingOptions(int64_t head_dim) : head_dim_(head_dim) {
 }
 
-RotaryEmbeddingImpl::RotaryEmbeddingImpl(RotaryEmbeddingOptions options_) : options(options_) {
+RotaryEmbeddingImpl::RotaryEmbeddingImpl(RotaryEmbeddingOptions options_) : options(std::move(options_)) {
   // NOLINTNEXTLINE(clang-analyzer-optin.cplusplus.VirtualCall): as LibTorch's own modules do
   reset();
 }
@@ -170,21 +90,32 @@ void RotaryEmbeddingImpl::reset() {
     parameters_.erase("inv_freq");
   }
   if (options.learnable_frequencies()) {
+    TORCH_CHECK(
+        !depends_on_length(options.scaling()),
+        "posenc::RotaryEmbedding: expected learnable frequencies to start with a plan that does not depend on "
+        "the length of the sequence, got ",
+        to_string(options.scaling()));
     tables_ = nullptr;
     rows_on_device_ = std::max(rows_on_device_, options.max_position_embeddings());
     const torch::InferenceMode no_inference(false);
-    inv_freq = register_parameter("inv_freq", rotary_inv_freq(rotary_dim, options.base()).to(torch::kFloat32));
+    const RotaryFrequencies start = rotary_frequencies(rotary_dim, options.base(), options.scaling());
+    attention_factor_ = start.attention_factor;
+    inv_freq = register_parameter("inv_freq", start.inv_freq.to(torch::kFloat32));
     return;
   }
   inv_freq = Tensor();
   // Cloneable resets every clone: it keeps the tables it shares with the original.
-  if (tables_ == nullptr || !tables_->serve(rotary_dim, options.base(), options.max_position_embeddings())) {
-    tables_ = std::make_shared<Tables>(rotary_dim, options.base(), options.max_position_embeddings());
+  const auto [base, length] = std::pair(options.base(), options.max_position_embeddings());
+  if (tables_ == nullptr || !tables_->serves(rotary_dim, base, options.scaling(), length)) {
+    tables_ = std::make_shared<detail::RotaryTableCache>(rotary_dim, base, options.scaling(), length);
   }
 }
 
-std::tuple<Tensor, Tensor> RotaryEmbeddingImpl::tables_for(const Tensor& x, const std::optional<Tensor>& positions) {
-  const std::optional<int64_t> length = needed_length(x, positions);
+std::tuple<Tensor, Tensor> RotaryEmbeddingImpl::tables_for(
+    const Tensor& x,
+    const std::optional<Tensor>& positions,
+    std::optional<int64_t> seq_len) {
+  const std::optional<int64_t> length = sequence_length(x, positions, seq_len, options.scaling());
   const torch::Dtype dtype = rotary_table_dtype(x.scalar_type());
   if (!inv_freq.defined()) {
     return tables_->get(length.value_or(0), x.device(), dtype);
@@ -192,27 +123,32 @@ std::tuple<Tensor, Tensor> RotaryEmbeddingImpl::tables_for(const Tensor& x, cons
   TORCH_CHECK(
       inv_freq.device() == x.device(), "posenc::RotaryEmbedding: expected the learnable frequencies on ", x.device(),
       ", got them on ", inv_freq.device(), "; move the module there");
-  return rotary_tables(inv_freq, length.value_or(rows_on_device_), dtype);
+  return rotary_tables(inv_freq, length.value_or(rows_on_device_), dtype, attention_factor_);
 }
 
 std::tuple<Tensor, Tensor> RotaryEmbeddingImpl::forward(
     const Tensor& q,
     const Tensor& k,
-    const std::optional<Tensor>& positions) {
-  check_input("q", q, options);
-  check_input("k", k, options);
+    const std::optional<Tensor>& positions,
+    std::optional<int64_t> seq_len) {
+  detail::check_input(kName, "q", q, options);
+  detail::check_input(kName, "k", k, options);
   const Layout layout = options.layout();
-  const Tensor q_view = reordered(q, layout);
-  const auto [cos, sin] = tables_for(q_view, positions);
-  auto [q_out, k_out] = rotary_embedding_qk(q_view, reordered(k, layout), cos, sin, positions, options.interleaved());
-  return {reordered(q_out, layout), reordered(k_out, layout)};
+  const Tensor q_view = detail::reordered(q, layout);
+  const auto [cos, sin] = tables_for(q_view, positions, seq_len);
+  auto [q_out, k_out] =
+      rotary_embedding_qk(q_view, detail::reordered(k, layout), cos, sin, positions, options.interleaved());
+  return {detail::reordered(q_out, layout), detail::reordered(k_out, layout)};
 }
 
-Tensor RotaryEmbeddingImpl::rotate(const Tensor& x, const std::optional<Tensor>& positions) {
-  check_input("x", x, options);
-  const Tensor view = reordered(x, options.layout());
-  const auto [cos, sin] = tables_for(view, positions);
-  return reordered(rotary_embedding(view, cos, sin, positions, options.interleaved()), options.layout());
+Tensor RotaryEmbeddingImpl::rotate(
+    const Tensor& x,
+    const std::optional<Tensor>& positions,
+    std::optional<int64_t> seq_len) {
+  detail::check_input(kName, "x", x, options);
+  const Tensor view = detail::reordered(x, options.layout());
+  const auto [cos, sin] = tables_for(view, positions, seq_len);
+  return detail::reordered(rotary_embedding(view, cos, sin, positions, options.interleaved()), options.layout());
 }
 
 void RotaryEmbeddingImpl::reserve(int64_t length, const torch::Device& device, torch::Dtype dtype) {
@@ -221,7 +157,7 @@ void RotaryEmbeddingImpl::reserve(int64_t length, const torch::Device& device, t
     rows_on_device_ = std::max(rows_on_device_, length);
     return;
   }
-  tables_->get(length, resolved(device), rotary_table_dtype(dtype));
+  tables_->reserve(length, resolved(device), rotary_table_dtype(dtype));
 }
 
 int64_t RotaryEmbeddingImpl::table_length(const torch::Device& device, torch::Dtype dtype) const {
@@ -232,7 +168,8 @@ void RotaryEmbeddingImpl::pretty_print(std::ostream& stream) const {
   stream << "posenc::RotaryEmbedding(head_dim=" << options.head_dim()
          << ", rotary_dim=" << options.rotary_dim().value_or(options.head_dim()) << ", base=" << options.base()
          << ", max_position_embeddings=" << options.max_position_embeddings() << std::boolalpha
-         << ", interleaved=" << options.interleaved() << ", layout=" << name_of(options.layout())
+         << ", interleaved=" << options.interleaved() << ", layout=" << detail::name_of(options.layout())
+         << ", scaling=" << to_string(options.scaling())
          << ", learnable_frequencies=" << options.learnable_frequencies() << ")";
 }
 

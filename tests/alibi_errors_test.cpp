@@ -52,6 +52,9 @@ std::vector<BadCall> bad_calls() {
   add("UndefinedScores", {"expected scores", "undefined"},
       [](AlibiInputs& in, at::Device) { in.scores = at::Tensor(); });
 
+  add("NothingDefined", {"expected scores", "undefined"},
+      [](AlibiInputs& in, at::Device) { in = {at::Tensor(), at::Tensor()}; });
+
   // Slopes.
   add("UndefinedSlopes", {"expected slopes", "undefined"},
       [](AlibiInputs& in, at::Device) { in.slopes = at::Tensor(); });

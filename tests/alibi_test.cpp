@@ -350,6 +350,54 @@ TEST_P(Alibi, DistancesBeyondTheIntegersOfFloat32Work) {
   }
 }
 
+TEST_P(Alibi, SoftmaxIsExactHoweverFarTheQuery) {
+  // Beyond either end of the keys a step of the query adds the same to all distances of its row.
+  for (const int64_t keys : {7, 64, 17000}) {
+    SCOPED_TRACE(keys);
+    AlibiCase c;
+    c.q_len = 1;
+    c.k_len = keys;
+    AlibiInputs in = inputs(c);
+    for (const auto& [near, far] :
+         {std::pair<int64_t, int64_t>(keys - 1, int64_t{1} << 30), {0, -(int64_t{1} << 30)}}) {
+      in.query_offset = near;
+      const at::Tensor expected = softmax_of(in);
+      expect_softmax(expected, in);
+      in.query_offset = far;
+      expect_same_bits(softmax_of(in), expected);
+    }
+  }
+}
+
+TEST_P(Alibi, MaskedKeysWeighNothingHoweverLowTheOthers) {
+  AlibiCase c;
+  c.q_len = c.k_len = 16;
+  c.masked = c.causal = true;
+  AlibiInputs in = inputs(c);
+  in.scores = in.scores.clone().fill_(-60000);
+  expect_softmax(softmax_of(in), in);
+}
+
+TEST_P(Alibi, SumsLargerThanCachesAreTheSame) {
+  // Of 32 MiB and more; in place they are written through the caches.
+  AlibiCase c;
+  c.batched = false;
+  c.q_len = 512;
+  c.k_len = 5472;
+  AlibiInputs in = inputs(c);
+  ASSERT_GE(static_cast<int64_t>(in.scores.nbytes()), dtype() == at::kFloat ? 32 << 20 : 0);
+  for (const bool causal : {false, true}) {
+    for (const int64_t keys : {c.k_len, c.k_len - 1, c.k_len - 4}) {
+      in.causal = causal;
+      AlibiInputs part = in;
+      part.scores = in.scores.narrow(-1, 0, keys);
+      at::Tensor in_place = part.scores.clone();
+      posenc::alibi_add_(in_place, in.slopes, causal);
+      expect_same_bits(add_of(part), in_place);
+    }
+  }
+}
+
 TEST_P(Alibi, SoftmaxOfAnyRowLength) {
   for (const int64_t keys : {1, 7, 8, 9, 1023, 1024, 1025, 2047, 2048, 2049, 4096, 8192, 16384, 16385, 40000}) {
     for (const bool flags : {false, true}) {
@@ -396,6 +444,19 @@ TEST_P(Alibi, SoftmaxOfLargeScoresDoesNotOverflow) {
   expect_softmax(softmax_of(in), in);
   in.scores = in.scores.clone().fill_(60000);
   expect_softmax(softmax_of(in), in);
+}
+
+TEST_P(Alibi, SoftmaxOfTheLowestScoresIsUniform) {
+  if (dtype() == at::kHalf) {
+    GTEST_SKIP() << "its lowest number does not swallow the bias in float32";
+  }
+  // What models fill masked scores with; these are scores like others.
+  AlibiCase c;
+  c.k_len = 16;
+  AlibiInputs in = inputs(c);
+  const double lowest = dtype() == at::kDouble ? std::numeric_limits<double>::lowest() : -0x1.fep127;
+  in.scores = in.scores.clone().fill_(lowest);
+  EXPECT_TRUE(softmax_of(in).eq(0.0625).all().item<bool>());
 }
 
 TEST_P(Alibi, SoftmaxTreatsMinusInfinityInScoresAsMasked) {
@@ -452,6 +513,24 @@ TEST_P(Alibi, NanInScoresStaysInItsRow) {
   const at::Tensor p = softmax_of(in);
   EXPECT_EQ(p.isnan().sum().item<int64_t>(), 16);
   EXPECT_EQ(add_of(in).isnan().sum().item<int64_t>(), 1);
+}
+
+TEST_P(Alibi, LaterKeysWeighNothingEvenInARowOfNan) {
+  for (const int64_t keys : {13, 16, 17000}) {
+    AlibiCase c;
+    c.batched = false;
+    c.heads = 1;
+    c.q_len = 8;
+    c.k_len = keys;
+    c.causal = true;
+    AlibiInputs in = inputs(c);
+    in.query_offset = 0;
+    in.scores.select(-1, 0).fill_(std::nan(""));
+    const at::Tensor p = softmax_of(in)[0].to(at::kCPU, at::kDouble);
+    const at::Tensor later = at::ones({c.q_len, keys}, at::kBool).triu(1);
+    EXPECT_TRUE(p.isnan().equal(later.logical_not())) << keys;
+    EXPECT_EQ(p.masked_fill(later.logical_not(), 0).abs().max().item<double>(), 0) << keys;
+  }
 }
 
 TEST_P(Alibi, MaskedScoresDoNotMatter) {

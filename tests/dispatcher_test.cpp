@@ -24,15 +24,21 @@ TEST(Dispatcher, SchemasAreThePublicOnes) {
   EXPECT_EQ(
       schema("posenc::rotary_embedding"),
       "posenc::rotary_embedding(Tensor x, Tensor cos, Tensor sin, Tensor? positions=None, *, "
-      "bool interleaved=False, bool conjugate=False) -> Tensor");
+      "bool interleaved=False, bool conjugate=False, int[] pair_axes=[]) -> Tensor");
   EXPECT_EQ(
       schema("posenc::rotary_embedding_qk"),
       "posenc::rotary_embedding_qk(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? positions=None, *, "
-      "bool interleaved=False, bool conjugate=False) -> (Tensor, Tensor)");
+      "bool interleaved=False, bool conjugate=False, int[] pair_axes=[]) -> (Tensor, Tensor)");
   EXPECT_EQ(
       schema("posenc::rotary_embedding_tables_backward"),
       "posenc::rotary_embedding_tables_backward(Tensor[] grads, Tensor[] inputs, Tensor table, "
-      "Tensor? positions=None, *, bool interleaved=False, bool conjugate=False) -> (Tensor, Tensor)");
+      "Tensor? positions=None, *, bool interleaved=False, bool conjugate=False, int[] pair_axes=[]) -> (Tensor, "
+      "Tensor)");
+  EXPECT_EQ(
+      schema("posenc::rotary_embedding_backward"),
+      "posenc::rotary_embedding_backward(Tensor[] grads, Tensor[] inputs, Tensor cos, Tensor sin, "
+      "Tensor? positions=None, *, bool interleaved=False, bool conjugate=False, int[] pair_axes=[]) -> "
+      "(Tensor[], Tensor, Tensor)");
   EXPECT_EQ(
       schema("posenc::rotary_tables"),
       "posenc::rotary_tables(Tensor inv_freq, SymInt length, *, ScalarType dtype=6, float attention_factor=1.) "
@@ -45,8 +51,8 @@ TEST(Dispatcher, SchemasAreThePublicOnes) {
 
 TEST(Dispatcher, EveryOperatorHasItsKernels) {
   for (const char* name :
-       {"posenc::rotary_embedding", "posenc::rotary_embedding_qk", "posenc::rotary_embedding_tables_backward",
-        "posenc::rotary_tables", "posenc::rotary_tables_backward"}) {
+       {"posenc::rotary_embedding", "posenc::rotary_embedding_qk", "posenc::rotary_embedding_backward",
+        "posenc::rotary_embedding_tables_backward", "posenc::rotary_tables", "posenc::rotary_tables_backward"}) {
     SCOPED_TRACE(name);
     EXPECT_TRUE(find(name).hasKernelForDispatchKey(c10::DispatchKey::CPU));
     EXPECT_TRUE(find(name).hasKernelForDispatchKey(c10::DispatchKey::Meta));
@@ -57,11 +63,12 @@ TEST(Dispatcher, EveryOperatorHasItsKernels) {
 TEST(Dispatcher, CallByNameEqualsTheFreeFunction) {
   RotaryCase c;
   c.positions = PositionShape::per_batch;
+  c.axes = 2;
   c.interleaved = true;
   c.conjugate = true;
   const RotaryInputs in = make_inputs(c, {at::kCPU, at::kFloat});
-  const auto stack =
-      call_boxed("posenc::rotary_embedding", {in.q, in.cos, in.sin, in.positions, in.interleaved, in.conjugate});
+  const auto stack = call_boxed(
+      "posenc::rotary_embedding", {in.q, in.cos, in.sin, in.positions, in.interleaved, in.conjugate, in.pair_axes});
   ASSERT_EQ(stack.size(), 1U);
   expect_same_bits(stack[0].toTensor(), rotate(in, in.q));
 }
@@ -69,7 +76,8 @@ TEST(Dispatcher, CallByNameEqualsTheFreeFunction) {
 TEST(Dispatcher, CallOfThePairByNameEqualsTheFreeFunction) {
   const RotaryInputs in = make_inputs(RotaryCase(), {at::kCPU, at::kFloat});
   const auto stack = call_boxed(
-      "posenc::rotary_embedding_qk", {in.q, in.k, in.cos, in.sin, in.positions, in.interleaved, in.conjugate});
+      "posenc::rotary_embedding_qk",
+      {in.q, in.k, in.cos, in.sin, in.positions, in.interleaved, in.conjugate, in.pair_axes});
   ASSERT_EQ(stack.size(), 2U);
   const auto [q, k] = rotate_qk(in);
   expect_same_bits(stack[0].toTensor(), q);
@@ -79,8 +87,8 @@ TEST(Dispatcher, CallOfThePairByNameEqualsTheFreeFunction) {
 TEST(Dispatcher, CallByNameIsDifferentiable) {
   RotaryInputs in = make_inputs(RotaryCase(), {at::kCPU, at::kFloat});
   in.q.requires_grad_();
-  const auto stack =
-      call_boxed("posenc::rotary_embedding", {in.q, in.cos, in.sin, in.positions, in.interleaved, in.conjugate});
+  const auto stack = call_boxed(
+      "posenc::rotary_embedding", {in.q, in.cos, in.sin, in.positions, in.interleaved, in.conjugate, in.pair_axes});
   const at::Tensor y = stack[0].toTensor();
   const at::Tensor grad = at::randn(y.sizes());
   const RotaryInputs conjugate = backwards(in);
@@ -95,8 +103,9 @@ std::tuple<at::Tensor, at::Tensor> tables_backward(
     const TensorList& inputs,
     const at::Tensor& table,
     const std::optional<at::Tensor>& positions) {
-  const auto stack =
-      call_boxed("posenc::rotary_embedding_tables_backward", {grads, inputs, table, positions, false, false});
+  const auto stack = call_boxed(
+      "posenc::rotary_embedding_tables_backward",
+      {grads, inputs, table, positions, false, false, std::vector<int64_t>()});
   return {stack[0].toTensor(), stack[1].toTensor()};
 }
 

@@ -45,6 +45,22 @@ std::vector<RotaryCase> reference_cases() {
         c.position_dtype = at::kInt;
         c.position_strides = PositionStrides::every_other;
       });
+      add("Axes", [](RotaryCase& c) {
+        c.positions = PositionShape::per_batch;
+        c.axes = 2;
+        c.pair_axes = PairAxes::cycled;
+      });
+      add("AxesPerTokenInt32", [](RotaryCase& c) {
+        c.positions = PositionShape::per_token;
+        c.position_dtype = at::kInt;
+        c.position_strides = PositionStrides::every_other;
+        c.axes = 3;
+      });
+      add("AxesPacked", [](RotaryCase& c) {
+        c.packed = true;
+        c.positions = PositionShape::per_token;
+        c.axes = 3;
+      });
       add("TablesPerToken", [](RotaryCase& c) { c.tables = TableShape::per_token; });
       add("TablesPerTokenShared", [](RotaryCase& c) { c.tables = TableShape::per_token_shared; });
       add("Strided", [](RotaryCase& c) {
@@ -90,8 +106,8 @@ TEST_P(Reference, RoundsNarrowDtypesOnce) {
 
 TEST_P(Reference, PairIsTwoCalls) {
   const RotaryInputs in = inputs(at::kFloat);
-  const auto [q, k] =
-      posenc::reference::rotary_embedding_qk(in.q, in.k, in.cos, in.sin, in.positions, in.interleaved, in.conjugate);
+  const auto [q, k] = posenc::reference::rotary_embedding_qk(
+      in.q, in.k, in.cos, in.sin, in.positions, in.interleaved, in.conjugate, in.pair_axes);
   expect_same_bits(q, rotate_reference(in, in.q));
   expect_same_bits(k, rotate_reference(in, in.k));
 }
@@ -101,7 +117,7 @@ TEST_P(Reference, GradientsMatchCentralDifferences) {
   gradcheck(
       [&in](const TensorList& arguments) -> TensorList {
         return {posenc::reference::rotary_embedding(
-            arguments[0], arguments[1], arguments[2], in.positions, in.interleaved, in.conjugate)};
+            arguments[0], arguments[1], arguments[2], in.positions, in.interleaved, in.conjugate, in.pair_axes)};
       },
       {in.q.detach().requires_grad_(), in.cos.detach().requires_grad_(), in.sin.detach().requires_grad_()});
 }
@@ -113,6 +129,18 @@ TEST_P(Reference, TableGradientsMatchTheScalarLoop) {
   const at::Tensor grad = at::randn(in.q.sizes(), at::kDouble);
   const TensorList found = gradients({rotate_reference(in, in.q)}, {in.cos, in.sin}, {grad});
   expect_table_gradients(found[0], found[1], scalar_table_gradients(in, {{grad, in.q}}));
+}
+
+TEST(ScalarLoop, ReadsTheAxisOfEachPair) {
+  RotaryInputs in;
+  in.cos = at::tensor({1.0, 10.0, 2.0, 20.0, 3.0, 30.0}, at::kDouble).view({3, 2});
+  in.sin = at::zeros({3, 2}, at::kDouble);
+  in.positions = at::tensor({0, 1, 2, 0}, at::kLong).view({2, 2});  // [A, S]
+  in.pair_axes = {1, 0};
+  const at::Tensor x = at::ones({1, 2, 1, 4}, at::kDouble);
+  // Token 0: pair 0 reads row 2 (axis 1), pair 1 row 0. Token 1: row 0 and row 1.
+  expect_same_bits(
+      scalar_rotation(in, x).flatten(), at::tensor({3.0, 10.0, 3.0, 10.0, 1.0, 20.0, 1.0, 20.0}, at::kDouble));
 }
 
 TEST(ScalarLoop, IsTheFormula) {

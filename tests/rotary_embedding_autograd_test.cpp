@@ -43,6 +43,19 @@ std::vector<RotaryCase> small_cases() {
     c.position_dtype = at::kInt;
   });
   add("PositionsPerBatch", [](RotaryCase& c) { c.positions = PositionShape::per_batch; });
+  add("Axes", [](RotaryCase& c) {
+    c.positions = PositionShape::per_batch;
+    c.axes = 2;
+  });
+  add("AxesPackedRepeated", [](RotaryCase& c) {
+    c.packed = true;
+    c.tokens = 5;
+    c.spare_rows = -3;
+    c.positions = PositionShape::per_token;
+    c.axes = 3;
+    c.pair_axes = PairAxes::cycled;
+    c.interleaved = true;
+  });
   add("TablesPerToken", [](RotaryCase& c) { c.tables = TableShape::per_token; });
   add("TablesPerTokenShared", [](RotaryCase& c) { c.tables = TableShape::per_token_shared; });
   add("StridedTables", [](RotaryCase& c) { c.table_strides = TableStrides::transposed; });
@@ -67,15 +80,16 @@ RotaryInputs with_grad(const RotaryInputs& inputs, bool q, bool k, bool cos, boo
 Differentiable pair_function(const RotaryInputs& in) {
   return [in](const TensorList& arguments) -> TensorList {
     const auto [q, k] = posenc::rotary_embedding_qk(
-        arguments[0], arguments[1], arguments[2], arguments[3], in.positions, in.interleaved, in.conjugate);
+        arguments[0], arguments[1], arguments[2], arguments[3], in.positions, in.interleaved, in.conjugate,
+        in.pair_axes);
     return {q, k};
   };
 }
 
 Differentiable single_function(const RotaryInputs& in) {
   return [in](const TensorList& arguments) -> TensorList {
-    return {
-        posenc::rotary_embedding(arguments[0], arguments[1], arguments[2], in.positions, in.interleaved, in.conjugate)};
+    return {posenc::rotary_embedding(
+        arguments[0], arguments[1], arguments[2], in.positions, in.interleaved, in.conjugate, in.pair_axes)};
   };
 }
 
@@ -231,6 +245,11 @@ TEST_P(RotaryEmbeddingAutograd, TableGradientsMatchTheScalarLoop) {
   larger.positions = PositionShape::per_batch;
   cases.push_back(larger);
   larger.spare_rows = -39;  // every token reads the one row
+  cases.push_back(larger);
+  larger.axes = 4;
+  larger.pair_axes = PairAxes::random;
+  cases.push_back(larger);
+  larger.spare_rows = -30;
   cases.push_back(larger);
   for (const RotaryCase& c : cases) {
     SCOPED_TRACE(::testing::Message() << c);

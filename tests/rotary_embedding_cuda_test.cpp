@@ -15,6 +15,7 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include <thread>
+#include <utility>
 
 namespace posenc::test {
 namespace {
@@ -292,6 +293,53 @@ TEST_F(RotaryEmbeddingCudaGraph, ReplayedModuleKeepsItsTablesWhileTheyGrow) {
   c10::cuda::device_synchronize();
   expect_same_bits(q, expected_q);
   expect_same_bits(k, expected_k);
+}
+
+TEST_F(RotaryEmbeddingCudaGraph, ReplayedModuleKeepsTheTablesOfItsLengthWhileOthersCome) {
+  posenc::RotaryEmbedding rope(posenc::RotaryEmbeddingOptions(16).scaling(posenc::DynamicNtkScaling{2, 2}));
+  const RotaryInputs in = inputs();
+  // No reserve: the call that warms up builds the tables, and the capture makes them stay.
+  const auto [expected_q, expected_k] = rope->forward(in.q, in.k);
+  at::Tensor q;
+  at::Tensor k;
+  at::cuda::CUDAGraph graph;
+  capture(graph, [&] { std::tie(q, k) = rope->forward(in.q, in.k); });
+  for (int64_t tokens = 100; tokens < 140; ++tokens) {
+    rope->rotate(at::full({1, tokens, 1, 16}, 1e9, in.q.options()));
+  }
+  q.zero_();
+  k.zero_();
+  c10::cuda::device_synchronize();
+  graph.replay();
+  c10::cuda::device_synchronize();
+  expect_same_bits(q, expected_q);
+  expect_same_bits(k, expected_k);
+}
+
+TEST_F(RotaryEmbeddingCudaGraph, CaptureWithoutTablesIsAnErrorThatNamesReserve) {
+  posenc::RotaryEmbedding rope(posenc::RotaryEmbeddingOptions(16).max_position_embeddings(8));
+  const at::Tensor x = inputs().q;
+  const at::Tensor longer = at::zeros({1, 100, 1, 16}, x.options());
+  rope->rotate(x);
+  std::string message;
+  at::Tensor y;
+  at::cuda::CUDAGraph graph;
+  bool warm = false;
+  capture(graph, [&] {
+    y = rope->rotate(x);
+    if (!std::exchange(warm, true)) {
+      return;
+    }
+    try {
+      rope->rotate(longer);
+    } catch (const c10::Error& error) {
+      message = error.what();
+    }
+  });
+  EXPECT_NE(message.find("call reserve"), std::string::npos) << message;
+  graph.replay();
+  c10::cuda::device_synchronize();
+  expect_same_bits(y, rope->rotate(x));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -136,7 +136,9 @@ std::vector<BadCall> bad_calls() {
   add_positions("PositionsTooMany", {6}, at::kLong, {"expected positions", "[S] = [3]", "got [6]"});
   add_positions("PositionsOfAnotherBatch", {1, 3}, at::kInt, {"expected positions", "[B, S] = [2, 3]", "got [1, 3]"});
   add_positions("PositionsTransposed", {3, 2}, at::kInt, {"expected positions", "[B, S] = [2, 3]", "got [3, 2]"});
-  add_positions("PositionsOfThreeDimensions", {1, 2, 3}, at::kInt, {"expected positions", "got [1, 2, 3]"});
+  add_positions(
+      "PositionsOfAxesWithoutPairAxes", {1, 2, 3}, at::kInt,
+      {"expected positions", "[B, S] = [2, 3]", "without pair_axes", "got [1, 2, 3]"});
   add_positions("PositionsOfNoDimension", {}, at::kLong, {"expected positions", "got []"});
   add("PositionsOfPackedInputsWithBatch", {"expected positions", "[T] = [3]", "got [1, 3]"},
       [](RotaryInputs& in, at::Device device) {
@@ -145,6 +147,55 @@ std::vector<BadCall> bad_calls() {
       });
   add("UndefinedPositions", {"positions", "undefined"},
       [](RotaryInputs& in, at::Device) { in.positions = at::Tensor(); });
+
+  add("TablesWithoutRows", {"cos and sin", "at least one row", "got [0, 4]"}, [](RotaryInputs& in, at::Device device) {
+    in.cos = in.sin = at::zeros({0, 4}, in.cos.options());
+    in.positions = positions({3}, at::kLong, device);
+  });
+
+  // Axes of positions.
+  const auto add_axes = [&add](
+                            const std::string& name, const Sizes& sizes, const Sizes& pair_axes,
+                            const std::vector<std::string>& parts) {
+    add(name, parts, [sizes, pair_axes](RotaryInputs& in, at::Device device) {
+      in.positions = positions(sizes, at::kLong, device);
+      in.pair_axes = pair_axes;
+    });
+  };
+  add_axes("AxesTooFewPairs", {2, 2, 3}, {0, 1, 0}, {"expected as many pair_axes as pairs, R/2 = 4", "got 3"});
+  add_axes("AxesTooManyPairs", {2, 2, 3}, {0, 1, 0, 1, 0}, {"expected as many pair_axes as pairs, R/2 = 4", "got 5"});
+  add_axes("AxesBeyondThePositions", {2, 2, 3}, {0, 1, 2, 0}, {"expected pair_axes of 0 to 1", "[2, 2, 3]", "got 2"});
+  add_axes("AxesBelowZero", {2, 3}, {0, 1, -1, 0}, {"expected pair_axes of 0 to 1", "[2, 3]", "got -1"});
+  add_axes("AxesOfPositionsWithoutAxes", {3}, {0, 0, 0, 0}, {"expected positions", "[A, S] = [A, 3]", "got [3]"});
+  add_axes(
+      "AxesOfAnotherBatch", {3, 1, 3}, {0, 1, 2, 0},
+      {"expected positions", "[A, B, S] = [A, 2, 3]", "with pair_axes", "got [3, 1, 3]"});
+  add_axes("AxesTooMany", {5, 2, 3}, {0, 1, 2, 0}, {"expected positions", "1 to 4 axes", "got [5, 2, 3]"});
+  add_axes("AxesNone", {0, 2, 3}, {0, 0, 0, 0}, {"expected positions", "1 to 4 axes", "got [0, 2, 3]"});
+  add("AxesOfPackedInputsWithBatch", {"expected positions", "[A, T] = [A, 3]", "got [2, 1, 3]"},
+      [](RotaryInputs& in, at::Device device) {
+        in.q = in.q[0], in.k = in.k[0];
+        in.positions = positions({2, 1, 3}, at::kLong, device);
+        in.pair_axes = {0, 1, 0, 1};
+      });
+  add("AxesOfPackedInputsWithoutPairAxes", {"expected positions", "[T] = [3]", "without pair_axes", "got [2, 3]"},
+      [](RotaryInputs& in, at::Device device) {
+        in.q = in.q[0], in.k = in.k[0];
+        in.positions = positions({2, 3}, at::kLong, device);
+      });
+  add("AxesWithoutPositions", {"expected positions", "with pair_axes", "got none"},
+      [](RotaryInputs& in, at::Device) { in.pair_axes = {0, 0, 0, 0}; });
+  add("AxesWithTablesPerToken", {"expected no pair_axes", "per token", "[2, 3, 4]", "got 4"},
+      [](RotaryInputs& in, at::Device) {
+        in.cos = in.sin = at::zeros({2, 3, 4}, in.cos.options());
+        in.pair_axes = {0, 0, 0, 0};
+      });
+  add("AxesOfTooManyPairs", {"at most 512 pairs with pair_axes", "got 513"}, [](RotaryInputs& in, at::Device device) {
+    in.q = at::zeros({2, 3, 1, 1026}, in.q.options()), in.k = in.q;
+    in.cos = in.sin = at::zeros({6, 513}, in.cos.options());
+    in.positions = positions({1, 3}, at::kLong, device);
+    in.pair_axes = std::vector<int64_t>(513, 0);
+  });
 
   // Devices. Meta stands for one that is always there.
   add("CosOnAnotherDevice", {"expected cos", "device", "meta"},

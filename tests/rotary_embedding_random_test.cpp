@@ -39,6 +39,10 @@ class RandomCases {
       }
       c.position_strides = any<PositionStrides>(kPositionStrides);
       c.position_dtype = chance(2) ? at::kInt : at::kLong;
+      if (c.positions != PositionShape::absent && chance(3)) {
+        c.axes = between(1, 4);
+        c.pair_axes = any<PairAxes>(kPairAxes);
+      }
       // With positions a table may be shorter than the sequence.
       c.spare_rows = c.positions == PositionShape::absent ? between(0, 5) : between(1 - c.tokens, 5);
     }

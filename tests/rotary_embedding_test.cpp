@@ -72,6 +72,35 @@ std::vector<RotaryCase> grid() {
     add_positions("PositionPerBatchExpanded", PositionShape::per_batch, PositionStrides::expanded);
   }
 
+  for (const auto& [name, axes, pattern] : std::vector<std::tuple<std::string, int64_t, PairAxes>>{
+           {"OneAxis", 1, PairAxes::chunked},
+           {"TwoAxes", 2, PairAxes::chunked},
+           {"ThreeAxesCycled", 3, PairAxes::cycled},
+           {"FourAxesRandom", 4, PairAxes::random}}) {
+    const auto add_axes = [&, a = axes, p = pattern](const std::string& suffix, std::function<void(RotaryCase&)> more) {
+      add(name + suffix, [=](RotaryCase& c) {
+        c.axes = a;
+        c.pair_axes = p;
+        c.positions = PositionShape::per_batch;
+        more(c);
+      });
+    };
+    add_axes("", [](RotaryCase&) {});
+    for (const int64_t pairs : {1, 3, 8, 24, 33, 64}) {
+      add_axes("Pairs" + std::to_string(pairs), [=](RotaryCase& c) { c.head_dim = c.rotary_dim = 2 * pairs; });
+    }
+    add_axes("Partial", [](RotaryCase& c) { c.head_dim = 24; });
+    add_axes("PerToken", [](RotaryCase& c) { c.positions = PositionShape::per_token, c.position_dtype = at::kInt; });
+    add_axes("Strided", [](RotaryCase& c) { c.position_strides = PositionStrides::every_other; });
+    add_axes("Expanded", [](RotaryCase& c) { c.position_strides = PositionStrides::expanded; });
+    add_axes("Packed", [](RotaryCase& c) { c.packed = true, c.positions = PositionShape::per_token; });
+    add_axes("TableSlice", [](RotaryCase& c) { c.table_strides = TableStrides::slice; });
+    add_axes("TableTransposed", [](RotaryCase& c) { c.table_strides = TableStrides::transposed; });
+    add_axes("HeadSlice", [](RotaryCase& c) { c.q_strides = c.k_strides = Strides::head_slice; });
+    add_axes("OneValue", [](RotaryCase& c) { c.q_strides = c.k_strides = Strides::one_value; });
+    add_axes("Reversed", [](RotaryCase& c) { c.q_strides = c.k_strides = Strides::reversed; });
+  }
+
   add("TableOfExactLength", [](RotaryCase& c) { c.spare_rows = 0; });
   add("TablePerToken", [](RotaryCase& c) { c.tables = TableShape::per_token; });
   add("TablePerTokenShared", [](RotaryCase& c) { c.tables = TableShape::per_token_shared; });
@@ -413,8 +442,13 @@ TEST_P(RotaryEmbedding, EmptyTensorsWork) {
     c.batch = empty == 0 ? 0 : c.batch;
     c.tokens = empty == 1 ? 0 : c.tokens;
     c.q_heads = empty == 2 ? 0 : c.q_heads;
-    for (const PositionShape shape : {PositionShape::absent, PositionShape::per_token, PositionShape::per_batch}) {
+    for (const auto& [shape, axes] : std::vector<std::pair<PositionShape, int64_t>>{
+             {PositionShape::absent, 0},
+             {PositionShape::per_token, 0},
+             {PositionShape::per_batch, 0},
+             {PositionShape::per_batch, 3}}) {
       c.positions = shape;
+      c.axes = axes;
       const RotaryInputs in = make_inputs(c, GetParam());
       SCOPED_TRACE(::testing::Message() << c);
       EXPECT_EQ(rotate(in, in.q).sizes(), in.q.sizes());
@@ -471,6 +505,56 @@ TEST_P(RotaryEmbedding, PositionOutsideTheTableInOneBatchEntryLeavesTheOthers) {
   expect_same_bits(y[1].narrow(0, 3, 2), expected[1].narrow(0, 3, 2));
 }
 
+TEST_P(RotaryEmbedding, PositionOutsideTheTableGivesNanForThePairsThatReadIt) {
+  RotaryCase c;
+  c.head_dim = 18;
+  for (const bool interleaved : {false, true}) {
+    c.interleaved = interleaved;
+    RotaryInputs in = model_inputs(c);
+    in.pair_axes = {0, 1, 1, 0, 2, 1, 0, 2};
+    const at::Tensor inside = at::zeros({3, 5}, at::kLong).to(device());
+    for (const int64_t outside : std::vector<int64_t>{-1, 64, (1LL << 32) + 1}) {
+      SCOPED_TRACE(outside);
+      in.positions = inside;
+      const at::Tensor expected = rotate(in, in.q);
+      in.positions = inside.clone();
+      (*in.positions)[1][2].fill_(outside);
+      at::Tensor reads = at::zeros(in.q.sizes(), at::kBool);
+      for (const int64_t pair : {1, 2, 5}) {
+        reads.select(1, 2).select(-1, interleaved ? 2 * pair : pair).fill_(true);
+        reads.select(1, 2).select(-1, interleaved ? 2 * pair + 1 : pair + 8).fill_(true);
+      }
+      for (const at::Tensor& y : {rotate(in, in.q), std::get<0>(rotate_qk(in)), rotate_reference(in, in.q)}) {
+        EXPECT_TRUE(at::equal(y.isnan().cpu(), reads));
+        expect_same_bits(y.cpu().masked_fill(reads, 0), expected.cpu().masked_fill(reads, 0));
+      }
+    }
+  }
+}
+
+TEST_P(RotaryEmbedding, AxisThatNoPairReadsDoesNotMatter) {
+  RotaryInputs in = model_inputs(RotaryCase());
+  in.pair_axes = std::vector<int64_t>(8, 1);
+  in.positions = at::stack({at::full({5}, -1, at::kLong), at::arange(5)}).to(device());
+  expect_same_bits(rotate(in, in.q), posenc::rotary_embedding(in.q, in.cos, in.sin));
+}
+
+TEST_P(RotaryEmbedding, AxesOfEqualPositionsEqualOneAxisBitForBit) {
+  for (const bool interleaved : {false, true}) {
+    RotaryCase c;
+    c.positions = PositionShape::per_batch;
+    c.interleaved = interleaved;
+    c.head_dim = 24;
+    RotaryInputs in = make_inputs(c, GetParam());
+    const auto [q, k] = rotate_qk(in);
+    in.positions = in.positions->expand({3, c.batch, c.tokens});
+    in.pair_axes = {0, 1, 2, 0, 1, 2, 0, 1};
+    const auto [q_of_axes, k_of_axes] = rotate_qk(in);
+    expect_same_bits(q_of_axes, q);
+    expect_same_bits(k_of_axes, k);
+  }
+}
+
 /// Turns the check of positions on for the lifetime of the object.
 class PositionCheck {
  public:
@@ -493,6 +577,14 @@ TEST_P(RotaryEmbedding, CheckedPositionOutsideTheTableIsAnError) {
     expect_error([&] { rotate(in, in.q); }, parts);
     expect_error([&] { rotate_qk(in); }, parts);
   }
+}
+
+TEST_P(RotaryEmbedding, CheckedPositionOfAnyAxisOutsideTheTableIsAnError) {
+  RotaryInputs in = model_inputs(RotaryCase());
+  in.pair_axes = {0, 0, 0, 0, 1, 1, 1, 1};
+  in.positions = positions({0, 1, 2, 3, 4, 0, 1, 2, 64, 4}).view({2, 5});
+  const PositionCheck check;
+  expect_error([&] { rotate(in, in.q); }, {"positions", "[0, 64)", "0 to 64"});
 }
 
 TEST_P(RotaryEmbedding, CheckedPositionsInsideTheTablePass) {

@@ -102,6 +102,7 @@ namespace {
 
 const char* const kPositionShapeNames[kPositionShapes] = {"absent", "per_token", "per_batch"};
 const char* const kPositionStridesNames[kPositionStrides] = {"dense", "every_other", "expanded"};
+const char* const kPairAxesNames[kPairAxes] = {"chunked", "cycled", "random"};
 const char* const kTableShapeNames[kTableShapes] = {"by_position", "per_token", "per_token_shared"};
 const char* const kTableStridesNames[kTableStrides] = {"dense", "slice", "transposed", "one_row"};
 
@@ -132,18 +133,36 @@ at::Tensor random_positions(const RotaryCase& c, int64_t length, at::DeviceType 
     return at::randint(length, sizes, at::kLong).to(device, c.position_dtype);
   };
   const bool per_batch = c.positions == PositionShape::per_batch;
-  const std::vector<int64_t> sizes =
-      per_batch ? std::vector<int64_t>{c.batch, c.tokens} : std::vector<int64_t>{c.tokens};
+  std::vector<int64_t> sizes = per_batch ? std::vector<int64_t>{c.batch, c.tokens} : std::vector<int64_t>{c.tokens};
+  if (c.axes > 0) {
+    sizes.insert(sizes.begin(), c.axes);
+  }
+  std::vector<int64_t> stored = sizes;
   switch (c.position_strides) {
     case PositionStrides::dense:
       break;
-    case PositionStrides::every_other:
-      return per_batch ? draw({c.tokens, 2 * c.batch}).slice(1, 0, 2 * c.batch, 2).t()
-                       : draw({2 * c.tokens}).slice(0, 0, 2 * c.tokens, 2);
+    case PositionStrides::every_other: {  // tokens outermost
+      std::reverse(stored.begin(), stored.end());
+      stored.back() *= 2;
+      const at::Tensor drawn = draw(stored).slice(-1, 0, stored.back(), 2);
+      return drawn.dim() == 3 ? drawn.permute({2, 1, 0}) : drawn.t();
+    }
     case PositionStrides::expanded:
-      return (per_batch ? draw({1, c.tokens}) : draw({1})).expand(sizes);
+      stored[stored.size() - (per_batch ? 2 : 1)] = 1;
+      return draw(stored).expand(sizes);
   }
   return draw(sizes);
+}
+
+std::vector<int64_t> pair_axes_of(const RotaryCase& c) {
+  const int64_t pairs = c.rotary_dim / 2;
+  std::vector<int64_t> axes(static_cast<size_t>(pairs));
+  for (int64_t i = 0; i < pairs; ++i) {
+    axes[i] = c.pair_axes == PairAxes::chunked ? i * c.axes / pairs
+        : c.pair_axes == PairAxes::cycled      ? i % c.axes
+                                               : at::randint(c.axes, {1}, at::kLong).item<int64_t>();
+  }
+  return axes;
 }
 
 }  // namespace
@@ -159,6 +178,7 @@ std::ostream& operator<<(std::ostream& stream, const RotaryCase& c) {
                 << kTableStridesNames[static_cast<int>(c.table_strides)] << " with " << c.spare_rows
                 << " spare rows, positions " << kPositionShapeNames[static_cast<int>(c.positions)] << " "
                 << kPositionStridesNames[static_cast<int>(c.position_strides)] << " " << c.position_dtype
+                << (c.axes > 0 ? c10::str(" of ", c.axes, " axes ", kPairAxesNames[static_cast<int>(c.pair_axes)]) : "")
                 << (c.interleaved ? ", interleaved" : "") << (c.conjugate ? ", conjugate" : "");
 }
 
@@ -224,6 +244,9 @@ RotaryInputs make_inputs(const RotaryCase& c, const Target& target) {
   in.sin = random_table(table_sizes, table_target, c.table_strides);
   if (c.positions != PositionShape::absent) {
     in.positions = random_positions(c, length, target.device);
+    if (c.axes > 0) {
+      in.pair_axes = pair_axes_of(c);
+    }
   }
   in.interleaved = c.interleaved;
   in.conjugate = c.conjugate;
@@ -231,15 +254,17 @@ RotaryInputs make_inputs(const RotaryCase& c, const Target& target) {
 }
 
 at::Tensor rotate(const RotaryInputs& in, const at::Tensor& x) {
-  return posenc::rotary_embedding(x, in.cos, in.sin, in.positions, in.interleaved, in.conjugate);
+  return posenc::rotary_embedding(x, in.cos, in.sin, in.positions, in.interleaved, in.conjugate, in.pair_axes);
 }
 
 std::tuple<at::Tensor, at::Tensor> rotate_qk(const RotaryInputs& in) {
-  return posenc::rotary_embedding_qk(in.q, in.k, in.cos, in.sin, in.positions, in.interleaved, in.conjugate);
+  return posenc::rotary_embedding_qk(
+      in.q, in.k, in.cos, in.sin, in.positions, in.interleaved, in.conjugate, in.pair_axes);
 }
 
 at::Tensor rotate_reference(const RotaryInputs& in, const at::Tensor& x) {
-  return posenc::reference::rotary_embedding(x, in.cos, in.sin, in.positions, in.interleaved, in.conjugate);
+  return posenc::reference::rotary_embedding(
+      x, in.cos, in.sin, in.positions, in.interleaved, in.conjugate, in.pair_axes);
 }
 
 RotaryInputs backwards(const RotaryInputs& in) {
@@ -281,8 +306,14 @@ void for_each_pair(
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t s = 0; s < tokens; ++s) {
       int64_t row = s;
+      std::vector<int64_t> row_of_axis;
       if (in.positions) {
-        row = in.positions->dim() == 1 ? (*in.positions)[s].item<int64_t>() : (*in.positions)[b][s].item<int64_t>();
+        const bool has_axes = !in.pair_axes.empty();
+        for (int64_t axis = 0; axis < (has_axes ? in.positions->size(0) : 1); ++axis) {
+          const at::Tensor of_axis = has_axes ? (*in.positions)[axis] : *in.positions;
+          row_of_axis.push_back((of_axis.dim() == 1 ? of_axis[s] : of_axis[b][s]).item<int64_t>());
+        }
+        row = row_of_axis[0];
       } else if (in.cos.dim() == 3) {
         row = (in.cos.size(0) == 1 ? 0 : b) * tokens + s;
       }
@@ -291,7 +322,8 @@ void for_each_pair(
         for (int64_t i = 0; i < half; ++i) {
           const int64_t first = in.interleaved ? 2 * i : i;
           const int64_t second = in.interleaved ? 2 * i + 1 : i + half;
-          visit(head + first, head + second, row * half + i);
+          const int64_t row_of_pair = in.pair_axes.empty() ? row : row_of_axis[in.pair_axes[i]];
+          visit(head + first, head + second, row_of_pair * half + i);
         }
       }
     }

@@ -117,6 +117,14 @@ constexpr int kPositionShapes = static_cast<int>(PositionShape::per_batch) + 1;
 enum class PositionStrides { dense, every_other, expanded };
 constexpr int kPositionStrides = static_cast<int>(PositionStrides::expanded) + 1;
 
+/// Which axis of the positions each pair reads, where positions have several.
+enum class PairAxes {
+  chunked,  // the first pairs read axis 0, the next axis 1, ...
+  cycled,   // one after the other
+  random
+};
+constexpr int kPairAxes = static_cast<int>(PairAxes::random) + 1;
+
 enum class TableShape { by_position, per_token, per_token_shared };
 constexpr int kTableShapes = static_cast<int>(TableShape::per_token_shared) + 1;
 
@@ -141,6 +149,8 @@ struct RotaryCase {
   PositionShape positions = PositionShape::absent;
   PositionStrides position_strides = PositionStrides::dense;
   at::ScalarType position_dtype = at::kLong;
+  int64_t axes = 0;  // of positions that are there; 0: one, and no pair_axes
+  PairAxes pair_axes = PairAxes::chunked;
   TableShape tables = TableShape::by_position;
   TableStrides table_strides = TableStrides::dense;
 
@@ -158,6 +168,7 @@ struct RotaryInputs {
   std::optional<at::Tensor> positions = std::nullopt;
   bool interleaved = false;
   bool conjugate = false;
+  std::vector<int64_t> pair_axes = {};
 };
 
 /// Arguments as `c` describes them. Values are normal, those of the tables too (the operator is linear in

@@ -7,6 +7,7 @@
 #include <posenc/frequencies.h>
 #include <posenc/logging.h>
 #include <posenc/modules/alibi_bias.h>
+#include <posenc/modules/qk_norm_rotary_embedding.h>
 #include <posenc/modules/rotary_embedding.h>
 #include <posenc/positions.h>
 #include <posenc/qk_norm_rotary_embedding.h>

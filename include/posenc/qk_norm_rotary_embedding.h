@@ -3,6 +3,7 @@
 #include <posenc/export.h>
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/ArrayRef.h>
 
 #include <optional>
 #include <tuple>
@@ -27,8 +28,8 @@ namespace posenc {
 ///   (float64 for float64): heads with values beyond about 1e19 / sqrt(D), which only bfloat16 and float32 can hold,
 ///   give zeros, as they do in tensor operations.
 /// @param q_weight,k_weight  `[D]`, of one dtype: that of `q`, or float32 (float64 for float64). Any stride.
-/// @param cos,sin,positions,interleaved  as in `rotary_embedding_qk`. A position outside the tables makes its token
-///   NaN, and with it the gradients of the weights.
+/// @param cos,sin,positions,interleaved,pair_axes  as in `rotary_embedding_qk`. What a position outside the tables makes
+///   NaN, its token or its pairs, makes the gradients of its weights NaN, and with `pair_axes` that of its head.
 /// @param eps  positive. Default: 1e-6.
 /// @param unit_offset  the weight is `1 + w` (Gemma 3) instead of `w` (Qwen3). Default: false.
 /// @param conjugate  rotate backwards. Default: false.
@@ -56,6 +57,7 @@ POSENC_API std::tuple<at::Tensor, at::Tensor> qk_norm_rotary_embedding(
     double eps = 1e-6,
     bool unit_offset = false,
     bool interleaved = false,
-    bool conjugate = false);
+    bool conjugate = false,
+    at::IntArrayRef pair_axes = {});
 
 }  // namespace posenc

@@ -21,7 +21,8 @@ POSENC_API at::Tensor rotary_embedding(
     const at::Tensor& sin,
     const std::optional<at::Tensor>& positions = std::nullopt,
     bool interleaved = false,
-    bool conjugate = false);
+    bool conjugate = false,
+    at::IntArrayRef pair_axes = {});
 
 /// `posenc::rotary_embedding_qk` in tensor operations.
 POSENC_API std::tuple<at::Tensor, at::Tensor> rotary_embedding_qk(
@@ -31,7 +32,8 @@ POSENC_API std::tuple<at::Tensor, at::Tensor> rotary_embedding_qk(
     const at::Tensor& sin,
     const std::optional<at::Tensor>& positions = std::nullopt,
     bool interleaved = false,
-    bool conjugate = false);
+    bool conjugate = false,
+    at::IntArrayRef pair_axes = {});
 
 /// `posenc::rotary_tables` in tensor operations.
 POSENC_API std::tuple<at::Tensor, at::Tensor> rotary_tables(
@@ -52,7 +54,8 @@ POSENC_API std::tuple<at::Tensor, at::Tensor> qk_norm_rotary_embedding(
     double eps = 1e-6,
     bool unit_offset = false,
     bool interleaved = false,
-    bool conjugate = false);
+    bool conjugate = false,
+    at::IntArrayRef pair_axes = {});
 
 /// `posenc::alibi_bias` in tensor operations.
 POSENC_API at::Tensor alibi_bias(

@@ -3,6 +3,7 @@
 #include <posenc/export.h>
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/ArrayRef.h>
 
 #include <optional>
 #include <tuple>
@@ -25,13 +26,17 @@ namespace posenc {
 /// @param cos,sin  `[P, R/2]`: looked up by position, or row s for token s where `positions` is absent
 ///   (`P >= S`). Or `[B, S, R/2]` (B may be 1), one row a token, for `x` of four dimensions and without `positions`.
 ///   float32, or float64 when `x` is float64. Any strides; dense rows are fastest.
-/// @param positions  `[S]` or `[B, S]` (`[T]` for packed `x`), int32 or int64, on the device of `x`. A position
-///   outside `[0, P)` gives NaN for its token: the host cannot see it without waiting for the device (see
-///   `set_position_check`).
+/// @param positions  `[S]` or `[B, S]` (`[T]` for packed `x`), int32 or int64, on the device of `x`. With `pair_axes`
+///   there are 1 to 4 axes in front: `[A, S]` or `[A, B, S]` (`[A, T]`). A position outside `[0, P)` gives NaN for
+///   its token, or, with `pair_axes`, for the pairs that read it: the host cannot see it without waiting for the
+///   device (see `set_position_check`).
 /// @param interleaved  false: pairs are channels `(i, i + R/2)` (GPT-NeoX, Llama in Hugging Face's layout);
 ///   true: `(2i, 2i + 1)` (RoFormer, GPT-J, Llama's own layout).
 /// @param conjugate  rotate backwards, which undoes the rotation; the backward pass is this operator with the
 ///   flag flipped.
+/// @param pair_axes  the axis of `positions`, 0 to A - 1, that each of the `R/2` pairs reads, R/2 at most 512: the
+///   sections of M-RoPE (Qwen2-VL, Wang et al. 2024, https://arxiv.org/abs/2409.12191, section 2.1) and of 2-D grids.
+///   Tables are then looked up by position. Default, empty: all pairs read the one position of their token.
 /// @return a new tensor of the shape and dtype of `x`, in its memory layout where that is dense.
 /// @throws c10::Error  naming the argument, what was expected and what came, before anything is launched.
 ///
@@ -48,7 +53,8 @@ POSENC_API at::Tensor rotary_embedding(
     const at::Tensor& sin,
     const std::optional<at::Tensor>& positions = std::nullopt,
     bool interleaved = false,
-    bool conjugate = false);
+    bool conjugate = false,
+    at::IntArrayRef pair_axes = {});
 
 /// Rotates queries and keys of one attention layer in one launch; everything else as `rotary_embedding`.
 ///
@@ -67,7 +73,8 @@ POSENC_API std::tuple<at::Tensor, at::Tensor> rotary_embedding_qk(
     const at::Tensor& sin,
     const std::optional<at::Tensor>& positions = std::nullopt,
     bool interleaved = false,
-    bool conjugate = false);
+    bool conjugate = false,
+    at::IntArrayRef pair_axes = {});
 
 /// Turns the check of `positions` against the tables on or off (default off; on at start when the environment
 /// variable `POSENC_CHECK_POSITIONS` is set to something other than 0). While it is on, a position outside

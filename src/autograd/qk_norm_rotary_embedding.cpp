@@ -25,6 +25,7 @@ using torch::autograd::variable_list;
 struct Settings {
   double eps;
   bool unit_offset, interleaved, conjugate;
+  std::vector<int64_t> pair_axes;
 };
 
 /// The tensors that both heads of a call share.
@@ -59,7 +60,7 @@ std::tuple<Tensor, Tensor> differentiable_gradients(
   const Normalised n(x, weight, tables.cos, settings);
   const Tensor h = rotary_embedding(
       grad.to(tables.cos.scalar_type()), tables.cos, tables.sin, tables.positions, settings.interleaved,
-      !settings.conjugate);
+      !settings.conjugate, settings.pair_axes);
   const Tensor dx_hat = h * n.weight;
   const Tensor dx = n.rstd * (dx_hat - n.x_hat * (dx_hat * n.x_hat).mean(-1, /*keepdim=*/true));
   const Tensor dweight = (h * n.x_hat).flatten(0, -2).sum(0);
@@ -108,7 +109,8 @@ class QKNormRotaryEmbeddingBackward : public torch::autograd::Node {
     if (grad_q.has_value() || grad_k.has_value()) {
       std::tie(result[0], result[1], result[2], result[3]) = qk_norm_rotary_embedding_backward(
           grad_q, grad_k, q, k, q_weight, k_weight, cos, sin, positions, settings_.eps, settings_.unit_offset,
-          settings_.interleaved, settings_.conjugate, /*weights_grad=*/task_should_compute_output({{2, 4}}));
+          settings_.interleaved, settings_.conjugate, settings_.pair_axes,
+          /*weights_grad=*/task_should_compute_output({{2, 4}}));
     }
     if (task_should_compute_output({{4, 6}})) {
       std::vector<Tensor> rotated_grads;
@@ -122,7 +124,7 @@ class QKNormRotaryEmbeddingBackward : public torch::autograd::Node {
       add(grads[0], q, q_weight);
       add(grads[1], k, k_weight);
       std::tie(result[4], result[5]) = rotary_embedding_tables_backward(
-          rotated_grads, rotated, cos, positions, settings_.interleaved, settings_.conjugate);
+          rotated_grads, rotated, cos, positions, settings_.interleaved, settings_.conjugate, settings_.pair_axes);
     }
     return result;
   }
@@ -154,7 +156,8 @@ std::tuple<Tensor, Tensor> qk_norm_rotary_embedding_autograd(
     double eps,
     bool unit_offset,
     bool interleaved,
-    bool conjugate) {
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
   const std::array<std::reference_wrapper<const Tensor>, 6> differentiable{q, k, q_weight, k_weight, cos, sin};
   for (const Tensor& tensor : differentiable) {
     autograd::check_no_tangent("posenc::qk_norm_rotary_embedding", tensor);
@@ -162,12 +165,12 @@ std::tuple<Tensor, Tensor> qk_norm_rotary_embedding_autograd(
   auto outputs = [&] {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return qk_norm_rotary_embedding(
-        q, k, q_weight, k_weight, cos, sin, positions, eps, unit_offset, interleaved, conjugate);
+        q, k, q_weight, k_weight, cos, sin, positions, eps, unit_offset, interleaved, conjugate, pair_axes);
   }();
   if (autograd::any_requires_grad(differentiable)) {
     const auto node = autograd::make_node<QKNormRotaryEmbeddingBackward>(
         differentiable, q, k, q_weight, k_weight, Tables{cos, sin, positions},
-        Settings{eps, unit_offset, interleaved, conjugate});
+        Settings{eps, unit_offset, interleaved, conjugate, pair_axes.vec()});
     torch::autograd::set_history(std::get<0>(outputs), node);
     torch::autograd::set_history(std::get<1>(outputs), node);
   }
@@ -189,6 +192,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rotary_embedding_backward_aut
     bool unit_offset,
     bool interleaved,
     bool conjugate,
+    at::IntArrayRef pair_axes,
     bool weights_grad) {
   const Tensor none;
   const std::array<std::reference_wrapper<const Tensor>, 8> differentiable{
@@ -200,10 +204,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rotary_embedding_backward_aut
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return qk_norm_rotary_embedding_backward(
         grad_q, grad_k, q, k, q_weight, k_weight, cos, sin, positions, eps, unit_offset, interleaved, conjugate,
-        weights_grad);
+        pair_axes, weights_grad);
   }
   contract::check_qk_norm_rotary_backward(
-      {{"posenc::qk_norm_rotary_embedding_backward", cos, sin, positions, interleaved, conjugate},
+      {{"posenc::qk_norm_rotary_embedding_backward", cos, sin, positions, interleaved, conjugate, pair_axes},
        q,
        k,
        q_weight,
@@ -212,7 +216,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rotary_embedding_backward_aut
        unit_offset},
       grad_q, grad_k);
   const Tables tables{cos, sin, positions};
-  const Settings settings{eps, unit_offset, interleaved, conjugate};
+  const Settings settings{eps, unit_offset, interleaved, conjugate, pair_axes.vec()};
   const auto gradients_of = [&](const std::optional<Tensor>& grad, const Tensor& x, const Tensor& weight) {
     auto gradients = grad.has_value() && grad->defined() ? differentiable_gradients(*grad, x, weight, tables, settings)
                                                          : std::tuple<Tensor, Tensor>();

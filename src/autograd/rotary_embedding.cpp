@@ -1,5 +1,6 @@
 #include <autograd/detail/record.h>
 #include <autograd/detail/rotate_by_table_gradients.h>
+#include <ops/rotary_embedding_backward.h>
 #include <ops/rotary_embedding_tables_backward.h>
 #include <posenc/rotary_embedding.h>
 
@@ -10,6 +11,7 @@
 
 #include <array>
 #include <functional>
+#include <vector>
 
 namespace posenc {
 namespace {
@@ -28,13 +30,15 @@ class RotaryEmbeddingBackward : public torch::autograd::Node {
       const Tensor& sin,
       const std::optional<Tensor>& positions,
       bool interleaved,
-      bool conjugate)
+      bool conjugate,
+      at::IntArrayRef pair_axes)
       : num_inputs_(inputs.size()),
         cos_(cos, /*is_output=*/false),
         sin_(sin, /*is_output=*/false),
         positions_(positions, /*is_output=*/false),
         interleaved_(interleaved),
-        conjugate_(conjugate) {
+        conjugate_(conjugate),
+        pair_axes_(pair_axes.vec()) {
     if (cos.requires_grad() || sin.requires_grad()) {
       for (size_t i = 0; i < num_inputs_; ++i) {
         inputs_[i] = SavedVariable(inputs[i].get(), /*is_output=*/false);
@@ -50,30 +54,51 @@ class RotaryEmbeddingBackward : public torch::autograd::Node {
 
     variable_list result(num_inputs_ + 2);
     const auto wanted = [&](size_t i) { return grads[i].defined() && task_should_compute_output(i); };
-    if (num_inputs_ == 2 && wanted(0) && wanted(1)) {
-      std::tie(result[0], result[1]) =
-          rotary_embedding_qk(grads[0], grads[1], cos, sin, positions, interleaved_, !conjugate_);
-    } else {
-      for (size_t i = 0; i < num_inputs_; ++i) {
-        if (wanted(i)) {
-          result[i] = rotary_embedding(grads[i], cos, sin, positions, interleaved_, !conjugate_);
-        }
-      }
-    }
-
-    if (task_should_compute_output({{num_inputs_, num_inputs_ + 2}})) {
-      variable_list inputs;
-      variable_list output_grads;
+    const bool tables_wanted = task_should_compute_output({{num_inputs_, num_inputs_ + 2}});
+    variable_list inputs;
+    variable_list output_grads;
+    bool all_wanted = tables_wanted;
+    if (tables_wanted) {
       for (size_t i = 0; i < num_inputs_; ++i) {
         if (grads[i].defined()) {
           inputs.push_back(inputs_[i].unpack());
           output_grads.push_back(grads[i]);
+          all_wanted = all_wanted && task_should_compute_output(i);
         }
       }
-      if (!inputs.empty()) {
-        std::tie(result[num_inputs_], result[num_inputs_ + 1]) =
-            rotary_embedding_tables_backward(output_grads, inputs, cos, positions, interleaved_, conjugate_);
+      if (inputs.empty()) {
+        return result;
       }
+    }
+    // In one pass over memory, unless it is recorded: then by the operators that know their derivatives.
+    if (all_wanted && !at::GradMode::is_enabled()) {
+      auto [input_grads, grad_cos, grad_sin] =
+          rotary_embedding_backward(output_grads, inputs, cos, sin, positions, interleaved_, conjugate_, pair_axes_);
+      size_t next = 0;
+      for (size_t i = 0; i < num_inputs_; ++i) {
+        if (grads[i].defined()) {
+          result[i] = std::move(input_grads[next++]);
+        }
+      }
+      result[num_inputs_] = std::move(grad_cos);
+      result[num_inputs_ + 1] = std::move(grad_sin);
+      return result;
+    }
+
+    if (num_inputs_ == 2 && wanted(0) && wanted(1)) {
+      std::tie(result[0], result[1]) =
+          rotary_embedding_qk(grads[0], grads[1], cos, sin, positions, interleaved_, !conjugate_, pair_axes_);
+    } else {
+      for (size_t i = 0; i < num_inputs_; ++i) {
+        if (wanted(i)) {
+          result[i] = rotary_embedding(grads[i], cos, sin, positions, interleaved_, !conjugate_, pair_axes_);
+        }
+      }
+    }
+
+    if (tables_wanted) {
+      std::tie(result[num_inputs_], result[num_inputs_ + 1]) =
+          rotary_embedding_tables_backward(output_grads, inputs, cos, positions, interleaved_, conjugate_, pair_axes_);
     }
     return result;
   }
@@ -95,6 +120,7 @@ class RotaryEmbeddingBackward : public torch::autograd::Node {
   SavedVariable inputs_[2];
   SavedVariable cos_, sin_, positions_;
   bool interleaved_, conjugate_;
+  std::vector<int64_t> pair_axes_;
 };
 
 /// Forward mode: a rotation is linear in its input and in its tables, so the tangent is the input's tangent
@@ -106,7 +132,8 @@ void set_tangent(
     const Tensor& sin,
     const std::optional<Tensor>& positions,
     bool interleaved,
-    bool conjugate) {
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
   const bool by_input = torch::autograd::isFwGradDefined(input);
   const bool by_tables = torch::autograd::isFwGradDefined(cos) || torch::autograd::isFwGradDefined(sin);
   if (!by_input && !by_tables) {
@@ -116,7 +143,8 @@ void set_tangent(
   const Tensor primal_sin = sin._fw_primal(/*level=*/0);
   Tensor tangent;
   if (by_input) {
-    tangent = rotary_embedding(input._fw_grad(/*level=*/0), primal_cos, primal_sin, positions, interleaved, conjugate);
+    tangent = rotary_embedding(
+        input._fw_grad(/*level=*/0), primal_cos, primal_sin, positions, interleaved, conjugate, pair_axes);
   }
   if (by_tables) {
     const auto tangent_or_zeros = [](const Tensor& table, const Tensor& primal) {
@@ -125,7 +153,7 @@ void set_tangent(
     };
     const Tensor of_tables = autograd::rotate_by_table_gradients(
         input._fw_primal(/*level=*/0), tangent_or_zeros(cos, primal_cos), tangent_or_zeros(sin, primal_sin), positions,
-        interleaved, conjugate);
+        interleaved, conjugate, pair_axes);
     tangent = tangent.defined() ? tangent.add(of_tables) : of_tables;
   }
   output._set_fw_grad(tangent, /*level=*/0, /*is_inplace_op=*/false);
@@ -137,18 +165,20 @@ Tensor rotary_embedding_autograd(
     const Tensor& sin,
     const std::optional<Tensor>& positions,
     bool interleaved,
-    bool conjugate) {
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
   Tensor output = [&] {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return rotary_embedding(x, cos, sin, positions, interleaved, conjugate);
+    return rotary_embedding(x, cos, sin, positions, interleaved, conjugate, pair_axes);
   }();
   const std::array<std::reference_wrapper<const Tensor>, 3> differentiable{x, cos, sin};
   if (autograd::any_requires_grad(differentiable)) {
     const auto node = autograd::make_node<RotaryEmbeddingBackward>(
-        differentiable, at::ArrayRef(differentiable).slice(0, 1), cos, sin, positions, interleaved, conjugate);
+        differentiable, at::ArrayRef(differentiable).slice(0, 1), cos, sin, positions, interleaved, conjugate,
+        pair_axes);
     torch::autograd::set_history(output, node);
   }
-  set_tangent(output, x, cos, sin, positions, interleaved, conjugate);
+  set_tangent(output, x, cos, sin, positions, interleaved, conjugate, pair_axes);
   return output;
 }
 
@@ -159,21 +189,23 @@ std::tuple<Tensor, Tensor> rotary_embedding_qk_autograd(
     const Tensor& sin,
     const std::optional<Tensor>& positions,
     bool interleaved,
-    bool conjugate) {
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
   auto outputs = [&] {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return rotary_embedding_qk(q, k, cos, sin, positions, interleaved, conjugate);
+    return rotary_embedding_qk(q, k, cos, sin, positions, interleaved, conjugate, pair_axes);
   }();
   const auto& [q_out, k_out] = outputs;
   const std::array<std::reference_wrapper<const Tensor>, 4> differentiable{q, k, cos, sin};
   if (autograd::any_requires_grad(differentiable)) {
     const auto node = autograd::make_node<RotaryEmbeddingBackward>(
-        differentiable, at::ArrayRef(differentiable).slice(0, 2), cos, sin, positions, interleaved, conjugate);
+        differentiable, at::ArrayRef(differentiable).slice(0, 2), cos, sin, positions, interleaved, conjugate,
+        pair_axes);
     torch::autograd::set_history(q_out, node);
     torch::autograd::set_history(k_out, node);
   }
-  set_tangent(q_out, q, cos, sin, positions, interleaved, conjugate);
-  set_tangent(k_out, k, cos, sin, positions, interleaved, conjugate);
+  set_tangent(q_out, q, cos, sin, positions, interleaved, conjugate, pair_axes);
+  set_tangent(k_out, k, cos, sin, positions, interleaved, conjugate, pair_axes);
   return outputs;
 }
 

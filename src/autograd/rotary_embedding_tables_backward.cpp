@@ -31,11 +31,13 @@ class RotaryEmbeddingTablesBackwardBackward : public torch::autograd::Node {
       const Tensor& table,
       const std::optional<Tensor>& positions,
       bool interleaved,
-      bool conjugate)
+      bool conjugate,
+      at::IntArrayRef pair_axes)
       : table_(table, /*is_output=*/false),
         positions_(positions, /*is_output=*/false),
         interleaved_(interleaved),
-        conjugate_(conjugate) {
+        conjugate_(conjugate),
+        pair_axes_(pair_axes.vec()) {
     for (const Tensor& grad : grads) {
       grads_.emplace_back(grad, /*is_output=*/false);
     }
@@ -57,12 +59,12 @@ class RotaryEmbeddingTablesBackwardBackward : public torch::autograd::Node {
     const Tensor sin = table_grads[1].defined() ? table_grads[1] : at::zeros_like(table);
     for (size_t i = 0; i < count; ++i) {
       if (task_should_compute_output(i)) {
-        result[i] =
-            autograd::rotate_by_table_gradients(inputs_[i].unpack(), cos, sin, positions, interleaved_, conjugate_);
+        result[i] = autograd::rotate_by_table_gradients(
+            inputs_[i].unpack(), cos, sin, positions, interleaved_, conjugate_, pair_axes_);
       }
       if (task_should_compute_output(count + i)) {
-        result[count + i] =
-            autograd::rotate_by_table_gradients(grads_[i].unpack(), cos, sin, positions, interleaved_, !conjugate_);
+        result[count + i] = autograd::rotate_by_table_gradients(
+            grads_[i].unpack(), cos, sin, positions, interleaved_, !conjugate_, pair_axes_);
       }
     }
     return result;
@@ -85,6 +87,7 @@ class RotaryEmbeddingTablesBackwardBackward : public torch::autograd::Node {
   std::vector<SavedVariable> grads_, inputs_;
   SavedVariable table_, positions_;
   bool interleaved_, conjugate_;
+  std::vector<int64_t> pair_axes_;
 };
 
 std::tuple<Tensor, Tensor> rotary_embedding_tables_backward_autograd(
@@ -93,10 +96,11 @@ std::tuple<Tensor, Tensor> rotary_embedding_tables_backward_autograd(
     const Tensor& table,
     const std::optional<Tensor>& positions,
     bool interleaved,
-    bool conjugate) {
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
   auto table_grads = [&] {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return rotary_embedding_tables_backward(grads, inputs, table, positions, interleaved, conjugate);
+    return rotary_embedding_tables_backward(grads, inputs, table, positions, interleaved, conjugate, pair_axes);
   }();
   std::vector<std::reference_wrapper<const Tensor>> differentiable(grads.begin(), grads.end());
   std::copy(inputs.begin(), inputs.end(), std::back_inserter(differentiable));
@@ -108,7 +112,7 @@ std::tuple<Tensor, Tensor> rotary_embedding_tables_backward_autograd(
   }
   if (autograd::any_requires_grad(differentiable)) {
     const auto node = autograd::make_node<RotaryEmbeddingTablesBackwardBackward>(
-        differentiable, grads, inputs, table, positions, interleaved, conjugate);
+        differentiable, grads, inputs, table, positions, interleaved, conjugate, pair_axes);
     torch::autograd::set_history(std::get<0>(table_grads), node);
     torch::autograd::set_history(std::get<1>(table_grads), node);
   }

@@ -66,7 +66,7 @@ AlibiShape alibi_shape(const AlibiArguments& a, int64_t batch, int64_t num_heads
 }
 
 AlibiShape alibi_shape(const AlibiArguments& a, const char* name, const Tensor& scores) {
-  TORCH_CHECK(scores.defined(), a.op, ": expected ", name, " to be a tensor, got an undefined one");
+  check_defined(a.op, name, scores);
   TORCH_CHECK(
       scores.dim() == 4 || scores.dim() == 3, a.op, ": expected ", name,
       " of shape [B, H, Sq, Sk] or [H, Sq, Sk], got ", scores.sizes());
@@ -83,7 +83,7 @@ SlopesView alibi_slopes_view(
     at::ScalarType dtype,
     c10::Device device,
     const char* beside) {
-  TORCH_CHECK(slopes.defined(), op, ": expected slopes to be a tensor, got an undefined one");
+  check_defined(op, "slopes", slopes);
   TORCH_CHECK(
       slopes.dim() == 1 && (num_heads < 0 || slopes.size(0) == num_heads), op, ": expected slopes of shape [H]",
       num_heads < 0 ? "" : c10::str(" = [", num_heads, "]"), ", got ", slopes.sizes());
@@ -107,7 +107,7 @@ AlibiAddProblem alibi_bias_problem(
   TORCH_CHECK(is_served(dtype), a.op, ": expected dtype float16, bfloat16, float32 or float64, got ", dtype);
   TORCH_CHECK(
       q_len >= 0 && k_len >= 0, a.op, ": expected q_len and k_len that are not negative, got ", q_len, " and ", k_len);
-  TORCH_CHECK(slopes.defined(), a.op, ": expected slopes to be a tensor, got an undefined one");
+  check_defined(a.op, "slopes", slopes);
   AlibiAddProblem problem{};
   problem.slopes = alibi_slopes_view(a.op, slopes, /*num_heads=*/-1, dtype, slopes.device());
   problem.shape = alibi_shape(a, 1, slopes.size(0), q_len, k_len);
@@ -156,7 +156,7 @@ AlibiSoftmaxProblem alibi_softmax_problem(
   problem.scale = scale;
   if (key_padding_mask.has_value()) {
     const Tensor& mask = *key_padding_mask;
-    TORCH_CHECK(mask.defined(), a.op, ": expected key_padding_mask to be a tensor, got an undefined one");
+    check_defined(a.op, "key_padding_mask", mask);
     TORCH_CHECK(
         mask.scalar_type() == at::kBool, a.op, ": expected key_padding_mask of dtype bool, got ", mask.scalar_type());
     TORCH_CHECK(

@@ -11,10 +11,6 @@ namespace {
 
 using at::Tensor;
 
-void check_defined(const char* op, const char* name, const Tensor& tensor) {
-  TORCH_CHECK(tensor.defined(), op, ": expected ", name, " to be a tensor, got an undefined one");
-}
-
 /// Integers `[size]` beside q.
 void check_lengths(const char* op, const char* name, const Tensor& lengths, int64_t size, const Tensor& q) {
   check_defined(op, name, lengths);

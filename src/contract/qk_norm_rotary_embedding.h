@@ -72,9 +72,10 @@ std::tuple<at::Tensor, at::Tensor> qk_norm_rotary_embedding(
     double eps,
     bool unit_offset,
     bool interleaved,
-    bool conjugate) {
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
   QKNormRotaryProblem problem = qk_norm_rotary_problem(
-      {{"posenc::qk_norm_rotary_embedding", cos, sin, positions, interleaved, conjugate},
+      {{"posenc::qk_norm_rotary_embedding", cos, sin, positions, interleaved, conjugate, pair_axes},
        q,
        k,
        q_weight,
@@ -103,10 +104,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> qk_norm_rotary_embedd
     bool unit_offset,
     bool interleaved,
     bool conjugate,
+    at::IntArrayRef pair_axes,
     bool weights_grad) {
   QKNormRotaryGradients gradients;
   const QKNormRotaryBackwardProblem problem = qk_norm_rotary_backward_problem(
-      {{"posenc::qk_norm_rotary_embedding_backward", cos, sin, positions, interleaved, conjugate},
+      {{"posenc::qk_norm_rotary_embedding_backward", cos, sin, positions, interleaved, conjugate, pair_axes},
        q,
        k,
        q_weight,

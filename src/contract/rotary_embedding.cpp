@@ -68,7 +68,9 @@ void check_pair(const char* op, const Rotated& q, const Rotated& k) {
       q.tensor.sizes(), ", got ", k.tensor.sizes());
 }
 
-void check_positions(const char* op, const Tensor& positions, const Rotated& q) {
+void check_positions(const RotaryArguments& a, const Rotated& q) {
+  const char* op = a.op;
+  const Tensor& positions = *a.positions;
   TORCH_CHECK(positions.defined(), op, ": expected positions to be a tensor, got an undefined one");
   TORCH_CHECK(
       positions.scalar_type() == at::kInt || positions.scalar_type() == at::kLong, op,
@@ -78,17 +80,49 @@ void check_positions(const char* op, const Tensor& positions, const Rotated& q) 
       q.tensor.device(), ", got ", positions.device());
   const int64_t batch = batch_of(q.tensor);
   const int64_t seq_len = seq_len_of(q.tensor);
-  if (is_packed(q.tensor)) {
+  const bool packed = is_packed(q.tensor);
+  const int64_t of_axes = a.pair_axes.empty() ? 0 : 1;  // dimensions before those of the tokens
+  const bool per_token = positions.dim() == of_axes + 1 && positions.size(of_axes) == seq_len;
+  const bool per_batch = !packed && positions.dim() == of_axes + 2 && positions.size(of_axes) == batch &&
+      positions.size(of_axes + 1) == seq_len;
+  if (of_axes == 0) {
+    const bool has_axes = positions.dim() == (packed ? 2 : 3);
     TORCH_CHECK(
-        positions.dim() == 1 && positions.size(0) == seq_len, op, ": expected positions of shape [T] = [", seq_len,
-        "], got ", positions.sizes());
+        per_token || per_batch, op, ": expected positions of shape ",
+        packed ? c10::str("[T] = [", seq_len, "]")
+               : c10::str("[S] = [", seq_len, "] or [B, S] = [", batch, ", ", seq_len, "]"),
+        has_axes ? " without pair_axes" : "", ", got ", positions.sizes());
     return;
   }
   TORCH_CHECK(
-      (positions.dim() == 1 && positions.size(0) == seq_len) ||
-          (positions.dim() == 2 && positions.size(0) == batch && positions.size(1) == seq_len),
-      op, ": expected positions of shape [S] = [", seq_len, "] or [B, S] = [", batch, ", ", seq_len, "], got ",
-      positions.sizes());
+      (per_token || per_batch) && positions.size(0) >= 1 && positions.size(0) <= kMaxAxes, op,
+      ": expected positions of shape ",
+      packed ? c10::str("[A, T] = [A, ", seq_len, "]")
+             : c10::str("[A, S] = [A, ", seq_len, "] or [A, B, S] = [A, ", batch, ", ", seq_len, "]"),
+      " with pair_axes, of 1 to ", kMaxAxes, " axes, got ", positions.sizes());
+}
+
+void check_pair_axes(const RotaryArguments& a) {
+  if (a.pair_axes.empty()) {
+    return;
+  }
+  TORCH_CHECK(
+      a.cos.dim() == 2, a.op, ": expected no pair_axes with tables given per token, [B, S, R/2] = ", a.cos.sizes(),
+      ", got ", a.pair_axes.size());
+  TORCH_CHECK(a.positions.has_value(), a.op, ": expected positions, [A, S] or [A, B, S], with pair_axes, got none");
+  const int64_t num_pairs = a.cos.size(-1);
+  TORCH_CHECK(
+      num_pairs <= kMaxPairsWithAxes, a.op, ": expected at most ", kMaxPairsWithAxes, " pairs with pair_axes, got ",
+      num_pairs);
+  TORCH_CHECK(
+      static_cast<int64_t>(a.pair_axes.size()) == num_pairs, a.op,
+      ": expected as many pair_axes as pairs, R/2 = ", num_pairs, ", got ", a.pair_axes.size());
+  const int64_t num_axes = a.positions->size(0);
+  for (const int64_t axis : a.pair_axes) {
+    TORCH_CHECK(
+        axis >= 0 && axis < num_axes, a.op, ": expected pair_axes of 0 to ", num_axes - 1, ", the axes of positions ",
+        a.positions->sizes(), ", got ", axis);
+  }
 }
 
 void check_tables(const RotaryArguments& a, const Rotated& q) {
@@ -131,6 +165,10 @@ void check_tables(const RotaryArguments& a, const Rotated& q) {
     TORCH_CHECK(
         table.size(0) >= seq_len, a.op, ": expected cos and sin with at least ", seq_len,
         " rows, one for each token of ", q.name, ", got ", table.sizes());
+  } else {
+    TORCH_CHECK(
+        table.size(0) >= 1 || q.tensor.numel() == 0, a.op,
+        ": expected cos and sin with at least one row for positions to choose, got ", table.sizes());
   }
 }
 
@@ -157,16 +195,31 @@ RotaryProblem::Operand operand(const Tensor& input) {
   return {input.const_data_ptr(), nullptr, strides_of(input), {}, input.size(-2)};
 }
 
-PositionsView positions_view(const std::optional<Tensor>& positions) {
-  if (!positions.has_value()) {
-    return {nullptr, 0, 0, false};
+PositionsView positions_view(const RotaryArguments& a) {
+  if (!a.positions.has_value()) {
+    return {nullptr, 0, 0, 0, 0, false};
   }
+  const Tensor& positions = *a.positions;
+  const bool has_axes = !a.pair_axes.empty();
+  const bool per_batch = positions.dim() == (has_axes ? 3 : 2);
   return {
-      positions->const_data_ptr(), positions->dim() == 2 ? positions->stride(0) : 0, positions->stride(-1),
-      positions->scalar_type() == at::kLong};
+      positions.const_data_ptr(),
+      has_axes ? positions.stride(0) : 0,
+      per_batch ? positions.stride(-2) : 0,
+      positions.stride(-1),
+      has_axes ? static_cast<int32_t>(positions.size(0)) : 0,
+      positions.scalar_type() == at::kLong};
 }
 
 }  // namespace
+
+PairAxes packed_pair_axes(at::IntArrayRef pair_axes) {
+  PairAxes packed{};
+  for (size_t pair = 0; pair < pair_axes.size(); ++pair) {
+    packed.set(static_cast<int64_t>(pair), pair_axes[pair]);
+  }
+  return packed;
+}
 
 int64_t batch_of(const Tensor& tensor) {
   return is_packed(tensor) ? 1 : tensor.size(0);
@@ -189,9 +242,10 @@ void check_rotary(const RotaryArguments& arguments, const Rotated& q, const Rota
     check_pair(arguments.op, q, *k);
   }
   if (arguments.positions.has_value()) {
-    check_positions(arguments.op, *arguments.positions, q);
+    check_positions(arguments, q);
   }
   check_tables(arguments, q);
+  check_pair_axes(arguments);
 }
 
 RotaryProblem rotary_problem(const RotaryArguments& arguments, const Rotated& q, const Rotated* k) {
@@ -210,9 +264,10 @@ RotaryProblem rotary_problem(const RotaryArguments& arguments, const Rotated& q,
   }
   problem.cos = table_view(arguments.cos);
   problem.sin = table_view(arguments.sin);
-  problem.positions = positions_view(arguments.positions);
+  problem.positions = positions_view(arguments);
   problem.interleaved = arguments.interleaved;
   problem.conjugate = arguments.conjugate;
+  problem.pair_axes = packed_pair_axes(arguments.pair_axes);
   if (arguments.positions.has_value() && position_check()) {
     check_position_range(arguments.op, *arguments.positions, problem.table_rows);
   }

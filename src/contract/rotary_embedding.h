@@ -27,6 +27,7 @@ struct RotaryArguments {
   const std::optional<at::Tensor>& positions;
   bool interleaved;
   bool conjugate;
+  at::IntArrayRef pair_axes;
 };
 
 /// Checks all arguments and describes the call; the outputs are still missing. `k` is null for one tensor.
@@ -39,6 +40,9 @@ void check_rotary(const RotaryArguments& arguments, const Rotated& q, const Rota
 /// Allocates the output that goes with `input`, in its memory layout where that is dense, and enters it into
 /// `operand`.
 at::Tensor allocate_output(const at::Tensor& input, RotaryProblem::Operand& operand);
+
+/// The packed form of `pair_axes`, which have been checked; zeros where there are none.
+PairAxes packed_pair_axes(at::IntArrayRef pair_axes);
 
 /// B and S of a tensor `[B, S, H, D]` or `[T, H, D]`, and its strides as the former.
 int64_t batch_of(const at::Tensor& tensor);
@@ -56,9 +60,10 @@ at::Tensor rotary_embedding(
     const at::Tensor& sin,
     const std::optional<at::Tensor>& positions,
     bool interleaved,
-    bool conjugate) {
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
   RotaryProblem problem =
-      rotary_problem({"posenc::rotary_embedding", cos, sin, positions, interleaved, conjugate}, {"x", x});
+      rotary_problem({"posenc::rotary_embedding", cos, sin, positions, interleaved, conjugate, pair_axes}, {"x", x});
   at::Tensor output = allocate_output(x, problem.operands[0]);
   kKernel(problem, x);
   return output;
@@ -73,10 +78,11 @@ std::tuple<at::Tensor, at::Tensor> rotary_embedding_qk(
     const at::Tensor& sin,
     const std::optional<at::Tensor>& positions,
     bool interleaved,
-    bool conjugate) {
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
   const Rotated second{"k", k};
-  RotaryProblem problem =
-      rotary_problem({"posenc::rotary_embedding_qk", cos, sin, positions, interleaved, conjugate}, {"q", q}, &second);
+  RotaryProblem problem = rotary_problem(
+      {"posenc::rotary_embedding_qk", cos, sin, positions, interleaved, conjugate, pair_axes}, {"q", q}, &second);
   at::Tensor q_out = allocate_output(q, problem.operands[0]);
   at::Tensor k_out = allocate_output(k, problem.operands[1]);
   kKernel(problem, q);

@@ -8,19 +8,14 @@
 #include <ATen/ops/sort.h>
 
 namespace posenc::contract {
-namespace {
 
 using at::Tensor;
 
-constexpr const char* kOp = "posenc::rotary_embedding_tables_backward";
-
-}  // namespace
-
 void check_rotary_tables(const RotaryTablesArguments& a) {
   TORCH_CHECK(
-      a.grads.size() == a.inputs.size() && (a.inputs.size() == 1 || a.inputs.size() == 2), kOp,
+      a.grads.size() == a.inputs.size() && (a.inputs.size() == 1 || a.inputs.size() == 2), a.op,
       ": expected one or two inputs and as many grads, got ", a.inputs.size(), " and ", a.grads.size());
-  const RotaryArguments rotary{kOp, a.table, a.table, a.positions, a.interleaved, a.conjugate};
+  const RotaryArguments rotary{a.op, a.table, a.table, a.positions, a.interleaved, a.conjugate, a.pair_axes};
   const Rotated second{"inputs[1]", a.inputs.back()};
   check_rotary(rotary, {"inputs[0]", a.inputs[0]}, a.inputs.size() == 2 ? &second : nullptr);
   for (size_t i = 0; i < a.inputs.size(); ++i) {
@@ -29,7 +24,7 @@ void check_rotary_tables(const RotaryTablesArguments& a) {
     TORCH_CHECK(
         grad.defined() && grad.sizes() == input.sizes() && grad.scalar_type() == input.scalar_type() &&
             grad.device() == input.device(),
-        kOp, ": expected grads[", i, "] of the shape, dtype and device of inputs[", i, "], ", input.sizes(), " ",
+        a.op, ": expected grads[", i, "] of the shape, dtype and device of inputs[", i, "], ", input.sizes(), " ",
         input.scalar_type(), " ", input.device(), ", got ",
         grad.defined() ? c10::str(grad.sizes(), " ", grad.scalar_type(), " ", grad.device()) : "an undefined tensor");
   }
@@ -46,6 +41,7 @@ RotaryTablesCall rotary_tables_call(const RotaryTablesArguments& a) {
   const Tensor& first = a.inputs[0];
   const int64_t batch = batch_of(first);
   problem.seq_len = seq_len_of(first);
+  problem.tokens = batch * problem.seq_len;
   problem.num_pairs = a.table.size(-1);
   problem.table_rows = a.table.numel() / problem.num_pairs;
   problem.num_operands = static_cast<int32_t>(a.inputs.size());
@@ -55,13 +51,16 @@ RotaryTablesCall rotary_tables_call(const RotaryTablesArguments& a) {
         a.inputs[i].size(-2)};
   }
   if (a.positions.has_value()) {
+    problem.num_axes = a.pair_axes.empty() ? 1 : a.positions->size(0);
+    const bool per_token = a.positions->dim() == (a.pair_axes.empty() ? 1 : 2);
+    const Tensor flat = a.positions->reshape({problem.num_axes, per_token ? 1 : batch, problem.seq_len})
+                            .expand({problem.num_axes, batch, problem.seq_len})
+                            .reshape({problem.num_axes, problem.tokens});
     // Stable, so that the order of the sum, and with it its last bit, is the same every time.
-    const Tensor flat =
-        a.positions->dim() == 1 ? a.positions->expand({batch, problem.seq_len}).flatten() : a.positions->flatten();
-    const auto [sorted, order] = at::sort(flat, /*stable=*/true, /*dim=*/0, /*descending=*/false);
-    call.order = order;
-    const Tensor rows = at::arange(problem.table_rows + 1, sorted.options());
-    call.row_starts = at::searchsorted(sorted, rows);
+    const auto [sorted, order] = at::sort(flat, /*stable=*/true, /*dim=*/1, /*descending=*/false);
+    call.order = order.contiguous();
+    const Tensor rows = at::arange(problem.table_rows + 1, sorted.options()).repeat({problem.num_axes, 1});
+    call.row_starts = at::searchsorted(sorted.contiguous(), rows);
     problem.order = call.order.const_data_ptr<int64_t>();
     problem.row_starts = call.row_starts.const_data_ptr<int64_t>();
   } else {
@@ -73,6 +72,7 @@ RotaryTablesCall rotary_tables_call(const RotaryTablesArguments& a) {
   problem.grad_sin = call.grad_sin.mutable_data_ptr();
   problem.interleaved = a.interleaved;
   problem.conjugate = a.conjugate;
+  problem.pair_axes = packed_pair_axes(a.pair_axes);
   return call;
 }
 

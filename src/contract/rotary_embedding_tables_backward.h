@@ -9,14 +9,16 @@
 
 namespace posenc::contract {
 
-/// The arguments of `rotary_embedding_tables_backward`.
+/// The arguments of `rotary_embedding_tables_backward`, and of others that sum as it does.
 struct RotaryTablesArguments {
+  const char* op;
   at::TensorList grads;
   at::TensorList inputs;
   const at::Tensor& table;
   const std::optional<at::Tensor>& positions;
   bool interleaved;
   bool conjugate;
+  at::IntArrayRef pair_axes;
 };
 
 /// @throws c10::Error  naming the argument, what was expected and what came.

@@ -20,11 +20,33 @@ struct RotaryTable {
   int64_t stride_batch, stride_row, stride_pair;
 };
 
-/// Positions `[B, S]`; `data` is null where there are none.
+/// Positions `[B, S]`, or `[A, B, S]` where `num_axes` is not 0; `data` is null where there are none.
 struct PositionsView {
   const void* data;
-  int64_t stride_batch, stride_seq;
+  int64_t stride_axis, stride_batch, stride_seq;
+  int32_t num_axes;
   bool is_int64;
+};
+
+/// Most axes that positions may have, and most pairs that may choose among them.
+constexpr int64_t kMaxAxes = 4;
+constexpr int64_t kMaxPairsWithAxes = 512;
+
+/// Which axis of the positions each pair reads, two bits a pair: small enough to travel with the launch, and so in
+/// constant memory when a kernel reads it. All zeros where positions have one axis.
+struct PairAxes {
+  static constexpr int64_t kPairsPerWord = 16;
+
+  uint32_t words[kMaxPairsWithAxes / kPairsPerWord];
+
+  POSENC_HOST_DEVICE int32_t axis(int64_t pair) const {
+    return static_cast<int32_t>(words[pair / kPairsPerWord] >> (2 * (pair % kPairsPerWord)) & 3U);
+  }
+
+  /// `pair` must still be at axis 0.
+  void set(int64_t pair, int64_t axis) {
+    words[pair / kPairsPerWord] |= static_cast<uint32_t>(axis) << (2 * (pair % kPairsPerWord));
+  }
 };
 
 /// One call of `rotary_embedding` or `rotary_embedding_qk`.
@@ -37,19 +59,22 @@ struct RotaryProblem {
   };
 
   int64_t batch, seq_len, head_dim;
-  int64_t num_pairs;   // R / 2
-  int64_t table_rows;  // positions outside [0, table_rows) give NaN
+  int64_t num_pairs;  // R / 2
+  int64_t
+      table_rows;  // positions outside [0, table_rows) give NaN: for the token, with axes for the pairs that read it
   Operand operands[2];
   int32_t num_operands;
   RotaryTable cos, sin;
   PositionsView positions;
   bool interleaved;
   bool conjugate;
+  PairAxes pair_axes;
 };
 
 /// One call of `rotary_embedding_tables_backward`. Row r of the tables was read by `tokens_per_row` tokens
 /// r, r + S, r + 2S, ... while r < `rows_read`, or, where positions chose the row, by the tokens
-/// `order[row_starts[r]]` to `order[row_starts[r + 1] - 1]`.
+/// `order[row_starts[r]]` to `order[row_starts[r + 1] - 1]`. Both are one after the other for each axis of the
+/// positions, and a pair goes by those of its axis.
 struct RotaryTablesProblem {
   struct Operand {
     const void* grad;
@@ -65,24 +90,31 @@ struct RotaryTablesProblem {
   int32_t num_operands;
   int64_t tokens_per_row;
   int64_t rows_read;
-  const int64_t* order;
-  const int64_t* row_starts;
-  void* grad_cos;  // [table_rows, num_pairs], contiguous, as is grad_sin
+  int64_t num_axes;
+  const int64_t* order;       // [num_axes, tokens]
+  const int64_t* row_starts;  // [num_axes, table_rows + 1]
+  void* grad_cos;             // [table_rows, num_pairs], contiguous, as is grad_sin
   void* grad_sin;
   bool interleaved;
   bool conjugate;
+  PairAxes pair_axes;
+  int64_t tokens;  // of all batches
 
-  /// Number of tokens that read `row`.
-  POSENC_HOST_DEVICE int64_t num_tokens(int64_t row) const {
-    if (order != nullptr) {
-      return row_starts[row + 1] - row_starts[row];
+  /// The tokens that read one row of the tables by one axis.
+  struct Readers {
+    const int64_t* order;  // null: tokens first, first + step, ...
+    int64_t first, step, count;
+
+    /// The `i`-th of them, as `batch * seq_len + seq`.
+    POSENC_HOST_DEVICE int64_t token(int64_t i) const { return order != nullptr ? order[i] : first + i * step; }
+  };
+
+  POSENC_HOST_DEVICE Readers readers(int64_t row, int64_t axis) const {
+    if (order == nullptr) {
+      return {nullptr, row, seq_len, row < rows_read ? tokens_per_row : 0};
     }
-    return row < rows_read ? tokens_per_row : 0;
-  }
-
-  /// The `i`-th of them, as `batch * seq_len + seq`.
-  POSENC_HOST_DEVICE int64_t token(int64_t row, int64_t i) const {
-    return order != nullptr ? order[row_starts[row] + i] : row + i * seq_len;
+    const int64_t* starts = row_starts + axis * (table_rows + 1) + row;
+    return {order + axis * tokens + starts[0], 0, 0, starts[1] - starts[0]};
   }
 };
 

@@ -7,8 +7,11 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
+#include <type_traits>
 
 namespace posenc {
 namespace {
@@ -21,6 +24,20 @@ struct Row {
   int64_t in_stride, out_stride;
 };
 
+/// Rounds to nearest, ties to even, as the conversion does, which however looks at each number for NaN: a tenth of the
+/// time of a sum in bfloat16. A NaN whose lower half is zero, as all that were bfloat16, rounds to itself.
+template <typename T>
+POSENC_ALWAYS_INLINE T narrow(cpu::arithmetic_t<T> value) {
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    const uint32_t half = 0x7fff + ((bits >> 16) & 1);
+    return {static_cast<uint16_t>((bits + half) >> 16), at::BFloat16::from_bits()};
+  } else {
+    return static_cast<T>(value);
+  }
+}
+
 /// The first `count` keys. Strides are 1 where `Dense`.
 template <typename T, bool Dense>
 POSENC_CPU_CLONES void add_row(const Row<T>& row, cpu::arithmetic_t<T> slope, int32_t position, int32_t count) {
@@ -32,7 +49,7 @@ POSENC_CPU_CLONES void add_row(const Row<T>& row, cpu::arithmetic_t<T> slope, in
   POSENC_INDEPENDENT
   for (int32_t j = 0; j < count; ++j) {
     const Real bias = -slope * static_cast<Real>(AlibiShape::distance(position, j));
-    out[j * out_stride] = static_cast<T>(static_cast<Real>(in[j * in_stride]) + bias);
+    out[j * out_stride] = narrow<T>(static_cast<Real>(in[j * in_stride]) + bias);
   }
 }
 
@@ -56,11 +73,13 @@ struct Rows {
         problem.in.strides.key, problem.out.strides.key};
   }
 
-  /// Adds the bias to `count` keys, or where there are no slopes copies them, and hides those from `visible` on.
+  /// Adds the bias to the first `visible` keys, or where there are no slopes copies them; hides the others of `count`.
   template <bool Dense>
   void write(const Row<T>& row, int64_t head, int32_t position, int32_t visible, int32_t count) const {
     if (problem.slopes.data != nullptr) {
-      add_row<T, Dense>(row, problem.slopes.slope<cpu::arithmetic_t<T>>(head), position, visible);
+      using Real = cpu::arithmetic_t<T>;
+      const Real slope = problem.slopes.slope<Real>(head);
+      add_row<T, Dense>(row, std::isnan(slope) ? std::numeric_limits<Real>::quiet_NaN() : slope, position, visible);
     } else {
       copy_row(row, visible);
     }
@@ -70,7 +89,8 @@ struct Rows {
   }
 };
 
-/// Whether the output is better written past the caches, and can be.
+/// Whether the output is better written past the caches, and can be. Half and bfloat16 take longer to convert than to
+/// write.
 template <typename T>
 bool is_streamed(const AlibiAddProblem& problem) {
   const AlibiShape& shape = problem.shape;
@@ -81,8 +101,8 @@ bool is_streamed(const AlibiAddProblem& problem) {
   const bool aligned = is_aligned(shape.k_len) && is_aligned(out.batch) && is_aligned(out.head) &&
       is_aligned(out.query) && reinterpret_cast<std::uintptr_t>(problem.out.data) % cpu::kStreamAlignment == 0;
   const int64_t elements = shape.batch * shape.num_heads * shape.q_len * shape.k_len;
-  return cpu::kStreams && elements * static_cast<int64_t>(sizeof(T)) >= cpu::kStreamedBytes && aligned &&
-      out.key == 1 && problem.in.strides.key == 1 && problem.in.data != problem.out.data;
+  return cpu::kStreams && sizeof(T) >= 4 && elements * static_cast<int64_t>(sizeof(T)) >= cpu::kStreamedBytes &&
+      aligned && out.key == 1 && problem.in.strides.key == 1 && problem.in.data != problem.out.data;
 }
 
 template <typename T>

@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -193,7 +194,8 @@ std::vector<arithmetic_t<T>> widened_weights(const QKNormRotaryProblem& problem)
   return widened;
 }
 
-/// The rows of the tables that tokens read, dense, one at a time. Where a token has none, all is NaN.
+/// The entries of the tables that tokens read, dense, one token at a time. With several axes a pair whose position is
+/// outside the tables has entries of NaN.
 template <typename Real>
 class TokenTables {
  public:
@@ -203,35 +205,51 @@ class TokenTables {
         cos_(problem.num_pairs),
         sin_(problem.num_pairs) {}
 
-  /// Whether token (batch, seq) has rows in the tables.
+  /// Whether token (batch, seq) has a row in the tables; with several axes, whether some pair may have one.
   bool read(int64_t batch, int64_t seq) {
-    int64_t row = seq;
-    int64_t of_batch = batch;
-    if (problem_.positions.data != nullptr) {
-      const PositionsView& positions = problem_.positions;
-      const int64_t index = batch * positions.stride_batch + seq * positions.stride_seq;
-      row = positions.is_int64 ? static_cast<const int64_t*>(positions.data)[index]
-                               : static_cast<const int32_t*>(positions.data)[index];
-      of_batch = 0;
-      if (row < 0 || row >= problem_.table_rows) {
-        return false;
-      }
+    const PositionsView& positions = problem_.positions;
+    if (positions.data == nullptr) {
+      read_pairs([&](int64_t /*pair*/) { return seq; }, batch);
+      return true;
     }
-    const auto fill = [&](const RotaryTable& table, Real factor, std::vector<Real>& out) {
-      const Real* in = static_cast<const Real*>(table.data) + of_batch * table.stride_batch + row * table.stride_row;
-      for (int64_t i = 0; i < problem_.num_pairs; ++i) {
-        out[i] = factor * in[i * table.stride_pair];
-      }
-    };
-    fill(problem_.cos, Real(1), cos_);
-    fill(problem_.sin, sign_, sin_);
-    return true;
+    std::array<int64_t, kMaxAxes> rows{};
+    for (int32_t axis = 0; axis < std::max(1, positions.num_axes); ++axis) {
+      const int64_t index = axis * positions.stride_axis + batch * positions.stride_batch + seq * positions.stride_seq;
+      const int64_t position = positions.is_int64 ? static_cast<const int64_t*>(positions.data)[index]
+                                                  : static_cast<const int32_t*>(positions.data)[index];
+      rows[axis] = position >= 0 && position < problem_.table_rows ? position : kNoRow;
+    }
+    if (positions.num_axes > 0) {
+      read_pairs([&](int64_t pair) { return rows[problem_.pair_axes.axis(pair)]; }, /*batch=*/0);
+      return true;
+    }
+    if (rows[0] != kNoRow) {
+      read_pairs([&](int64_t /*pair*/) { return rows[0]; }, /*batch=*/0);
+    }
+    return rows[0] != kNoRow;
   }
 
   const Real* cos() const { return cos_.data(); }
   const Real* sin() const { return sin_.data(); }
 
  private:
+  static constexpr int64_t kNoRow = -1;
+
+  template <typename RowOf>
+  void read_pairs(const RowOf& row_of, int64_t batch) {
+    const auto entry = [batch](const RotaryTable& table, int64_t row, int64_t pair) {
+      return row == kNoRow
+          ? std::numeric_limits<Real>::quiet_NaN()
+          : static_cast<const Real*>(
+                table.data)[batch * table.stride_batch + row * table.stride_row + pair * table.stride_pair];
+    };
+    for (int64_t pair = 0; pair < problem_.num_pairs; ++pair) {
+      const int64_t row = row_of(pair);
+      cos_[pair] = entry(problem_.cos, row, pair);
+      sin_[pair] = sign_ * entry(problem_.sin, row, pair);
+    }
+  }
+
   const RotaryProblem& problem_;
   Real sign_;
   std::vector<Real> cos_, sin_;

@@ -6,7 +6,10 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <limits>
+#include <optional>
+#include <vector>
 
 namespace posenc {
 namespace {
@@ -88,32 +91,70 @@ void rotate_token(const TokenHeads<T>& heads, const TokenTables<arithmetic_t<T>>
   rotate(heads, tables);
 }
 
-int64_t position_at(const PositionsView& positions, int64_t batch, int64_t seq) {
-  const int64_t index = batch * positions.stride_batch + seq * positions.stride_seq;
+int64_t position_at(const PositionsView& positions, int64_t axis, int64_t batch, int64_t seq) {
+  const int64_t index = axis * positions.stride_axis + batch * positions.stride_batch + seq * positions.stride_seq;
   return positions.is_int64 ? static_cast<const int64_t*>(positions.data)[index]
                             : static_cast<const int32_t*>(positions.data)[index];
 }
+
+/// The rows that one token reads by several axes, put together pair by pair. A pair whose position is outside the
+/// tables has a sine of NaN, and so becomes NaN.
+template <typename Real>
+class GatheredTables {
+ public:
+  explicit GatheredTables(const RotaryProblem& problem)
+      : problem_(problem), cos_(static_cast<size_t>(problem.num_pairs)), sin_(static_cast<size_t>(problem.num_pairs)) {}
+
+  TokenTables<Real> of_token(int64_t batch, int64_t seq) {
+    std::array<int64_t, kMaxAxes> rows{};
+    for (int32_t axis = 0; axis < problem_.positions.num_axes; ++axis) {
+      const int64_t position = position_at(problem_.positions, axis, batch, seq);
+      rows[axis] = position >= 0 && position < problem_.table_rows ? position : kNoRow;
+    }
+    const auto* cos = static_cast<const Real*>(problem_.cos.data);
+    const auto* sin = static_cast<const Real*>(problem_.sin.data);
+    for (int64_t i = 0; i < problem_.num_pairs; ++i) {
+      const int64_t row = rows[problem_.pair_axes.axis(i)];
+      constexpr Real kNan = std::numeric_limits<Real>::quiet_NaN();
+      cos_[i] = row == kNoRow ? kNan : cos[row * problem_.cos.stride_row + i * problem_.cos.stride_pair];
+      sin_[i] = row == kNoRow ? kNan : sin[row * problem_.sin.stride_row + i * problem_.sin.stride_pair];
+    }
+    return {cos_.data(), sin_.data(), 1, 1, problem_.conjugate ? Real(-1) : Real(1)};
+  }
+
+ private:
+  static constexpr int64_t kNoRow = -1;
+
+  const RotaryProblem& problem_;
+  std::vector<Real> cos_, sin_;
+};
 
 template <typename T>
 void run_typed(const RotaryProblem& problem) {
   using Real = arithmetic_t<T>;
   const int64_t num_heads = problem.operands[0].num_heads + problem.operands[1].num_heads;
   const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, num_heads * problem.head_dim));
+  const bool has_axes = problem.positions.num_axes > 0;
   at::parallel_for(0, problem.batch * problem.seq_len, grain, [&](int64_t begin, int64_t end) {
+    std::optional<GatheredTables<Real>> gathered;
+    if (has_axes) {
+      gathered.emplace(problem);
+    }
     for (int64_t token = begin; token < end; ++token) {
       const int64_t batch = token / problem.seq_len;
       const int64_t seq = token % problem.seq_len;
       const bool looked_up = problem.positions.data != nullptr;
-      const int64_t position = looked_up ? position_at(problem.positions, batch, seq) : seq;
-      const bool exists = position >= 0 && position < problem.table_rows;
+      const int64_t position = has_axes ? 0 : looked_up ? position_at(problem.positions, 0, batch, seq) : seq;
+      const bool exists = has_axes || (position >= 0 && position < problem.table_rows);
       const int64_t row = exists ? position : 0;
       const auto row_of = [&](const RotaryTable& table) {
         const int64_t of_batch = looked_up ? 0 : batch * table.stride_batch;
         return static_cast<const Real*>(table.data) + of_batch + row * table.stride_row;
       };
-      const TokenTables<Real> tables{
-          row_of(problem.cos), row_of(problem.sin), problem.cos.stride_pair, problem.sin.stride_pair,
-          problem.conjugate ? Real(-1) : Real(1)};
+      const TokenTables<Real> tables = has_axes ? gathered->of_token(batch, seq)
+                                                : TokenTables<Real>{
+                                                      row_of(problem.cos), row_of(problem.sin), problem.cos.stride_pair,
+                                                      problem.sin.stride_pair, problem.conjugate ? Real(-1) : Real(1)};
       for (int32_t i = 0; i < problem.num_operands; ++i) {
         const RotaryProblem::Operand& operand = problem.operands[i];
         const auto offset = [&](const Strides& strides) { return batch * strides.batch + seq * strides.seq; };

@@ -12,12 +12,13 @@ namespace {
 
 using at::Tensor;
 
-/// Adds what one token contributes to its row of the tables, over all heads of one operand.
+/// Adds what one token contributes to these pairs of its row of the tables, over all heads of one operand.
 template <typename T>
 void add_token(
     const RotaryTablesProblem& problem,
     const RotaryTablesProblem::Operand& operand,
     int64_t token,
+    const std::vector<int64_t>& pairs,
     std::vector<double>& sum_cos,
     std::vector<double>& sum_sin) {
   const int64_t batch = token / problem.seq_len;
@@ -27,7 +28,7 @@ void add_token(
   for (int64_t h = 0; h < operand.num_heads; ++h) {
     const T* g = static_cast<const T*>(operand.grad) + batch * gs.batch + seq * gs.seq + h * gs.head;
     const T* x = static_cast<const T*>(operand.input) + batch * xs.batch + seq * xs.seq + h * xs.head;
-    for (int64_t i = 0; i < problem.num_pairs; ++i) {
+    for (const int64_t i : pairs) {
       const int64_t first = problem.interleaved ? 2 * i : i;
       const int64_t second = problem.interleaved ? 2 * i + 1 : i + problem.num_pairs;
       const auto g1 = static_cast<double>(g[first * gs.channel]);
@@ -40,20 +41,33 @@ void add_token(
   }
 }
 
+/// The pairs that read each axis of the positions; all of them, once, where there is one axis or none.
+std::vector<std::vector<int64_t>> pairs_of_axes(const RotaryTablesProblem& problem) {
+  const int64_t num_axes = std::max<int64_t>(1, problem.num_axes);
+  std::vector<std::vector<int64_t>> pairs(static_cast<size_t>(num_axes));
+  for (int64_t i = 0; i < problem.num_pairs; ++i) {
+    pairs[num_axes == 1 ? 0 : problem.pair_axes.axis(i)].push_back(i);
+  }
+  return pairs;
+}
+
 /// Every row of the tables is summed by one thread, in one order.
 template <typename T>
 void run(const RotaryTablesProblem& problem) {
   using Real = cpu::arithmetic_t<T>;
+  const std::vector<std::vector<int64_t>> pairs = pairs_of_axes(problem);
   at::parallel_for(0, problem.table_rows, /*grain_size=*/1, [&](int64_t begin, int64_t end) {
     std::vector<double> sum_cos(problem.num_pairs);
     std::vector<double> sum_sin(problem.num_pairs);
     for (int64_t row = begin; row < end; ++row) {
       std::fill(sum_cos.begin(), sum_cos.end(), 0.0);
       std::fill(sum_sin.begin(), sum_sin.end(), 0.0);
-      const int64_t num_tokens = problem.num_tokens(row);
-      for (int64_t t = 0; t < num_tokens; ++t) {
-        for (int32_t i = 0; i < problem.num_operands; ++i) {
-          add_token<T>(problem, problem.operands[i], problem.token(row, t), sum_cos, sum_sin);
+      for (size_t axis = 0; axis < pairs.size(); ++axis) {
+        const RotaryTablesProblem::Readers readers = problem.readers(row, static_cast<int64_t>(axis));
+        for (int64_t t = 0; t < readers.count; ++t) {
+          for (int32_t i = 0; i < problem.num_operands; ++i) {
+            add_token<T>(problem, problem.operands[i], readers.token(t), pairs[axis], sum_cos, sum_sin);
+          }
         }
       }
       Real* grad_cos = static_cast<Real*>(problem.grad_cos) + row * problem.num_pairs;
@@ -72,8 +86,10 @@ std::tuple<Tensor, Tensor> rotary_embedding_tables_backward_cpu(
     const Tensor& table,
     const std::optional<Tensor>& positions,
     bool interleaved,
-    bool conjugate) {
-  const auto call = contract::rotary_tables_call({grads, inputs, table, positions, interleaved, conjugate});
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
+  const auto call = contract::rotary_tables_call(
+      {"posenc::rotary_embedding_tables_backward", grads, inputs, table, positions, interleaved, conjugate, pair_axes});
   cpu::for_dtype(inputs[0].scalar_type(), [&](auto type) { run<typename decltype(type)::type>(call.problem); });
   return {call.grad_cos, call.grad_sin};
 }

@@ -29,17 +29,13 @@ struct RowPolicy {
 template <int VectorWidth, int Bytes>
 constexpr int kMinRowBlocks = VectorWidth > 1 && Bytes <= 128 ? 2 : 1;
 
-/// Whether a row is computed in powers of two, to whose exponents log2(e) goes with scale and slope: the hardware has no
-/// other exponential. Good to 5e-6, which narrow results do not show.
-template <typename T>
-constexpr bool kPowersOfTwo = sizeof(T) == 2;
-
-/// exp(x), or 2^x.
+/// exp(x). Narrow results do not show that this one is only good to 5e-6, nor that it knows no subnormal numbers.
 template <typename T>
 __device__ arithmetic_t<T> exponential(arithmetic_t<T> x) {
-  if constexpr (kPowersOfTwo<T>) {
+  if constexpr (sizeof(T) == 2) {
+    constexpr float kLog2E = 1.44269504F;
     float power;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * kLog2E));
     return power;
   } else if constexpr (sizeof(T) == 4) {
     return expf(x);
@@ -65,15 +61,14 @@ struct SoftmaxRow {
       const Matrices::Index& matrix,
       uint32_t query,
       bool causal) {
-    constexpr double kUnit = kPowersOfTwo<T> ? 1.4426950408889634 : 1;  // log2(e)
     const AlibiShape& shape = problem.shape;
     const PaddingView& padding = problem.padding;
     in = static_cast<const T*>(problem.in.data) + problem.in.strides.row(matrix.batch, matrix.head, query);
     in_stride = problem.in.strides.key;
     hides = padding.data == nullptr ? nullptr : padding.data + matrix.batch * padding.stride_batch;
     hides_stride = padding.stride_key;
-    scale = static_cast<Real>(problem.scale * kUnit);
-    slope = problem.slopes.slope<Real>(matrix.head) * static_cast<Real>(kUnit);
+    scale = static_cast<Real>(problem.scale);
+    slope = problem.slopes.slope<Real>(matrix.head);
     const int32_t position = shape.position(static_cast<int32_t>(query));
     nearest = shape.nearest_key(position);
     visible = static_cast<uint32_t>(causal ? shape.visible(position) : shape.k_len);
@@ -91,7 +86,7 @@ struct SoftmaxRow {
       const Real offset =
           Short ? from + static_cast<Real>(i) : static_cast<Real>(static_cast<int32_t>(key) - nearest + i);
       const Real bias = multiply(-slope, fabs(offset));
-      result[i] = kPowersOfTwo<T> ? multiply_add(result[i], scale, bias) : multiply(result[i], scale) + bias;
+      result[i] = sizeof(T) == 2 ? multiply_add(result[i], scale, bias) : multiply(result[i], scale) + bias;
     }
     if (key + V > visible || hides != nullptr) {
 #pragma unroll

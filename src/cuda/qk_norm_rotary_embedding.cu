@@ -11,6 +11,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <limits>
 #include <mutex>
 
 namespace posenc {
@@ -25,7 +26,7 @@ constexpr int64_t kMinHeadsInTurn = 4;
 constexpr int64_t kMaxSumBlocks = 4096;
 
 /// A grid and what else a launch needs.
-struct Launch {
+struct LaunchPlan {
   cuda::NormGrid grid;
   dim3 blocks, threads;
 };
@@ -40,7 +41,7 @@ cuda::HeadOrder order_of(const RotaryProblem& problem, const RotaryProblem::Oper
 }
 
 /// `sums`: every block forms a sum for the weights.
-Launch launch_of(const char* op, const RotaryProblem& problem, int vector_width, bool sums) {
+LaunchPlan plan_launch(const char* op, const RotaryProblem& problem, int vector_width, bool sums) {
   const int64_t num_chunks = cuda::num_chunks(vector_width, problem.num_pairs, problem.head_dim);
   int64_t lanes = 1;
   while (lanes < num_chunks && lanes < cuda::kWarp) {
@@ -80,10 +81,18 @@ Launch launch_of(const char* op, const RotaryProblem& problem, int vector_width,
       dim3(lanes, rows)};
 }
 
-void check_head_dim(const char* op, const RotaryProblem& problem) {
+template <typename Real>
+cuda::NormScalars<Real> scalars_of(const QKNormRotaryProblem& problem) {
+  return {static_cast<Real>(problem.eps), static_cast<Real>(1.0 / static_cast<double>(problem.rotary.head_dim))};
+}
+
+void check_sizes(const char* op, const RotaryProblem& problem) {
   TORCH_CHECK(
       problem.head_dim <= cuda::kMaxNormHeadDim, op, ": expected a head size of at most ", cuda::kMaxNormHeadDim,
       " on CUDA, got ", problem.head_dim);
+  TORCH_CHECK(
+      problem.positions.num_axes == 0 || problem.table_rows <= std::numeric_limits<int32_t>::max(), op,
+      ": expected tables of at most 2^31 - 1 rows with pair_axes on CUDA, got ", problem.table_rows);
 }
 
 void warn_of_single_elements() {
@@ -126,6 +135,19 @@ void for_weight_type(bool wide, Body&& body) {
   }
 }
 
+/// For heads that cannot be held. It serves all kinds of positions and of weights.
+template <typename T, bool Interleaved>
+using SinglePolicy = cuda::NormPolicy<1, Interleaved, /*IsSplat=*/false, /*HasAxes=*/true, cuda::arithmetic_t<T>>;
+
+template <typename T, typename Policy>
+void launch(const QKNormRotaryProblem& problem) {
+  const LaunchPlan plan =
+      plan_launch("posenc::qk_norm_rotary_embedding", problem.rotary, Policy::kVectorWidth, /*sums=*/false);
+  cuda::qk_norm_rotary_embedding_kernel<T, Policy><<<plan.blocks, plan.threads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+      problem, plan.grid, scalars_of<cuda::arithmetic_t<T>>(problem));
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
 template <typename T, typename W, bool Interleaved>
 void run_typed(const QKNormRotaryProblem& problem) {
   constexpr int V = cuda::kMaxVectorBytes / sizeof(T);
@@ -136,21 +158,17 @@ void run_typed(const QKNormRotaryProblem& problem) {
   }
   if (!holds) {
     warn_of_single_elements();
+    launch<T, SinglePolicy<T, Interleaved>>(problem);
+    return;
   }
-  cuda::for_bool(holds, [&](auto vectors) {
-    using Policy = std::conditional_t<
-        decltype(vectors)::value, cuda::NormPolicy<V, Interleaved, false, W>,
-        cuda::NormPolicy<1, Interleaved, false, cuda::arithmetic_t<T>>>;
-    const Launch launch = launch_of("posenc::qk_norm_rotary_embedding", rotary, Policy::kVectorWidth, /*sums=*/false);
-    cuda::qk_norm_rotary_embedding_kernel<T, Policy>
-        <<<launch.blocks, launch.threads, 0, c10::cuda::getCurrentCUDAStream()>>>(problem, launch.grid);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  cuda::for_bool(rotary.positions.num_axes > 0, [&](auto axes) {
+    launch<T, cuda::NormPolicy<V, Interleaved, false, decltype(axes)::value, W>>(problem);
   });
 }
 
 void run(const QKNormRotaryProblem& problem, const Tensor& like) {
   const RotaryProblem& rotary = problem.rotary;
-  check_head_dim("posenc::qk_norm_rotary_embedding", rotary);
+  check_sizes("posenc::qk_norm_rotary_embedding", rotary);
   if (rotary.batch * rotary.seq_len * (rotary.operands[0].num_heads + rotary.operands[1].num_heads) == 0) {
     return;
   }
@@ -179,7 +197,7 @@ Access access_of(const QKNormRotaryBackwardProblem& problem) {
     return Access::single;
   }
   bool vectors = true;
-  bool one_value = true;
+  bool one_value = rotary.positions.num_axes == 0;  // no kernel for both
   for (int i = 0; i < rotary.num_operands; ++i) {
     const RotaryProblem::Operand& operand = rotary.operands[i];
     const bool input = cuda::holds_vectors<T, V>(problem.inputs[i].data, problem.inputs[i].strides);
@@ -195,24 +213,24 @@ void launch_backward(const QKNormRotaryBackwardProblem& problem, const Tensor& l
   const RotaryProblem& rotary = problem.call.rotary;
   const bool sums = problem.weight_grads[0] != nullptr;
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  const Launch launch = launch_of(kBackward, rotary, Policy::kVectorWidth, sums);
+  const LaunchPlan plan = plan_launch(kBackward, rotary, Policy::kVectorWidth, sums);
   Tensor partial_sums;
   Real* partial_data = nullptr;
   if (sums) {
     const auto dtype = sizeof(Real) == sizeof(double) ? at::kDouble : at::kFloat;
-    partial_sums = at::empty({launch.blocks.x, rotary.head_dim}, like.options().dtype(dtype));
+    partial_sums = at::empty({plan.blocks.x, rotary.head_dim}, like.options().dtype(dtype));
     partial_data = partial_sums.mutable_data_ptr<Real>();
   }
-  if (launch.blocks.x > 0) {
-    const size_t shared_bytes = sums ? launch.threads.y * rotary.head_dim * sizeof(Real) : 0;
-    cuda::qk_norm_rotary_embedding_backward_kernel<T, Policy>
-        <<<launch.blocks, launch.threads, shared_bytes, stream>>>(problem, launch.grid, partial_data);
+  if (plan.blocks.x > 0) {
+    const size_t shared_bytes = sums ? plan.threads.y * rotary.head_dim * sizeof(Real) : 0;
+    cuda::qk_norm_rotary_embedding_backward_kernel<T, Policy><<<plan.blocks, plan.threads, shared_bytes, stream>>>(
+        problem, plan.grid, scalars_of<Real>(problem.call), partial_data);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
   if (sums) {
     const dim3 blocks(cuda::ceil_div(rotary.head_dim, cuda::kSumChannels), rotary.num_operands);
     cuda::qk_norm_weight_gradients_kernel<W, Real><<<blocks, cuda::kSumThreads, 0, stream>>>(
-        partial_data, launch.grid.blocks_of_first, launch.blocks.x, static_cast<int32_t>(rotary.head_dim),
+        partial_data, plan.grid.blocks_of_first, plan.blocks.x, static_cast<int32_t>(rotary.head_dim),
         static_cast<W*>(problem.weight_grads[0]), static_cast<W*>(problem.weight_grads[1]));
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
@@ -221,20 +239,23 @@ void launch_backward(const QKNormRotaryBackwardProblem& problem, const Tensor& l
 template <typename T, typename W, bool Interleaved>
 void run_backward_typed(const QKNormRotaryBackwardProblem& problem, const Tensor& like) {
   constexpr int V = cuda::kMaxVectorBytes / sizeof(T);
+  const bool has_axes = problem.call.rotary.positions.num_axes > 0;
   switch (access_of<T, W, V>(problem)) {
     case Access::vectors:
-      return launch_backward<T, W, cuda::NormPolicy<V, Interleaved, false, W>>(problem, like);
+      return cuda::for_bool(has_axes, [&](auto axes) {
+        launch_backward<T, W, cuda::NormPolicy<V, Interleaved, false, decltype(axes)::value, W>>(problem, like);
+      });
     case Access::one_value:
-      return launch_backward<T, W, cuda::NormPolicy<V, Interleaved, true, W>>(problem, like);
+      return launch_backward<T, W, cuda::NormPolicy<V, Interleaved, true, false, W>>(problem, like);
     case Access::single:
       warn_of_single_elements();
-      return launch_backward<T, W, cuda::NormPolicy<1, Interleaved, false, cuda::arithmetic_t<T>>>(problem, like);
+      return launch_backward<T, W, SinglePolicy<T, Interleaved>>(problem, like);
   }
 }
 
 void run_backward(const QKNormRotaryBackwardProblem& problem, const Tensor& like) {
   const RotaryProblem& rotary = problem.call.rotary;
-  check_head_dim(kBackward, rotary);
+  check_sizes(kBackward, rotary);
   const bool empty = rotary.batch * rotary.seq_len * (rotary.operands[0].num_heads + rotary.operands[1].num_heads) == 0;
   if (rotary.num_operands == 0 || (empty && problem.weight_grads[0] == nullptr)) {
     return;

@@ -3,7 +3,7 @@
 #include <contract/qk_norm_rotary_problem.h>
 #include <cuda/detail/launch.h>
 #include <cuda/detail/reduce.cuh>
-#include <cuda/detail/rotary_chunk.cuh>
+#include <cuda/detail/rotary_tables.cuh>
 
 #include <type_traits>
 
@@ -19,10 +19,12 @@
 // second kernel, all of it in one order: the same bits every time, without atomics.
 namespace posenc::cuda {
 
-/// Blocks that an SM holds at least: 48 registers hold a chunk, its row of the tables and its weights, and 80 the
-/// incoming gradient and the sums of the weights as well.
-constexpr int kMinNormBlocks = 10;
-constexpr int kMinNormBackwardBlocks = 6;
+/// Blocks that an SM holds at least: a chunk, its row of the tables and its weights take 64 registers, and 80 with the
+/// incoming gradient and the sums for the weights. One block more, and they spill. Rows of several axes take more.
+template <typename Policy>
+constexpr int kMinNormBlocks = Policy::kHeld && Policy::kAxes ? 6 : 8;
+template <typename Policy>
+constexpr int kMinNormBackwardBlocks = Policy::kHeld && Policy::kAxes ? 4 : 6;
 
 /// Sums of channels that a block has shared memory for, in float64 and without asking for more than 48 KiB, and the
 /// channels of the largest head that leave it some to spare.
@@ -32,12 +34,12 @@ constexpr int64_t kMaxNormHeadDim = 4096;
 /// What a launch knows beforehand. Vectors of one element are gone through, wider ones held. With `IsSplat` a gradient
 /// is one value for all channels of a head, as that of a sum is. `WeightType` counts for held chunks only: whatever
 /// waits for the choice between two types would wait for the loads too.
-template <int VectorWidth, bool IsInterleaved, bool IsSplat, typename WeightType>
+template <int VectorWidth, bool IsInterleaved, bool IsSplat, bool HasAxes, typename WeightType>
 struct NormPolicy {
   static constexpr int kVectorWidth = VectorWidth;
   static constexpr bool kInterleaved = IsInterleaved;
   static constexpr bool kSplat = IsSplat;
-  static constexpr bool kTail = true;
+  static constexpr bool kAxes = HasAxes;  // positions may have several
   static constexpr bool kHeld = VectorWidth > 1;
   using Weight = WeightType;
 };
@@ -58,6 +60,12 @@ struct NormGrid {
   int32_t heads_in_turn;  // that a row of lanes takes one after the other
 };
 
+/// What every head needs, in the arithmetic type: a thread has better to do than to convert and to divide.
+template <typename Real>
+struct NormScalars {
+  Real eps, one_over_head_dim;
+};
+
 /// One head of one token.
 struct HeadIndex {
   uint32_t batch, seq, head;
@@ -76,59 +84,7 @@ struct HeadIndex {
   }
 };
 
-// A chunk has 2 V elements, those of its first vector and then those of its second, and V pairs of them.
-
-template <typename Policy>
-__device__ constexpr int first_of_pair(int pair) {
-  return Policy::kInterleaved ? 2 * pair : pair;
-}
-
-template <typename Policy>
-__device__ constexpr int second_of_pair(int pair) {
-  return Policy::kInterleaved ? 2 * pair + 1 : Policy::kVectorWidth + pair;
-}
-
-/// The elements of one head that a lane owns.
-template <typename T, typename Policy>
-struct HeadChunk {
-  static constexpr int V = Policy::kVectorWidth;
-
-  Vector<T, V> a{}, b{};
-
-  __device__ T& operator[](int i) { return i < V ? a[i] : b[i - V]; }
-  __device__ const T& operator[](int i) const { return i < V ? a[i] : b[i - V]; }
-
-  template <bool Splat>
-  __device__ void load(const T* head, int64_t stride, const ChunkChannels& channels) {
-    a = load_channels<V, Splat>(head, channels.first, stride);
-    if (channels.has_second) {
-      b = load_channels<V, Splat>(head, channels.second, stride);
-    }
-  }
-
-  __device__ void store(T* head, int64_t stride, const ChunkChannels& channels) const {
-    store_channels<V>(head, channels.first, stride, a);
-    if (channels.has_second) {
-      store_channels<V>(head, channels.second, stride, b);
-    }
-  }
-
-  __device__ arithmetic_t<T> sum_of_squares() const {
-    arithmetic_t<T> sum = 0;
-#pragma unroll
-    for (int i = 0; i < 2 * V; ++i) {
-      sum = multiply_add(widen((*this)[i]), widen((*this)[i]), sum);
-    }
-    return sum;
-  }
-
-  __device__ void keep_packed() {
-    cuda::keep_packed(a);
-    cuda::keep_packed(b);
-  }
-};
-
-/// Their weights, narrow until they are used.
+/// The weights of the elements of a chunk, narrow until they are used.
 template <typename T, typename Policy>
 struct ChunkWeights {
   using Real = arithmetic_t<T>;
@@ -160,15 +116,19 @@ struct ChunkWeights {
   }
 
   __device__ Real operator[](int i) const { return widen(i < V ? a[i] : b[i - V]) + offset; }
+
+  __device__ void keep_packed() {
+    cuda::keep_packed(a);
+    cuda::keep_packed(b);
+  }
 };
 
-/// The sum over the lanes of a head, for all of them. All threads of a warp take part.
-template <typename Real>
-__device__ Real sum_of_lanes(Real value) {
+/// Sums over the lanes of a head, for all of them. All threads of a warp take part.
+template <typename... Real>
+__device__ void sum_over_lanes(Real&... values) {
   for (int offset = static_cast<int>(blockDim.x) / 2; offset > 0; offset /= 2) {
-    value += __shfl_xor_sync(0xffffffffU, value, offset);
+    ((values += __shfl_xor_sync(0xffffffffU, values, offset)), ...);
   }
-  return value;
 }
 
 __device__ inline float reciprocal_root(float value) {
@@ -181,9 +141,9 @@ __device__ inline double reciprocal_root(double value) {
 /// The reciprocal of the root mean square of a head; NaN where its token has no row in the tables, so that all that is
 /// multiplied with it is NaN.
 template <typename Real>
-__device__ Real reciprocal_rms(const QKNormRotaryProblem& problem, const TableRow<Real>& row, Real sum_of_squares) {
-  const Real mean = sum_of_squares / static_cast<Real>(problem.rotary.head_dim);
-  return row.sign == row.sign ? reciprocal_root(mean + static_cast<Real>(problem.eps)) : row.sign;
+__device__ Real reciprocal_rms(const NormScalars<Real>& scalars, Real sign_of_token, Real sum_of_squares) {
+  const Real root = reciprocal_root(multiply_add(sum_of_squares, scalars.one_over_head_dim, scalars.eps));
+  return sign_of_token == sign_of_token ? root : sign_of_token;
 }
 
 /// Which heads a row of lanes works on.
@@ -223,9 +183,10 @@ __device__ void normalise_and_rotate(
 }
 
 template <typename T, typename Policy>
-__global__ void __launch_bounds__(kMaxThreads, kMinNormBlocks) qk_norm_rotary_embedding_kernel(
+__global__ void __launch_bounds__(kMaxThreads, kMinNormBlocks<Policy>) qk_norm_rotary_embedding_kernel(
     const __grid_constant__ QKNormRotaryProblem problem,
-    const __grid_constant__ NormGrid grid) {
+    const __grid_constant__ NormGrid grid,
+    const __grid_constant__ NormScalars<arithmetic_t<T>> scalars) {
   using Real = arithmetic_t<T>;
   const NormRows rows(grid);
   const HeadOrder& order = grid.orders[rows.operand];
@@ -234,9 +195,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinNormBlocks) qk_norm_rotary_em
   const HeadIndex index(order, live ? rows.first : order.count - 1);
   const RotaryProblem::Operand& operand = problem.rotary.operands[rows.operand];
   const T* in = static_cast<const T*>(operand.in) + index.offset(operand.in_strides);
-  T* out = static_cast<T*>(operand.out) + index.offset(operand.out_strides);
   const int64_t in_stride = operand.in_strides.channel;
-  const int64_t out_stride = operand.out_strides.channel;
   const int lane = static_cast<int>(threadIdx.x);
 
   if constexpr (Policy::kHeld) {
@@ -246,29 +205,34 @@ __global__ void __launch_bounds__(kMaxThreads, kMinNormBlocks) qk_norm_rotary_em
     if (exists) {
       x.template load<false>(in, in_stride, channels);
     }
-    const TableRow<Real> row = table_row<Real>(problem.rotary, index.batch, index.seq);
-    const ChunkTables<T, Policy> tables(problem.rotary, row, channels, exists);
-    const ChunkWeights<T, Policy> weights(problem, rows.operand, channels, exists);
-    const Real rstd = reciprocal_rms(problem, row, sum_of_lanes(x.sum_of_squares()));
+    const ChunkTables<T, Policy> tables(problem.rotary, index.batch, index.seq, channels, exists);
+    Real squares = x.sum_of_squares();
+    sum_over_lanes(squares);
+    const Real rstd = reciprocal_rms(scalars, tables.sign, squares);
     x.keep_packed();
+    const ChunkWeights<T, Policy> weights(problem, rows.operand, channels, exists);
     normalise_and_rotate(x, weights, tables, rstd, channels.rotates);
     if (exists && live) {
-      x.store(out, out_stride, channels);
+      T* out = static_cast<T*>(operand.out) + index.offset(operand.out_strides);
+      x.store(out, operand.out_strides.channel, channels);
     }
   } else {
-    Real sum = 0;
+    T* out = static_cast<T*>(operand.out) + index.offset(operand.out_strides);
+    const int64_t out_stride = operand.out_strides.channel;
+    Real squares = 0;
     for (int chunk = lane; chunk < grid.num_chunks; chunk += static_cast<int>(blockDim.x)) {
       HeadChunk<T, Policy> x;
       x.template load<false>(in, in_stride, channels_of_chunk<Policy>(problem.rotary, chunk));
-      sum += x.sum_of_squares();
+      squares += x.sum_of_squares();
     }
-    const TableRow<Real> row = table_row<Real>(problem.rotary, index.batch, index.seq);
-    const Real rstd = reciprocal_rms(problem, row, sum_of_lanes(sum));
+    sum_over_lanes(squares);
+    const Real sign = sign_of_token<Real>(problem.rotary, index.batch, index.seq);
+    const Real rstd = reciprocal_rms(scalars, sign, squares);
     for (int chunk = lane; chunk < grid.num_chunks && live; chunk += static_cast<int>(blockDim.x)) {
       const ChunkChannels channels = channels_of_chunk<Policy>(problem.rotary, chunk);
       HeadChunk<T, Policy> x;
       x.template load<false>(in, in_stride, channels);
-      const ChunkTables<T, Policy> tables(problem.rotary, row, channels, /*exists=*/true);
+      const ChunkTables<T, Policy> tables(problem.rotary, index.batch, index.seq, channels, /*exists=*/true);
       const ChunkWeights<T, Policy> weights(problem, rows.operand, channels, /*exists=*/true);
       normalise_and_rotate(x, weights, tables, rstd, channels.rotates);
       x.store(out, out_stride, channels);
@@ -328,9 +292,10 @@ struct RotatedGradient {
 
 /// `partial_sums` is `[blocks, D]`, or null where no weight wants a gradient; shared memory has `[blockDim.y, D]`.
 template <typename T, typename Policy>
-__global__ void __launch_bounds__(kMaxThreads, kMinNormBackwardBlocks) qk_norm_rotary_embedding_backward_kernel(
+__global__ void __launch_bounds__(kMaxThreads, kMinNormBackwardBlocks<Policy>) qk_norm_rotary_embedding_backward_kernel(
     const __grid_constant__ QKNormRotaryBackwardProblem problem,
     const __grid_constant__ NormGrid grid,
+    const __grid_constant__ NormScalars<arithmetic_t<T>> scalars,
     arithmetic_t<T>* __restrict__ partial_sums) {
   using Real = arithmetic_t<T>;
   constexpr int V = Policy::kVectorWidth;
@@ -351,7 +316,6 @@ __global__ void __launch_bounds__(kMaxThreads, kMinNormBackwardBlocks) qk_norm_r
   if constexpr (Policy::kHeld) {
     const bool exists = lane < grid.num_chunks;
     const ChunkChannels channels = channels_of_chunk<Policy>(rotary, lane);
-    const ChunkWeights<T, Policy> weights(problem.call, rows.operand, channels, exists);
     Real chunk_sums[2 * V] = {};
 #pragma unroll 1
     for (int turn = 0; turn < grid.heads_in_turn; ++turn) {
@@ -365,13 +329,16 @@ __global__ void __launch_bounds__(kMaxThreads, kMinNormBackwardBlocks) qk_norm_r
             static_cast<const T*>(operand.in) + index.offset(operand.in_strides), grad_stride, channels);
         x.template load<false>(static_cast<const T*>(input.data) + index.offset(input.strides), in_stride, channels);
       }
-      const TableRow<Real> row = table_row<Real>(rotary, index.batch, index.seq);
-      const ChunkTables<T, Policy> tables(rotary, row, channels, exists);
+      const ChunkTables<T, Policy> tables(rotary, index.batch, index.seq, channels, exists);
       const RotatedGradient<T, Policy> h(g, tables, channels.rotates);
-      const Real rstd = reciprocal_rms(problem.call, row, sum_of_lanes(x.sum_of_squares()));
+      ChunkWeights<T, Policy> weights(problem.call, rows.operand, channels, exists);
+      Real squares = x.sum_of_squares();
+      Real products = h.sum_of_products(x, weights);
+      sum_over_lanes(squares, products);
+      const Real rstd = reciprocal_rms(scalars, tables.sign, squares);
+      const Real mean = multiply(multiply(rstd, products), scalars.one_over_head_dim);
       x.keep_packed();
-      const Real mean = multiply(rstd, sum_of_lanes(h.sum_of_products(x, weights))) / static_cast<Real>(head_dim);
-      x.keep_packed();
+      weights.keep_packed();
       if (exists && live) {
         h.differentiate(x, weights, rstd, mean, [&](int i, Real value) { chunk_sums[i] += value; });
         x.store(static_cast<T*>(operand.out) + index.offset(operand.out_strides), out_stride, channels);
@@ -405,7 +372,6 @@ __global__ void __launch_bounds__(kMaxThreads, kMinNormBackwardBlocks) qk_norm_r
       const uint32_t own = rows.first + turn * rows.step;
       const bool live = own < order.count;
       const HeadIndex index(order, live ? own : order.count - 1);
-      const TableRow<Real> row = table_row<Real>(rotary, index.batch, index.seq);
       const T* grad = static_cast<const T*>(operand.in) + index.offset(operand.in_strides);
       const T* in = static_cast<const T*>(input.data) + index.offset(input.strides);
       T* out = static_cast<T*>(operand.out) + index.offset(operand.out_strides);
@@ -416,7 +382,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinNormBackwardBlocks) qk_norm_r
           HeadChunk<T, Policy> x;
           g.template load<false>(grad, grad_stride, channels);
           x.template load<false>(in, in_stride, channels);
-          const ChunkTables<T, Policy> tables(rotary, row, channels, /*exists=*/true);
+          const ChunkTables<T, Policy> tables(rotary, index.batch, index.seq, channels, /*exists=*/true);
           const ChunkWeights<T, Policy> weights(problem.call, rows.operand, channels, /*exists=*/true);
           body(RotatedGradient<T, Policy>(g, tables, channels.rotates), x, weights, channels);
         });
@@ -427,8 +393,10 @@ __global__ void __launch_bounds__(kMaxThreads, kMinNormBackwardBlocks) qk_norm_r
         squares += x.sum_of_squares();
         products += h.sum_of_products(x, weights);
       });
-      const Real rstd = reciprocal_rms(problem.call, row, sum_of_lanes(squares));
-      const Real mean = multiply(rstd, sum_of_lanes(products)) / static_cast<Real>(head_dim);
+      const Real sign = sign_of_token<Real>(rotary, index.batch, index.seq);
+      sum_over_lanes(squares, products);
+      const Real rstd = reciprocal_rms(scalars, sign, squares);
+      const Real mean = multiply(multiply(rstd, products), scalars.one_over_head_dim);
       if (!live) {
         continue;
       }

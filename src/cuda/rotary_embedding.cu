@@ -105,6 +105,8 @@ void run(const RotaryProblem& problem, const at::Tensor& like) {
   if (problem.batch * problem.seq_len * num_heads == 0) {
     return;
   }
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      problem.positions.num_axes == 0, "posenc::rotary_embedding: positions of several axes are not there on CUDA yet");
   const c10::cuda::CUDAGuard device(like.device());
   cuda::for_dtype(like.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;

@@ -30,9 +30,10 @@ std::tuple<Tensor, Tensor> qk_norm_rotary_embedding_meta(
     double eps,
     bool unit_offset,
     bool interleaved,
-    bool conjugate) {
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
   const QKNormRotaryArguments arguments{
-      {"posenc::qk_norm_rotary_embedding", cos, sin, positions, interleaved, conjugate},
+      {"posenc::qk_norm_rotary_embedding", cos, sin, positions, interleaved, conjugate, pair_axes},
       q,
       k,
       q_weight,
@@ -59,9 +60,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rotary_embedding_backward_met
     bool unit_offset,
     bool interleaved,
     bool conjugate,
+    at::IntArrayRef pair_axes,
     bool weights_grad) {
   const QKNormRotaryArguments arguments{
-      {"posenc::qk_norm_rotary_embedding_backward", cos, sin, positions, interleaved, conjugate},
+      {"posenc::qk_norm_rotary_embedding_backward", cos, sin, positions, interleaved, conjugate, pair_axes},
       q,
       k,
       q_weight,

@@ -27,8 +27,9 @@ Tensor rotary_embedding_meta(
     const Tensor& sin,
     const std::optional<Tensor>& positions,
     bool interleaved,
-    bool conjugate) {
-  check({"posenc::rotary_embedding", cos, sin, positions, interleaved, conjugate}, {"x", x}, nullptr);
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
+  check({"posenc::rotary_embedding", cos, sin, positions, interleaved, conjugate, pair_axes}, {"x", x}, nullptr);
   return at::empty_like(x);
 }
 
@@ -39,9 +40,10 @@ std::tuple<Tensor, Tensor> rotary_embedding_qk_meta(
     const Tensor& sin,
     const std::optional<Tensor>& positions,
     bool interleaved,
-    bool conjugate) {
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
   const Rotated rotated_k{"k", k};
-  check({"posenc::rotary_embedding_qk", cos, sin, positions, interleaved, conjugate}, {"q", q}, &rotated_k);
+  check({"posenc::rotary_embedding_qk", cos, sin, positions, interleaved, conjugate, pair_axes}, {"q", q}, &rotated_k);
   return {at::empty_like(q), at::empty_like(k)};
 }
 

@@ -15,7 +15,8 @@ std::tuple<Tensor, Tensor> rotary_embedding_tables_backward_meta(
     const Tensor& table,
     const std::optional<Tensor>& /*positions*/,
     bool /*interleaved*/,
-    bool /*conjugate*/) {
+    bool /*conjugate*/,
+    at::IntArrayRef /*pair_axes*/) {
   return {at::empty_like(table, at::MemoryFormat::Contiguous), at::empty_like(table, at::MemoryFormat::Contiguous)};
 }
 

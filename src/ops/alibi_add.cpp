@@ -1,3 +1,4 @@
+#include <contract/tensor.h>
 #include <ops/alibi_add.h>
 #include <posenc/alibi.h>
 
@@ -7,6 +8,7 @@
 namespace posenc {
 
 using at::Tensor;
+using contract::check_defined;
 
 TORCH_LIBRARY_FRAGMENT(posenc, m) {
   m.def(
@@ -19,12 +21,14 @@ TORCH_LIBRARY_FRAGMENT(posenc, m) {
 }
 
 Tensor alibi_add(const Tensor& scores, const Tensor& slopes, bool causal, std::optional<int64_t> query_offset) {
+  check_defined("posenc::alibi_add", "scores", scores);
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("posenc::alibi_add", "").typed<decltype(alibi_add)>();
   return op.call(scores, slopes, causal, query_offset);
 }
 
 Tensor& alibi_add_(Tensor& scores, const Tensor& slopes, bool causal, std::optional<int64_t> query_offset) {
+  check_defined("posenc::alibi_add_", "scores", scores);
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("posenc::alibi_add_", "").typed<decltype(alibi_add_)>();
   return op.call(scores, slopes, causal, query_offset);

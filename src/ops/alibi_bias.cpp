@@ -1,3 +1,4 @@
+#include <contract/tensor.h>
 #include <ops/alibi_bias.h>
 #include <posenc/alibi.h>
 
@@ -36,8 +37,7 @@ Tensor alibi_bias(
     bool causal,
     at::ScalarType dtype,
     std::optional<int64_t> query_offset) {
-  // Without a tensor the dispatcher has no device to go by, and says that rather than what is wrong.
-  TORCH_CHECK(slopes.defined(), "posenc::alibi_bias: expected slopes to be a tensor, got an undefined one");
+  contract::check_defined("posenc::alibi_bias", "slopes", slopes);
   return alibi_bias_symint(slopes, q_len, k_len, causal, dtype, query_offset);
 }
 

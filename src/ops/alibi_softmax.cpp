@@ -1,3 +1,4 @@
+#include <contract/tensor.h>
 #include <ops/alibi_softmax.h>
 #include <posenc/alibi.h>
 
@@ -7,6 +8,7 @@
 namespace posenc {
 
 using at::Tensor;
+using contract::check_defined;
 
 TORCH_LIBRARY_FRAGMENT(posenc, m) {
   m.def(
@@ -26,6 +28,7 @@ Tensor alibi_softmax(
     bool causal,
     const std::optional<Tensor>& key_padding_mask,
     std::optional<int64_t> query_offset) {
+  check_defined("posenc::alibi_softmax", "scores", scores);
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("posenc::alibi_softmax", "").typed<decltype(alibi_softmax)>();
   return op.call(scores, slopes, scale, causal, key_padding_mask, query_offset);

@@ -12,12 +12,13 @@ TORCH_LIBRARY_FRAGMENT(posenc, m) {
   m.def(
       "qk_norm_rotary_embedding(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, "
       "Tensor? positions=None, *, float eps=1e-6, bool unit_offset=False, bool interleaved=False, "
-      "bool conjugate=False) -> (Tensor, Tensor)",
+      "bool conjugate=False, int[] pair_axes=[]) -> (Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "qk_norm_rotary_embedding_backward(Tensor? grad_q, Tensor? grad_k, Tensor q, Tensor k, Tensor q_weight, "
       "Tensor k_weight, Tensor cos, Tensor sin, Tensor? positions=None, *, float eps=1e-6, bool unit_offset=False, "
-      "bool interleaved=False, bool conjugate=False, bool weights_grad=True) -> (Tensor, Tensor, Tensor, Tensor)",
+      "bool interleaved=False, bool conjugate=False, int[] pair_axes=[], bool weights_grad=True) -> (Tensor, Tensor, "
+      "Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
 }
 
@@ -32,11 +33,12 @@ std::tuple<Tensor, Tensor> qk_norm_rotary_embedding(
     double eps,
     bool unit_offset,
     bool interleaved,
-    bool conjugate) {
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("posenc::qk_norm_rotary_embedding", "")
                              .typed<decltype(qk_norm_rotary_embedding)>();
-  return op.call(q, k, q_weight, k_weight, cos, sin, positions, eps, unit_offset, interleaved, conjugate);
+  return op.call(q, k, q_weight, k_weight, cos, sin, positions, eps, unit_offset, interleaved, conjugate, pair_axes);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rotary_embedding_backward(
@@ -53,13 +55,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rotary_embedding_backward(
     bool unit_offset,
     bool interleaved,
     bool conjugate,
+    at::IntArrayRef pair_axes,
     bool weights_grad) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("posenc::qk_norm_rotary_embedding_backward", "")
                              .typed<decltype(qk_norm_rotary_embedding_backward)>();
   return op.call(
       grad_q, grad_k, q, k, q_weight, k_weight, cos, sin, positions, eps, unit_offset, interleaved, conjugate,
-      weights_grad);
+      pair_axes, weights_grad);
 }
 
 }  // namespace posenc

@@ -31,6 +31,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> qk_norm_rotary_embedd
     bool unit_offset,
     bool interleaved,
     bool conjugate,
+    at::IntArrayRef pair_axes,
     bool weights_grad);
 
 }  // namespace posenc

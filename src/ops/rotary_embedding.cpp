@@ -10,11 +10,11 @@ using at::Tensor;
 TORCH_LIBRARY_FRAGMENT(posenc, m) {
   m.def(
       "rotary_embedding(Tensor x, Tensor cos, Tensor sin, Tensor? positions=None, *, "
-      "bool interleaved=False, bool conjugate=False) -> Tensor",
+      "bool interleaved=False, bool conjugate=False, int[] pair_axes=[]) -> Tensor",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "rotary_embedding_qk(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? positions=None, *, "
-      "bool interleaved=False, bool conjugate=False) -> (Tensor, Tensor)",
+      "bool interleaved=False, bool conjugate=False, int[] pair_axes=[]) -> (Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
 }
 
@@ -24,11 +24,12 @@ Tensor rotary_embedding(
     const Tensor& sin,
     const std::optional<Tensor>& positions,
     bool interleaved,
-    bool conjugate) {
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("posenc::rotary_embedding", "")
                              .typed<decltype(rotary_embedding)>();
-  return op.call(x, cos, sin, positions, interleaved, conjugate);
+  return op.call(x, cos, sin, positions, interleaved, conjugate, pair_axes);
 }
 
 std::tuple<Tensor, Tensor> rotary_embedding_qk(
@@ -38,11 +39,12 @@ std::tuple<Tensor, Tensor> rotary_embedding_qk(
     const Tensor& sin,
     const std::optional<Tensor>& positions,
     bool interleaved,
-    bool conjugate) {
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("posenc::rotary_embedding_qk", "")
                              .typed<decltype(rotary_embedding_qk)>();
-  return op.call(q, k, cos, sin, positions, interleaved, conjugate);
+  return op.call(q, k, cos, sin, positions, interleaved, conjugate, pair_axes);
 }
 
 }  // namespace posenc

@@ -10,7 +10,7 @@ using at::Tensor;
 TORCH_LIBRARY_FRAGMENT(posenc, m) {
   m.def(
       "rotary_embedding_tables_backward(Tensor[] grads, Tensor[] inputs, Tensor table, Tensor? positions=None, *, "
-      "bool interleaved=False, bool conjugate=False) -> (Tensor, Tensor)",
+      "bool interleaved=False, bool conjugate=False, int[] pair_axes=[]) -> (Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
 }
 
@@ -20,11 +20,12 @@ std::tuple<Tensor, Tensor> rotary_embedding_tables_backward(
     const Tensor& table,
     const std::optional<Tensor>& positions,
     bool interleaved,
-    bool conjugate) {
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("posenc::rotary_embedding_tables_backward", "")
                              .typed<decltype(rotary_embedding_tables_backward)>();
-  return op.call(grads, inputs, table, positions, interleaved, conjugate);
+  return op.call(grads, inputs, table, positions, interleaved, conjugate, pair_axes);
 }
 
 }  // namespace posenc

@@ -22,6 +22,7 @@ std::tuple<at::Tensor, at::Tensor> rotary_embedding_tables_backward(
     const at::Tensor& table,
     const std::optional<at::Tensor>& positions,
     bool interleaved,
-    bool conjugate);
+    bool conjugate,
+    at::IntArrayRef pair_axes);
 
 }  // namespace posenc

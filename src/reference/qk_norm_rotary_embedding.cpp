@@ -28,10 +28,11 @@ std::tuple<Tensor, Tensor> qk_norm_rotary_embedding(
     double eps,
     bool unit_offset,
     bool interleaved,
-    bool conjugate) {
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
   const auto of_one = [&](const Tensor& x, const Tensor& weight) {
     return reference::rotary_embedding(
-               normalised(x, weight, cos, eps, unit_offset), cos, sin, positions, interleaved, conjugate)
+               normalised(x, weight, cos, eps, unit_offset), cos, sin, positions, interleaved, conjugate, pair_axes)
         .to(x.scalar_type());
   };
   return {of_one(q, q_weight), of_one(k, k_weight)};

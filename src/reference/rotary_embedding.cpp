@@ -3,20 +3,38 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/stack.h>
+#include <ATen/ops/tensor.h>
+
+#include <limits>
 
 namespace posenc::reference {
 namespace {
 
 using at::Tensor;
 
-/// The table row of every token, as `[B, S, 1, R/2]` or `[T, 1, R/2]`, to multiply all heads with.
-Tensor rows_of_tokens(const Tensor& table, const std::optional<Tensor>& positions, int64_t seq_len) {
-  if (positions.has_value()) {
-    auto sizes = positions->sizes().vec();
-    sizes.push_back(table.size(-1));
-    return table.index_select(0, positions->flatten()).view(sizes).unsqueeze(-2);
+/// Which row of the tables each pair of each token reads, `[B, S, R/2]`, `[S, R/2]` or `[T, R/2]`; one column where
+/// positions have one axis.
+Tensor row_indices(const Tensor& positions, at::IntArrayRef pair_axes) {
+  if (pair_axes.empty()) {
+    return positions.to(at::kLong).unsqueeze(-1);
   }
-  return table.narrow(-2, 0, seq_len).unsqueeze(-2);
+  const Tensor axes = at::tensor(pair_axes, at::kLong).to(positions.device());
+  return positions.to(at::kLong).index_select(0, axes).movedim(0, -1);
+}
+
+/// The table entries of every token, as `[B, S, 1, R/2]` or `[T, 1, R/2]`, to multiply all heads with. NaN where
+/// the table has no such row.
+Tensor rows_of_tokens(const Tensor& table, const std::optional<Tensor>& indices, int64_t seq_len) {
+  if (!indices.has_value()) {
+    return table.narrow(-2, 0, seq_len).unsqueeze(-2);
+  }
+  auto sizes = indices->sizes().vec();
+  sizes.back() = table.size(-1);
+  const Tensor index = indices->expand(sizes);
+  const Tensor exists = index.ge(0).logical_and(index.lt(table.size(0)));
+  const Tensor rows =
+      table.gather(0, index.masked_fill(exists.logical_not(), 0).reshape({-1, table.size(-1)})).view(sizes);
+  return rows.masked_fill(exists.logical_not(), std::numeric_limits<double>::quiet_NaN()).unsqueeze(-2);
 }
 
 }  // namespace
@@ -27,15 +45,22 @@ Tensor rotary_embedding(
     const Tensor& sin,
     const std::optional<Tensor>& positions,
     bool interleaved,
-    bool conjugate) {
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
   const int64_t pairs = cos.size(-1);
   const int64_t seq_len = x.size(-3);
-  const Tensor c = rows_of_tokens(cos, positions, seq_len);
-  const Tensor s = conjugate ? -rows_of_tokens(sin, positions, seq_len) : rows_of_tokens(sin, positions, seq_len);
+  const std::optional<Tensor> indices =
+      positions.has_value() ? std::optional(row_indices(*positions, pair_axes)) : std::nullopt;
+  const Tensor c = rows_of_tokens(cos, indices, seq_len);
+  const Tensor s = conjugate ? -rows_of_tokens(sin, indices, seq_len) : rows_of_tokens(sin, indices, seq_len);
 
   const Tensor wide = x.to(cos.scalar_type());
   const Tensor rotated = wide.narrow(-1, 0, 2 * pairs);
-  const Tensor tail = wide.narrow(-1, 2 * pairs, x.size(-1) - 2 * pairs);
+  Tensor tail = wide.narrow(-1, 2 * pairs, x.size(-1) - 2 * pairs);
+  if (indices.has_value() && pair_axes.empty()) {  // the whole token goes with its one position
+    const Tensor outside = indices->lt(0).logical_or(indices->ge(cos.size(0))).unsqueeze(-1);
+    tail = tail.masked_fill(outside, std::numeric_limits<double>::quiet_NaN());
+  }
   const Tensor x1 = interleaved ? rotated.slice(-1, 0, {}, 2) : rotated.narrow(-1, 0, pairs);
   const Tensor x2 = interleaved ? rotated.slice(-1, 1, {}, 2) : rotated.narrow(-1, pairs, pairs);
   const Tensor y1 = x1 * c - x2 * s;
@@ -51,10 +76,11 @@ std::tuple<Tensor, Tensor> rotary_embedding_qk(
     const Tensor& sin,
     const std::optional<Tensor>& positions,
     bool interleaved,
-    bool conjugate) {
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
   return {
-      reference::rotary_embedding(q, cos, sin, positions, interleaved, conjugate),
-      reference::rotary_embedding(k, cos, sin, positions, interleaved, conjugate)};
+      reference::rotary_embedding(q, cos, sin, positions, interleaved, conjugate, pair_axes),
+      reference::rotary_embedding(k, cos, sin, positions, interleaved, conjugate, pair_axes)};
 }
 
 }  // namespace posenc::reference

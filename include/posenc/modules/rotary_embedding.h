@@ -1,6 +1,7 @@
 #pragma once
 
 #include <posenc/export.h>
+#include <posenc/frequencies.h>
 #include <posenc/modules/detail/keeps_dtype.h>
 
 #include <torch/nn/modules/common.h>
@@ -11,9 +12,14 @@
 #include <memory>
 #include <optional>
 #include <ostream>
+#include <string>
 #include <tuple>
 
 namespace posenc {
+
+namespace detail {
+class RotaryTableCache;
+}
 
 /// How the dimensions of the tensors given to a module are ordered: batch, sequence, head and channel, or
 /// token, head and channel for packed sequences.
@@ -28,6 +34,33 @@ enum class Layout { bshd, sbhd, bhsd, thd };
 struct POSENC_API RotaryEmbeddingOptions {
   /* implicit */ RotaryEmbeddingOptions(int64_t head_dim);
 
+  /// The options of a published model, from its Hugging Face `config.json`.
+  ///
+  /// Read are the size of a head (`head_dim`, else `hidden_size / num_attention_heads`; `qk_rope_head_dim` for
+  /// multi-head latent attention), the base (`rope_theta`), the part that is rotated (`partial_rotary_factor`,
+  /// `rotary_pct`, `rotary_dim`), the pairing (`rope_interleave`, else by `model_type`: GPT-J, Cohere, GLM, Llama 4,
+  /// DeepSeek and others interleave), and the plan (`rope_parameters` or `rope_scaling`: default, linear, dynamic,
+  /// yarn, llama3, longrope and its old name su, proportional, mrope). The text model of a `text_config` is taken.
+  /// Where a file leaves out what its `model_type` implies, the defaults of transformers apply; a missing `rope_theta`
+  /// is 10000.
+  ///
+  /// `max_position_embeddings` becomes that of the file, at most 131072 (64 MiB of tables at 128 channels); tables grow
+  /// beyond it as described there.
+  ///
+  /// @param path_or_json  a path, or the text of the file: what begins with `{`.
+  /// @param layer_type  for models with other frequencies in some layers (Gemma 3: `full_attention` and
+  ///   `sliding_attention`): which of them.
+  /// @throws c10::Error  on a file that cannot be read, malformed JSON, missing or mistyped fields, an unknown type of
+  ///   plan or layer, each named; and where the library was built without nlohmann_json.
+  ///
+  /// Example:
+  /// ```
+  /// posenc::RotaryEmbedding rope(posenc::RotaryEmbeddingOptions::from_hf_config("Llama-3.1-8B/config.json"));
+  /// ```
+  static RotaryEmbeddingOptions from_hf_config(
+      const std::string& path_or_json,
+      const std::optional<std::string>& layer_type = std::nullopt);
+
   /// Channels of one head, D.
   TORCH_ARG(int64_t, head_dim);
   /// Channels that are rotated, R: even, at most `head_dim`. Default: all, which needs an even `head_dim`.
@@ -41,6 +74,8 @@ struct POSENC_API RotaryEmbeddingOptions {
   TORCH_ARG(bool, interleaved) = false;
   /// Order of the dimensions of q and k. Default: `Layout::bshd`.
   TORCH_ARG(Layout, layout) = Layout::bshd;
+  /// How the frequencies are stretched to longer contexts; see `posenc/frequencies.h`. Default: `DefaultScaling`.
+  TORCH_ARG(RotaryScaling, scaling) = DefaultScaling();
   /// The inverse frequencies are a parameter, `inv_freq`. Default: false.
   TORCH_ARG(bool, learnable_frequencies) = false;
 };
@@ -52,8 +87,14 @@ struct POSENC_API RotaryEmbeddingOptions {
 /// doubling, and stay allocated as long as the module or a clone of it lives, so that kernels in flight and captured CUDA
 /// graphs never lose them. Clones share them. `forward` may be called from several threads.
 ///
+/// Dynamic NTK and LongRoPE have other frequencies for longer sequences. The length is `seq_len` where it is given, else
+/// that of the input or what positions on a CPU say; it is never read from a device. LongRoPE has two sets of tables.
+/// Dynamic NTK has one for every length beyond its `max_position_embeddings`: the last four of these are kept, and those
+/// that `reserve` built or a captured graph reads; see `DynamicNtkScaling::seq_len_multiple` for lengths that grow step by
+/// step.
+///
 /// With `learnable_frequencies` the inverse frequencies are the parameter `inv_freq`, which starts with those of the
-/// options and stays float32 under `to(dtype)`. Tables are then computed from it in every call, with angles of float64,
+/// options, of a plan that does not depend on the length, and stays float32 under `to(dtype)`. Tables are then computed from it in every call, with angles of float64,
 /// by `rotary_tables`, and gradients flow to it, the same bits every time.
 ///
 /// Example:
@@ -78,17 +119,35 @@ class POSENC_API RotaryEmbeddingImpl : public detail::KeepsDtype<RotaryEmbedding
   ///   token s is at position s. Positions on a CPU grow the tables as needed. Those on a GPU cannot be read
   ///   without waiting for it: they must be below `max_position_embeddings` or what `reserve` was given, and
   ///   beyond that give NaN.
+  /// @param seq_len  positions of the sequence: more than any of `positions`, at least the tokens of q without them.
+  ///   Tables get as many rows. Needed for positions on a GPU where frequencies depend on the length; not read by
+  ///   other plans for anything but the rows.
   /// @return the rotated pair, in the same order of dimensions.
   std::tuple<torch::Tensor, torch::Tensor> forward(
       const torch::Tensor& q,
       const torch::Tensor& k,
-      const std::optional<torch::Tensor>& positions = std::nullopt);
+      const std::optional<torch::Tensor>& positions = std::nullopt,
+      std::optional<int64_t> seq_len = std::nullopt);
 
   /// Rotates one tensor; arguments as in `forward`.
-  torch::Tensor rotate(const torch::Tensor& x, const std::optional<torch::Tensor>& positions = std::nullopt);
+  torch::Tensor rotate(
+      const torch::Tensor& x,
+      const std::optional<torch::Tensor>& positions = std::nullopt,
+      std::optional<int64_t> seq_len = std::nullopt);
+
+  /// The tables that `forward` rotates with, for operators that do it themselves.
+  ///
+  /// @param x  `[B, S, H, D]` or `[T, H, D]`, whatever `options.layout()` is: its length, device and dtype count.
+  /// @param positions,seq_len  as in `forward`.
+  /// @return `(cos, sin)`, with a row for each position.
+  std::tuple<torch::Tensor, torch::Tensor> tables_for(
+      const torch::Tensor& x,
+      const std::optional<torch::Tensor>& positions = std::nullopt,
+      std::optional<int64_t> seq_len = std::nullopt);
 
   /// Makes sure that tables for positions 0 to `length - 1` exist on `device`. Call it before a CUDA graph is
-  /// captured, and where positions on a GPU go beyond `max_position_embeddings`.
+  /// captured, and where positions on a GPU go beyond `max_position_embeddings`. Where frequencies depend on the length,
+  /// the tables are those of sequences of this `length`.
   ///
   /// With learnable frequencies nothing is built: tables of later calls with positions on a GPU, any of them, have
   /// `length` rows where that is more than `max_position_embeddings`. Not while another thread is in `forward`.
@@ -96,8 +155,8 @@ class POSENC_API RotaryEmbeddingImpl : public detail::KeepsDtype<RotaryEmbedding
   /// @param dtype  of the tensors to rotate: the tables are float64 for float64, float32 for all others.
   void reserve(int64_t length, const torch::Device& device, torch::Dtype dtype = torch::kFloat32);
 
-  /// Rows of the tables on `device` for tensors of `dtype`, 0 before they are built. With learnable frequencies, rows
-  /// of the tables of a call with positions on a GPU.
+  /// Rows of the tables on `device` for tensors of `dtype`, of the longest where there are several; 0 before they are
+  /// built. With learnable frequencies, rows of the tables of a call with positions on a GPU.
   int64_t table_length(const torch::Device& device, torch::Dtype dtype = torch::kFloat32) const;
 
   RotaryEmbeddingOptions options;
@@ -106,17 +165,14 @@ class POSENC_API RotaryEmbeddingImpl : public detail::KeepsDtype<RotaryEmbedding
   torch::Tensor inv_freq;
 
  protected:
-  FORWARD_HAS_DEFAULT_ARGS({2, torch::nn::AnyValue(std::optional<torch::Tensor>())})
+  FORWARD_HAS_DEFAULT_ARGS(
+      {2, torch::nn::AnyValue(std::optional<torch::Tensor>())},
+      {3, torch::nn::AnyValue(std::optional<int64_t>())})
 
  private:
-  /// The tables for a call of `forward` or `rotate` with a tensor in the operators' order of dimensions.
-  std::tuple<torch::Tensor, torch::Tensor> tables_for(
-      const torch::Tensor& x,
-      const std::optional<torch::Tensor>& positions);
-
-  class Tables;
-  std::shared_ptr<Tables> tables_;  // where frequencies are fixed
-  int64_t rows_on_device_ = 0;      // where they are learnable: of the tables for positions on a GPU
+  std::shared_ptr<detail::RotaryTableCache> tables_;  // where frequencies are fixed
+  double attention_factor_ = 1.0;                     // where they are learnable
+  int64_t rows_on_device_ = 0;                        // there too: of the tables for positions on a GPU
 };
 
 /// A `ModuleHolder` of `RotaryEmbeddingImpl`, as LibTorch's own modules are.

@@ -14,10 +14,12 @@ inline at::Tensor rotate_by_table_gradients(
     const at::Tensor& sin,
     const std::optional<at::Tensor>& positions,
     bool interleaved,
-    bool conjugate) {
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
   const int64_t rotary_dim = 2 * cos.size(-1);
   const int64_t tail = x.size(-1) - rotary_dim;
-  const at::Tensor rotated = rotary_embedding(x.narrow(-1, 0, rotary_dim), cos, sin, positions, interleaved, conjugate);
+  const at::Tensor rotated =
+      rotary_embedding(x.narrow(-1, 0, rotary_dim), cos, sin, positions, interleaved, conjugate, pair_axes);
   return tail == 0 ? rotated : at::constant_pad_nd(rotated, {0, tail});
 }
 

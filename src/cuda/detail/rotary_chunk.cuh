@@ -93,89 +93,12 @@ __device__ Vector<Real, N> load_entries(const Real* row, int pair, int64_t strid
 }
 
 /// Rotates one pair in place. The order of rounding is spelled out, so that every variant gives the same bits.
-template <typename Real>
-__device__ void rotate_wide(Real& x1, Real& x2, Real cos, Real sin) {
-  const Real y1 = multiply_add(x1, cos, -multiply(x2, sin));
-  x2 = multiply_add(x1, sin, multiply(x2, cos));
-  x1 = y1;
-}
-
-/// Where a chunk lies in its head. Chunks behind the rotary width do not rotate, and the last of them may be one vector.
-struct ChunkChannels {
-  int first, second;  // channels, the first of each vector
-  bool rotates, has_second;
-};
-
-template <typename Policy>
-__device__ ChunkChannels channels_of_chunk(const RotaryProblem& problem, int chunk) {
-  constexpr int V = Policy::kVectorWidth;
-  constexpr bool kNeighbours = Policy::kInterleaved && V == 1;
-  const int num_pairs = static_cast<int>(problem.num_pairs);
-  ChunkChannels channels{
-      kNeighbours ? 2 * chunk : chunk * V, kNeighbours ? 2 * chunk + 1 : num_pairs + chunk * V, true, true};
-  if constexpr (Policy::kTail) {
-    const int tail_chunk = chunk - num_pairs / V;
-    const int tail = static_cast<int>(problem.head_dim) - 2 * num_pairs;
-    if (tail_chunk >= 0) {
-      channels.rotates = false;
-      channels.first = 2 * num_pairs + tail_chunk * V;
-      channels.second = channels.first + (tail / V + 1) / 2 * V;
-      channels.has_second = channels.second < problem.head_dim;
-    }
-  }
-  return channels;
-}
-
-/// The entries of the tables for the V pairs of a chunk: in half pairing those of neighbours in each vector, interleaved
-/// those of the first vector and then those of the second. Zero where the chunk does not exist or does not rotate.
-template <typename T, typename Policy>
-struct ChunkTables {
-  using Real = arithmetic_t<T>;
-  static constexpr int V = Policy::kVectorWidth;
-
-  Vector<Real, V> cos{}, sin{};
-  Real sign;  // of sin; multiplied when it is used, so that nothing waits for the load before that
-
-  __device__ ChunkTables(
-      const RotaryProblem& problem,
-      const TableRow<Real>& row,
-      const ChunkChannels& channels,
-      bool exists)
-      : sign(row.sign) {
-    if (exists && channels.rotates) {
-      cos = load_pairs(static_cast<const Real*>(problem.cos.data) + row.cos, channels, problem.cos.stride_pair);
-      sin = load_pairs(static_cast<const Real*>(problem.sin.data) + row.sin, channels, problem.sin.stride_pair);
-    }
-  }
-
-  __device__ void rotate(int pair, Real& x1, Real& x2) const { rotate_wide(x1, x2, cos[pair], sign * sin[pair]); }
-
- private:
-  __device__ static Vector<Real, V> load_pairs(const Real* row, const ChunkChannels& channels, int64_t stride) {
-    if constexpr (Policy::kInterleaved && V > 1) {
-      const auto of_first = load_entries<V / 2, false>(row, channels.first / 2, stride);
-      const auto of_second = load_entries<V / 2, false>(row, channels.second / 2, stride);
-      Vector<Real, V> entries;
-#pragma unroll
-      for (int i = 0; i < V / 2; ++i) {
-        entries[i] = of_first[i];
-        entries[V / 2 + i] = of_second[i];
-      }
-      return entries;
-    } else {
-      return load_entries<V, V == 1>(row, Policy::kInterleaved ? channels.first / 2 : channels.first, stride);
-    }
-  }
-};
-
-/// Rotates one pair in place, rounded once.
 template <typename T, typename Real>
 __device__ void rotate_pair(T& x1, T& x2, Real cos, Real sin) {
-  Real wide1 = widen(x1);
-  Real wide2 = widen(x2);
-  rotate_wide(wide1, wide2, cos, sin);
-  x1 = narrow<T>(wide1);
-  x2 = narrow<T>(wide2);
+  const Real wide1 = widen(x1);
+  const Real wide2 = widen(x2);
+  x1 = narrow<T>(multiply_add(wide1, cos, -multiply(wide2, sin)));
+  x2 = narrow<T>(multiply_add(wide1, sin, multiply(wide2, cos)));
 }
 
 /// Rotates one chunk, or copies it where it lies behind the rotary width. All loads come before the first use of

@@ -1,0 +1,554 @@
+// The plans of posenc/frequencies.h against tables worked out elsewhere, and in the module.
+#include "support.h"
+
+#include "data/frequencies.h"
+
+#include <posenc/frequencies.h>
+#include <posenc/logging.h>
+#include <posenc/modules/rotary_embedding.h>
+#include <posenc/rotary_embedding.h>
+
+#include <ATen/ATen.h>
+
+#include <cmath>
+#include <limits>
+#include <sstream>
+
+namespace posenc::test {
+namespace {
+
+using posenc::DefaultScaling;
+using posenc::DynamicNtkScaling;
+using posenc::LinearScaling;
+using posenc::Llama3Scaling;
+using posenc::LongRopeScaling;
+using posenc::ProportionalScaling;
+using posenc::RotaryEmbedding;
+using posenc::RotaryEmbeddingOptions;
+using posenc::RotaryFrequencies;
+using posenc::RotaryScaling;
+using posenc::StaticNtkScaling;
+using posenc::YarnScaling;
+
+YarnScaling yarn(double factor, int64_t original) {
+  YarnScaling scaling;
+  scaling.factor = factor;
+  scaling.original_max_position_embeddings = original;
+  return scaling;
+}
+
+/// Lists of 48 as in tests/data/frequencies.py.
+LongRopeScaling phi3() {
+  LongRopeScaling scaling;
+  for (int i = 0; i < 48; ++i) {
+    scaling.short_factor.push_back(1 + i / 32.0);
+    scaling.long_factor.push_back(1 + i * i / 32.0);
+  }
+  scaling.original_max_position_embeddings = 4096;
+  scaling.max_position_embeddings = 131072;
+  return scaling;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Values
+
+/// Expects the numbers of `expected` but for rounding. A frequency is `base^x`, off by |x ln base| < 16 roundings of x
+/// and some of its own; a blend of w and w/s divides what its weights are off by, some roundings too, by 1/s < 1/40.
+void expect_frequencies(const RotaryFrequencies& actual, const data::Frequencies& expected) {
+  const double roundings = 16 + 40 * 16;
+  const at::Tensor values = at::tensor(expected.inv_freq, at::kDouble);
+  expect_within(actual.inv_freq, values, values * roundings * unit_roundoff(at::kDouble));
+  EXPECT_NEAR(actual.attention_factor, expected.attention_factor, 8 * unit_roundoff(at::kDouble));
+  EXPECT_EQ(actual.inv_freq.scalar_type(), at::kDouble);
+  EXPECT_TRUE(actual.inv_freq.is_cpu());
+}
+
+TEST(RotaryScalingValues, WithoutAPlanAreThoseOfThePaper) {
+  expect_frequencies(posenc::rotary_frequencies(128, 10000, DefaultScaling()), data::kLlama2);
+  expect_frequencies(posenc::rotary_frequencies(128, 1000000, DefaultScaling()), data::kQwen2Vl);
+  expect_frequencies(posenc::rotary_frequencies(256, 10000, DefaultScaling()), data::kGemma3Sliding);
+}
+
+TEST(RotaryScalingValues, OfLinearScalingAreThoseOfGemma3) {
+  expect_frequencies(posenc::rotary_frequencies(256, 1000000, LinearScaling{8}), data::kGemma3Full);
+}
+
+TEST(RotaryScalingValues, OfDynamicNtkFollowTheLength) {
+  const DynamicNtkScaling scaling{2, 4096};
+  for (const int64_t seq_len : {0, 1, 4096}) {
+    expect_frequencies(posenc::rotary_frequencies(128, 10000, scaling, seq_len), data::kDynamicNtkAt4096);
+  }
+  expect_frequencies(posenc::rotary_frequencies(128, 10000, scaling, 4097), data::kDynamicNtkAt4097);
+  expect_frequencies(
+      posenc::rotary_frequencies(128, 10000, DynamicNtkScaling{2.5, 4096}, 16384), data::kDynamicNtkAt16384);
+}
+
+TEST(RotaryScalingValues, OfDynamicNtkMayCountLengthsInSteps) {
+  const DynamicNtkScaling scaling{2.5, 4096, 4096};
+  for (const int64_t seq_len : {12289, 15000, 16384}) {
+    expect_frequencies(posenc::rotary_frequencies(128, 10000, scaling, seq_len), data::kDynamicNtkAt16384);
+  }
+}
+
+TEST(RotaryScalingValues, OfStaticNtkAreThoseOfHunYuan) {
+  expect_frequencies(posenc::rotary_frequencies(128, 10000, StaticNtkScaling{1000}), data::kStaticNtk);
+}
+
+TEST(RotaryScalingValues, OfYarnAreThoseOfItsModels) {
+  expect_frequencies(posenc::rotary_frequencies(128, 1000000, yarn(4, 32768)), data::kQwen3Yarn);
+  YarnScaling gpt_oss = yarn(32, 4096);
+  gpt_oss.truncate = false;
+  expect_frequencies(posenc::rotary_frequencies(64, 150000, gpt_oss), data::kYarnWithoutTruncation);
+  YarnScaling deepseek = yarn(40, 4096);
+  deepseek.mscale = deepseek.mscale_all_dim = 0.707;
+  expect_frequencies(posenc::rotary_frequencies(64, 10000, deepseek), data::kDeepSeekV2);
+  deepseek.mscale = deepseek.mscale_all_dim = 1;
+  expect_frequencies(posenc::rotary_frequencies(64, 10000, deepseek), data::kDeepSeekV3);
+}
+
+TEST(RotaryScalingValues, OfYarnTakeEveryOption) {
+  YarnScaling scaling = yarn(40, 4096);
+  scaling.mscale = 1;
+  scaling.mscale_all_dim = 0.707;
+  expect_frequencies(posenc::rotary_frequencies(64, 10000, scaling), data::kYarnWithTwoMscales);
+  scaling = yarn(4.5, 2048);
+  scaling.beta_fast = 16;
+  scaling.beta_slow = 2;
+  scaling.attention_factor = 1.25;
+  expect_frequencies(posenc::rotary_frequencies(32, 10000, scaling), data::kYarnWithAttentionFactor);
+  expect_frequencies(posenc::rotary_frequencies(8, 10000, yarn(2, 4)), data::kYarnWithOneBoundary);
+}
+
+TEST(RotaryScalingValues, OfYarnNeedBothMscales) {
+  YarnScaling scaling = yarn(40, 4096);
+  const double alone = posenc::rotary_frequencies(64, 10000, scaling).attention_factor;
+  EXPECT_NEAR(alone, 0.1 * std::log(40.0) + 1, 8 * unit_roundoff(at::kDouble));
+  scaling.mscale = 0.5;
+  EXPECT_EQ(posenc::rotary_frequencies(64, 10000, scaling).attention_factor, alone);
+  scaling.mscale_all_dim = 0;
+  EXPECT_EQ(posenc::rotary_frequencies(64, 10000, scaling).attention_factor, alone);
+  EXPECT_EQ(posenc::rotary_frequencies(64, 10000, yarn(1, 4096)).attention_factor, 1);
+  EXPECT_EQ(posenc::rotary_frequencies(64, 10000, yarn(0.5, 4096)).attention_factor, 1);
+}
+
+TEST(RotaryScalingValues, OfLlama3AreThoseOfItsModels) {
+  expect_frequencies(posenc::rotary_frequencies(128, 500000, Llama3Scaling()), data::kLlama3_1);
+  expect_frequencies(posenc::rotary_frequencies(64, 500000, Llama3Scaling{32}), data::kLlama3_2_1B);
+  expect_frequencies(posenc::rotary_frequencies(128, 500000, Llama3Scaling{16, 1, 1, 8192}), data::kLlama4);
+}
+
+TEST(RotaryScalingValues, OfLongRopeAreShortUpToTheOriginalLengthAndLongBeyond) {
+  for (const int64_t seq_len : {0, 1, 4096}) {
+    expect_frequencies(posenc::rotary_frequencies(96, 10000, phi3(), seq_len), data::kPhi3Short);
+  }
+  for (const int64_t seq_len : {4097, 131072}) {
+    expect_frequencies(posenc::rotary_frequencies(96, 10000, phi3(), seq_len), data::kPhi3Long);
+  }
+}
+
+TEST(RotaryScalingValues, OfLongRopeTakeTheFactorsGiven) {
+  LongRopeScaling scaling = phi3();
+  const auto attention_factor = [&](int64_t seq_len) {
+    return posenc::rotary_frequencies(96, 10000, scaling, seq_len).attention_factor;
+  };
+  scaling.factor = 4;
+  EXPECT_NEAR(attention_factor(1), std::sqrt(1 + std::log(4.0) / std::log(4096.0)), 8 * unit_roundoff(at::kDouble));
+  scaling.factor = 1;
+  EXPECT_EQ(attention_factor(1), 1);
+  scaling.short_attention_factor = 1.5;
+  scaling.long_attention_factor = 1.75;
+  EXPECT_EQ(attention_factor(4096), 1.5);
+  EXPECT_EQ(attention_factor(4097), 1.75);
+  scaling.factor = std::nullopt;
+  scaling.max_position_embeddings = std::nullopt;
+  EXPECT_EQ(attention_factor(4096), 1.5);
+}
+
+TEST(RotaryScalingValues, OfTheProportionalPlanAreZeroBeyondItsPart) {
+  expect_frequencies(posenc::rotary_frequencies(512, 1000000, ProportionalScaling{0.25}), data::kProportional);
+  expect_frequencies(posenc::rotary_frequencies(64, 10000, ProportionalScaling{0.3, 2}), data::kProportionalWithFactor);
+}
+
+TEST(RotaryScalingValues, OfTheVariantAreThoseOfThePlanInIt) {
+  const auto expect_same = [](const RotaryFrequencies& a, const RotaryFrequencies& b) {
+    expect_same_bits(a.inv_freq, b.inv_freq);
+    EXPECT_EQ(a.attention_factor, b.attention_factor);
+  };
+  const RotaryScaling in_variant = yarn(4, 32768);
+  expect_same(posenc::rotary_frequencies(128, 1e6, in_variant), posenc::rotary_frequencies(128, 1e6, yarn(4, 32768)));
+  const RotaryScaling with_length = DynamicNtkScaling{2, 4096};
+  expect_same(
+      posenc::rotary_frequencies(128, 1e4, with_length, 5000),
+      posenc::rotary_frequencies(128, 1e4, DynamicNtkScaling{2, 4096}, 5000));
+}
+
+TEST(RotaryScalingValues, ShareTheirLengthWhereTheyAreTheSame) {
+  const RotaryScaling dynamic = DynamicNtkScaling{2, 4096, 100};
+  EXPECT_EQ(posenc::rotary_frequency_length(dynamic, 0), 4096);
+  EXPECT_EQ(posenc::rotary_frequency_length(dynamic, 4096), 4096);
+  EXPECT_EQ(posenc::rotary_frequency_length(dynamic, 4097), 4100);
+  EXPECT_EQ(posenc::rotary_frequency_length(dynamic, 4100), 4100);
+  EXPECT_EQ(posenc::rotary_frequency_length(dynamic, 4101), 4200);
+  const RotaryScaling long_rope = phi3();
+  EXPECT_EQ(posenc::rotary_frequency_length(long_rope, 4096), 4096);
+  EXPECT_EQ(posenc::rotary_frequency_length(long_rope, 100000), 4097);
+  EXPECT_EQ(posenc::rotary_frequency_length(yarn(4, 32768), 100000), 0);
+  EXPECT_TRUE(posenc::depends_on_length(dynamic));
+  EXPECT_TRUE(posenc::depends_on_length(long_rope));
+  EXPECT_FALSE(posenc::depends_on_length(LinearScaling{8}));
+}
+
+TEST(RotaryScalingValues, XposScalesAreThoseOfThePaper) {
+  const at::Tensor expected = at::tensor(data::kXpos.inv_freq, at::kDouble).view({5, 4});
+  expect_within(posenc::rotary_xpos_scales(8, 5), expected, expected * 8 * unit_roundoff(at::kDouble));
+  EXPECT_EQ(posenc::rotary_xpos_scales(8, 0).sizes(), at::IntArrayRef({0, 4}));
+  // Twice the base, half the exponent.
+  const at::Tensor squared = posenc::rotary_xpos_scales(8, 5, 1024).square();
+  expect_within(squared, expected, expected * 16 * unit_roundoff(at::kDouble));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Errors
+
+void expect_plan_error(const RotaryScaling& scaling, const std::vector<std::string>& parts, int64_t rotary_dim = 96) {
+  expect_error([&] { posenc::rotary_frequencies(rotary_dim, 10000, scaling, 1); }, parts);
+}
+
+TEST(RotaryScalingErrors, NameThePlanAndTheFactor) {
+  for (const double factor : {0.0, -1.0, std::nan(""), std::numeric_limits<double>::infinity()}) {
+    const std::string got = "got " + c10::str(factor);
+    expect_plan_error(LinearScaling{factor}, {"linear", "factor", got});
+    expect_plan_error(DynamicNtkScaling{factor, 4096}, {"dynamic NTK", "factor", got});
+    expect_plan_error(StaticNtkScaling{factor}, {"static NTK", "factor", got});
+    expect_plan_error(yarn(factor, 4096), {"YaRN", "factor", got});
+    expect_plan_error(Llama3Scaling{factor}, {"Llama 3", "factor", got});
+    expect_plan_error(ProportionalScaling{0.5, factor}, {"proportional", "factor", got});
+  }
+}
+
+TEST(RotaryScalingErrors, NameLengthsThatAreMissing) {
+  expect_plan_error(DynamicNtkScaling{2}, {"dynamic NTK", "max_position_embeddings", "got 0"});
+  expect_plan_error(DynamicNtkScaling{2, 4096, 0}, {"dynamic NTK", "seq_len_multiple", "got 0"});
+  expect_plan_error(yarn(4, 0), {"YaRN", "original_max_position_embeddings", "got 0"});
+  expect_plan_error(Llama3Scaling{8, 1, 4, -1}, {"Llama 3", "original_max_position_embeddings", "got -1"});
+  LongRopeScaling long_rope = phi3();
+  long_rope.original_max_position_embeddings = 0;
+  expect_plan_error(long_rope, {"LongRoPE", "original_max_position_embeddings", "got 0"});
+}
+
+TEST(RotaryScalingErrors, NameNegativeLengths) {
+  expect_error(
+      [] { posenc::rotary_frequencies(8, 10000, DynamicNtkScaling{2, 4096}, -1); }, {"dynamic NTK", "seq_len", "-1"});
+  expect_error([] { posenc::rotary_frequencies(96, 10000, phi3(), -1); }, {"LongRoPE", "seq_len", "-1"});
+}
+
+TEST(RotaryScalingErrors, NameBoundariesOfYarn) {
+  YarnScaling scaling = yarn(4, 4096);
+  scaling.beta_slow = 0;
+  expect_plan_error(scaling, {"YaRN", "beta_slow", "got 0"});
+  scaling.beta_slow = 32;
+  expect_plan_error(scaling, {"YaRN", "beta_fast", "beta_slow = 32", "got 32"});
+  scaling = yarn(4, 4096);
+  scaling.attention_factor = -1;
+  expect_plan_error(scaling, {"YaRN", "attention_factor", "got -1"});
+  expect_error([] { posenc::rotary_frequencies(8, 1, yarn(4, 4096)); }, {"YaRN", "base", "got 1"});
+}
+
+TEST(RotaryScalingErrors, NameBoundariesOfLlama3) {
+  expect_plan_error(Llama3Scaling{8, 0, 4, 8192}, {"Llama 3", "low_freq_factor", "got 0"});
+  expect_plan_error(Llama3Scaling{8, 4, 1, 8192}, {"Llama 3", "high_freq_factor", "low_freq_factor = 4", "got 1"});
+}
+
+TEST(RotaryScalingErrors, NameWhatLongRopeLacks) {
+  LongRopeScaling scaling = phi3();
+  scaling.short_factor.pop_back();
+  expect_plan_error(scaling, {"LongRoPE", "48", "short_factor", "got 47"});
+  scaling = phi3();
+  scaling.long_factor.clear();
+  expect_plan_error(scaling, {"LongRoPE", "48", "long_factor", "got 0"});
+  scaling = phi3();
+  scaling.long_factor[7] = 0;
+  expect_plan_error(scaling, {"LongRoPE", "long_factor", "got 0"});
+  scaling = phi3();
+  scaling.max_position_embeddings = std::nullopt;
+  expect_plan_error(scaling, {"LongRoPE", "factor", "max_position_embeddings", "none"});
+  scaling.factor = -2;
+  expect_plan_error(scaling, {"LongRoPE", "factor", "got -2"});
+  scaling = phi3();
+  scaling.long_attention_factor = 0;
+  expect_plan_error(scaling, {"LongRoPE", "long_attention_factor", "got 0"});
+}
+
+TEST(RotaryScalingErrors, NamePartsBeyondTheHead) {
+  expect_plan_error(ProportionalScaling{1.5}, {"proportional", "partial_rotary_factor", "got 1.5"});
+  expect_plan_error(ProportionalScaling{-0.5}, {"proportional", "partial_rotary_factor", "got -0.5"});
+}
+
+TEST(RotaryScalingErrors, NameWidthsThatNtkCannotStretch) {
+  expect_plan_error(DynamicNtkScaling{2, 4096}, {"dynamic NTK", "rotary_dim", "got 2"}, 2);
+  expect_plan_error(StaticNtkScaling{2}, {"static NTK", "rotary_dim", "got 2"}, 2);
+}
+
+TEST(RotaryScalingErrors, NameBadArgumentsOfXpos) {
+  expect_error([] { posenc::rotary_xpos_scales(7, 4); }, {"rotary_dim", "7"});
+  expect_error([] { posenc::rotary_xpos_scales(8, -1); }, {"length", "-1"});
+  expect_error([] { posenc::rotary_xpos_scales(8, 4, 0); }, {"scale_base", "got 0"});
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// In the module
+
+constexpr int64_t kHeadDim = 16;
+
+class RotaryScalingModule : public DeviceTest {
+ protected:
+  at::Tensor random(int64_t tokens) const { return random_tensor({1, tokens, 2, kHeadDim}, {GetParam(), at::kFloat}); }
+
+  /// What the module has to return: the operator on tables of the plan's frequencies for this length.
+  at::Tensor expected(
+      const at::Tensor& x,
+      const RotaryScaling& scaling,
+      int64_t seq_len,
+      const std::optional<at::Tensor>& positions = std::nullopt) const {
+    const RotaryFrequencies frequencies = posenc::rotary_frequencies(kHeadDim, 10000, scaling, seq_len);
+    const auto [cos, sin] =
+        posenc::rotary_tables(frequencies.inv_freq, seq_len, at::kFloat, frequencies.attention_factor);
+    return posenc::rotary_embedding(x, cos.to(device()), sin.to(device()), positions);
+  }
+
+  static RotaryEmbeddingOptions options(const RotaryScaling& scaling) {
+    return RotaryEmbeddingOptions(kHeadDim).max_position_embeddings(8).scaling(scaling);
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(Cpu, RotaryScalingModule, ::testing::Values(at::kCPU), device_name);
+INSTANTIATE_TEST_SUITE_P(Cuda, RotaryScalingModule, ::testing::Values(at::kCUDA), device_name);
+
+LongRopeScaling short_and_long() {
+  LongRopeScaling scaling;
+  scaling.short_factor = {1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5};
+  scaling.long_factor = {2, 4, 8, 16, 32, 64, 128, 256};
+  scaling.original_max_position_embeddings = 16;
+  scaling.max_position_embeddings = 64;
+  return scaling;
+}
+
+/// Counts the tables that are built while `action` runs, as the log tells.
+int tables_built(const std::function<void()>& action) {
+  const LogLevel before = log_level();
+  set_log_level(LogLevel::debug);
+  ::testing::internal::CaptureStderr();
+  action();
+  const std::string text = ::testing::internal::GetCapturedStderr();
+  set_log_level(before);
+  const std::string line = "RotaryEmbedding: built";
+  int count = 0;
+  for (size_t at = text.find(line); at != std::string::npos; at = text.find(line, at + 1)) {
+    ++count;
+  }
+  return count;
+}
+
+TEST_P(RotaryScalingModule, RotatesByTheFrequenciesOfEveryPlan) {
+  const RotaryScaling plans[] = {
+      DefaultScaling(), LinearScaling{4}, DynamicNtkScaling{2, 16}, StaticNtkScaling{3},
+      yarn(4, 16),      Llama3Scaling(),  short_and_long(),         ProportionalScaling{0.5, 2}};
+  for (const RotaryScaling& scaling : plans) {
+    SCOPED_TRACE(posenc::to_string(scaling));
+    RotaryEmbedding rope(options(scaling));
+    for (const int64_t tokens : {5, 16, 17, 40}) {
+      const at::Tensor x = random(tokens);
+      expect_same_bits(rope->rotate(x), expected(x, scaling, tokens));
+      const auto [q, k] = rope->forward(x, x.narrow(2, 0, 1));
+      expect_same_bits(q, expected(x, scaling, tokens));
+      expect_same_bits(k, q.narrow(2, 0, 1).contiguous());
+    }
+  }
+}
+
+TEST_P(RotaryScalingModule, TakesTheLengthFromItsArgument) {
+  for (const RotaryScaling& scaling : {RotaryScaling(DynamicNtkScaling{2, 16}), RotaryScaling(short_and_long())}) {
+    RotaryEmbedding rope(options(scaling));
+    const at::Tensor x = random(3);
+    const at::Tensor p = at::tensor({4, 0, 11}, at::kLong).to(device());
+    for (const int64_t seq_len : {12, 17, 40, 16}) {
+      expect_same_bits(rope->rotate(x, p, seq_len), expected(x, scaling, seq_len, p));
+      expect_same_bits(std::get<0>(rope->forward(x, x, p, seq_len)), expected(x, scaling, seq_len, p));
+      expect_same_bits(rope->rotate(x, std::nullopt, seq_len), expected(x, scaling, seq_len));
+    }
+  }
+}
+
+TEST_P(RotaryScalingModule, GivesTablesAsManyRowsAsTheLength) {
+  RotaryEmbedding rope(options(DefaultScaling()));
+  const at::Tensor x = random(3);
+  const at::Tensor p = at::tensor({3000, 0, 11}, at::kLong).to(device());
+  expect_same_bits(rope->rotate(x, p, 3001), expected(x, DefaultScaling(), 3001, p));
+}
+
+TEST_P(RotaryScalingModule, RejectsLengthsThatAreTooSmall) {
+  RotaryEmbedding rope(options(DynamicNtkScaling{2, 16}));
+  expect_error([&] { rope->rotate(random(5), std::nullopt, 4); }, {"seq_len", "5", "got 4"});
+  expect_error([&] { rope->rotate(random(5), std::nullopt, int64_t{1} << 40); }, {"seq_len", "2^31"});
+  expect_error([&] { rope->forward(random(5), random(5), std::nullopt, -1); }, {"seq_len", "got -1"});
+}
+
+TEST_P(RotaryScalingModule, BuildsNothingAgainWhenNothingChanged) {
+  for (const RotaryScaling& scaling : {RotaryScaling(DynamicNtkScaling{2, 16}), RotaryScaling(short_and_long())}) {
+    RotaryEmbedding rope(options(scaling));
+    const at::Tensor x = random(40);
+    const auto step = [&] {
+      rope->rotate(x);
+      rope->rotate(x.narrow(1, 0, 10));
+    };
+    EXPECT_GE(tables_built(step), 2);
+    EXPECT_EQ(tables_built(step), 0);
+  }
+}
+
+TEST_P(RotaryScalingModule, KeepsTheTablesOfTheLastFourLengths) {
+  RotaryEmbedding rope(options(DynamicNtkScaling{2, 16}));
+  const at::Tensor x = random(40);
+  for (const int64_t tokens : {40, 20, 21, 22}) {
+    rope->rotate(x.narrow(1, 0, tokens));
+  }
+  EXPECT_EQ(rope->table_length(device()), 40);
+  EXPECT_EQ(tables_built([&] { rope->rotate(x); }), 0);
+  for (const int64_t tokens : {23, 24, 25, 26, 10}) {
+    rope->rotate(x.narrow(1, 0, tokens));
+  }
+  EXPECT_EQ(rope->table_length(device()), 26);
+  expect_same_bits(rope->rotate(x), expected(x, DynamicNtkScaling{2, 16}, 40));
+}
+
+TEST_P(RotaryScalingModule, KeepsReservedTablesWhateverComes) {
+  RotaryEmbedding rope(options(DynamicNtkScaling{2, 16}));
+  rope->reserve(60, device());
+  const at::Tensor x = random(40);
+  for (int64_t tokens = 20; tokens < 40; ++tokens) {
+    rope->rotate(x.narrow(1, 0, tokens));
+  }
+  EXPECT_EQ(rope->table_length(device()), 60);
+  const at::Tensor longer = random(60);
+  EXPECT_EQ(tables_built([&] { rope->rotate(longer); }), 0);
+}
+
+TEST_P(RotaryScalingModule, TakesNewTablesForANewPlanAfterReset) {
+  RotaryEmbedding rope(options(LinearScaling{4}));
+  const at::Tensor x = random(5);
+  rope->rotate(x);
+  rope->options.scaling(LinearScaling{2});
+  rope->reset();
+  expect_same_bits(rope->rotate(x), expected(x, LinearScaling{2}, 5));
+  const auto copy = std::dynamic_pointer_cast<posenc::RotaryEmbeddingImpl>(rope->clone());
+  EXPECT_EQ(tables_built([&] { expect_same_bits(copy->rotate(x), rope->rotate(x)); }), 0);
+}
+
+TEST_P(RotaryScalingModule, StartsLearnableFrequenciesWithThePlan) {
+  const YarnScaling scaling = yarn(4, 16);
+  RotaryEmbedding rope(options(scaling).learnable_frequencies(true));
+  rope->to(device());
+  const RotaryFrequencies start = posenc::rotary_frequencies(kHeadDim, 10000, scaling);
+  expect_same_bits(rope->inv_freq, start.inv_freq.to(at::kFloat));
+  const at::Tensor x = random(5);
+  const auto [cos, sin] = posenc::rotary_tables(rope->inv_freq.detach(), 5, at::kFloat, start.attention_factor);
+  expect_same_bits(rope->rotate(x), posenc::rotary_embedding(x, cos, sin));
+}
+
+TEST(RotaryScalingOptions, OfLearnableFrequenciesDoNotDependOnTheLength) {
+  expect_error(
+      [] { RotaryEmbedding(RotaryEmbeddingOptions(16).learnable_frequencies(true).scaling(DynamicNtkScaling{2, 16})); },
+      {"learnable", "length", "dynamic"});
+}
+
+TEST(RotaryScalingOptions, AreCheckedByTheModule) {
+  expect_error([] { RotaryEmbedding(RotaryEmbeddingOptions(16).scaling(LinearScaling{-1})); }, {"linear", "-1"});
+  expect_error([] { RotaryEmbedding(RotaryEmbeddingOptions(16).scaling(phi3())); }, {"LongRoPE", "8", "48"});
+}
+
+TEST(RotaryScalingOptions, ArePrinted) {
+  YarnScaling scaling = yarn(4, 32768);
+  scaling.mscale = 0.5;
+  std::ostringstream stream;
+  stream << *RotaryEmbedding(RotaryEmbeddingOptions(64).scaling(scaling));
+  EXPECT_NE(
+      stream.str().find(
+          "scaling=yarn(factor=4, original_max_position_embeddings=32768, beta_fast=32, beta_slow=1, truncate=true, "
+          "mscale=0.5)"),
+      std::string::npos)
+      << stream.str();
+  EXPECT_EQ(posenc::to_string(DefaultScaling()), "default");
+  EXPECT_EQ(posenc::to_string(LinearScaling{2.5}), "linear(factor=2.5)");
+  EXPECT_EQ(
+      posenc::to_string(DynamicNtkScaling{2, 4096}),
+      "dynamic(factor=2, max_position_embeddings=4096, seq_len_multiple=1)");
+}
+
+TEST(RotaryScalingHostPositions, SayTheLength) {
+  const RotaryScaling scaling = DynamicNtkScaling{2, 16};
+  RotaryEmbedding rope(RotaryEmbeddingOptions(kHeadDim).scaling(scaling));
+  const at::Tensor x = at::randn({1, 3, 2, kHeadDim});
+  const at::Tensor p = at::tensor({4, 29, 11}, at::kLong);
+  expect_same_bits(rope->rotate(x, p), rope->rotate(x, p, 30));
+  expect_error([&] { rope->rotate(x, p, 29); }, {"seq_len", "30", "got 29"});
+}
+
+class RotaryScalingDevicePositions : public DeviceTest {};
+
+INSTANTIATE_TEST_SUITE_P(Cuda, RotaryScalingDevicePositions, ::testing::Values(at::kCUDA), device_name);
+
+TEST_P(RotaryScalingDevicePositions, NeedTheLengthFromTheCaller) {
+  const at::Tensor x = at::randn({1, 3, 2, kHeadDim}).to(device());
+  const at::Tensor p = at::tensor({4, 0, 11}, at::kLong).to(device());
+  for (const RotaryScaling& scaling : {RotaryScaling(DynamicNtkScaling{2, 16}), RotaryScaling(short_and_long())}) {
+    RotaryEmbedding rope(RotaryEmbeddingOptions(kHeadDim).scaling(scaling));
+    expect_error([&] { rope->rotate(x, p); }, {"seq_len", "none"});
+    EXPECT_NO_THROW(rope->rotate(x, p, 12));
+  }
+  RotaryEmbedding rope(RotaryEmbeddingOptions(kHeadDim).scaling(LinearScaling{2}));
+  EXPECT_NO_THROW(rope->rotate(x, p));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Accuracy at large positions
+
+class RotaryEmbeddingAccuracy : public TargetTest {};
+
+INSTANTIATE_TEST_SUITE_P(Cpu, RotaryEmbeddingAccuracy, ::testing::ValuesIn(targets(at::kCPU)), target_name);
+INSTANTIATE_TEST_SUITE_P(Cuda, RotaryEmbeddingAccuracy, ::testing::ValuesIn(targets(at::kCUDA)), target_name);
+
+/// A bfloat16 table is wrong from position 257 on, float32 angles from some ten thousands on. The bound is one rounding
+/// to the dtype of the output beyond the arithmetic in that of the tables, see `rounding_bound`; entries of the tables
+/// may be off by half a rounding more than those expected, and by the rounding of an angle of float64.
+TEST_P(RotaryEmbeddingAccuracy, IsOneRoundingAtPositionsUpToAMillion) {
+  const std::vector<int64_t> rows = {255, 257, 32'768, 1'048'575};
+  const auto tokens = static_cast<int64_t>(rows.size());
+  const at::Tensor positions = at::tensor(rows, at::kLong).to(device());
+  const at::Tensor x = random_tensor({1, tokens, 2, kHeadDim}, GetParam());
+  for (const RotaryScaling& scaling : {RotaryScaling(DefaultScaling()), RotaryScaling(yarn(32, 32768))}) {
+    SCOPED_TRACE(posenc::to_string(scaling));
+    RotaryEmbedding rope(RotaryEmbeddingOptions(kHeadDim).base(500000).scaling(scaling));
+    const at::Tensor actual = rope->rotate(x, positions, 1 << 20);
+
+    const RotaryFrequencies frequencies = posenc::rotary_frequencies(kHeadDim, 500000, scaling);
+    RotaryInputs in;
+    in.cos = at::empty({tokens, kHeadDim / 2}, at::kDouble);
+    in.sin = at::empty_like(in.cos);
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int64_t i = 0; i < kHeadDim / 2; ++i) {
+        const long double angle = static_cast<long double>(rows[static_cast<size_t>(t)]) *
+            static_cast<long double>(frequencies.inv_freq[i].item<double>());
+        in.cos[t][i].fill_(static_cast<double>(frequencies.attention_factor * std::cos(angle)));
+        in.sin[t][i].fill_(static_cast<double>(frequencies.attention_factor * std::sin(angle)));
+      }
+    }
+    const at::Tensor on_cpu = x.cpu();
+    const double of_angle = static_cast<double>(rows.back()) * unit_roundoff(at::kDouble);
+    const double of_entry = frequencies.attention_factor * (unit_roundoff(table_dtype(dtype())) + 4 * of_angle);
+    const at::Tensor largest = on_cpu.to(at::kDouble).abs().amax(-1, /*keepdim=*/true);
+    expect_within(actual, scalar_rotation(in, on_cpu), rounding_bound(in, on_cpu) + largest * 2 * of_entry);
+  }
+}
+
+}  // namespace
+}  // namespace posenc::test
