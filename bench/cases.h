@@ -21,6 +21,9 @@ void add_learnable_frequencies(Suite& suite, Device& device, Protocol protocol);
 /// ALiBi: alibi.cpp.
 void add_alibi(Suite& suite, Device& device, Protocol protocol);
 
+/// Attention with ALiBi inside: alibi_attention.cpp.
+void add_alibi_attention(Suite& suite, Device& device, Protocol protocol);
+
 /// Host time of single calls on tensors so small that nothing else counts: host_cost.cpp.
 void add_host_cost(Suite& suite, Device& device);
 
