@@ -272,7 +272,7 @@ RotaryProblem rotary_problem(const RotaryArguments& arguments, const Rotated& q,
 }
 
 RotaryProblem::Operand operand_of(const Tensor& input) {
-  return {input.const_data_ptr(), nullptr, strides_of(input), {}, input.size(-2), /*copied=*/false};
+  return {input.const_data_ptr(), nullptr, strides_of(input), {}, input.size(-2)};
 }
 
 void set_output(const Tensor& output, RotaryProblem::Operand& operand) {

@@ -57,7 +57,7 @@ struct RotaryProblem {
     void* out;
     Strides in_strides, out_strides;
     int64_t num_heads;
-    bool copied;  // not rotated: the third, v
+    bool copied = false;  // not rotated: the third, v
   };
 
   int64_t batch, seq_len, head_dim;
