@@ -4,8 +4,7 @@
 
 namespace posenc {
 
-// What a core reads and writes is in its cache for the second operator, token by token or not: one pass would save
-// nothing that the sums in float64 do not hide.
+// Two operators one after the other: the sums in float64, not the memory, bound the second.
 TORCH_LIBRARY_IMPL(posenc, CPU, m) {
   m.impl("rotary_embedding_backward", rotary_embedding_backward_in_two);
 }
