@@ -378,8 +378,8 @@ TEST_P(Alibi, MaskedKeysWeighNothingHoweverLowTheOthers) {
   expect_softmax(softmax_of(in), in);
 }
 
-TEST_P(Alibi, SumsLargerThanCachesAreTheSame) {
-  // Of 32 MiB and more; in place they are written through the caches.
+TEST_P(Alibi, ResultsLargerThanCachesAreTheSame) {
+  // Of 32 MiB and more; in place, and of single heads, they are written through the caches.
   AlibiCase c;
   c.batched = false;
   c.q_len = 512;
@@ -394,6 +394,10 @@ TEST_P(Alibi, SumsLargerThanCachesAreTheSame) {
       at::Tensor in_place = part.scores.clone();
       posenc::alibi_add_(in_place, in.slopes, causal);
       expect_same_bits(add_of(part), in_place);
+      const at::Tensor bias = bias_of(part, dtype());
+      part.slopes = in.slopes.narrow(0, 1, 1);
+      part.scores = part.scores.narrow(0, 1, 1);
+      expect_same_bits(bias.narrow(0, 1, 1), bias_of(part, dtype()));
     }
   }
 }

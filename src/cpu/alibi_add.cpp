@@ -2,11 +2,10 @@
 #include <cpu/detail/clones.h>
 #include <cpu/detail/dispatch.h>
 #include <cpu/detail/score_rows.h>
-#include <cpu/detail/stream.h>
+#include <cpu/detail/streamed_rows.h>
 
 #include <torch/library.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -89,50 +88,20 @@ struct Rows {
   }
 };
 
-/// Whether the output is better written past the caches, and can be. Half and bfloat16 take longer to convert than to
-/// write.
-template <typename T>
-bool is_streamed(const AlibiAddProblem& problem) {
-  const AlibiShape& shape = problem.shape;
-  const ScoreStrides& out = problem.out.strides;
-  const auto is_aligned = [](int64_t elements) {
-    return elements * static_cast<int64_t>(sizeof(T)) % cpu::kStreamAlignment == 0;
-  };
-  const bool aligned = is_aligned(shape.k_len) && is_aligned(out.batch) && is_aligned(out.head) &&
-      is_aligned(out.query) && reinterpret_cast<std::uintptr_t>(problem.out.data) % cpu::kStreamAlignment == 0;
-  const int64_t elements = shape.batch * shape.num_heads * shape.q_len * shape.k_len;
-  return cpu::kStreams && sizeof(T) >= 4 && elements * static_cast<int64_t>(sizeof(T)) >= cpu::kStreamedBytes &&
-      aligned && out.key == 1 && problem.in.strides.key == 1 && problem.in.data != problem.out.data;
-}
-
-template <typename T>
-void run_streamed(const Rows<T>& rows) {
-  const AlibiShape& shape = rows.problem.shape;
-  const auto body = [&](const cpu::ScoreRow& at) {
-    constexpr int32_t kBlock = 4096 / sizeof(T);
-    alignas(cpu::kStreamAlignment) T block[kBlock];
-    const Row<T> row = rows.row(at);
-    const int32_t position = shape.position(at.query);
-    const int32_t visible = shape.visible(position);
-    int32_t count = 0;
-    for (int32_t begin = 0; begin < shape.k_len; begin += count) {
-      count = std::min(shape.k_len - begin, kBlock);
-      const int32_t seen = std::min(std::max(visible - begin, 0), count);
-      rows.template write<true>({row.in + begin, block, 1, 1}, at.head, position - begin, seen, count);
-      cpu::stream(block, row.out + begin, count * static_cast<int64_t>(sizeof(T)));
-    }
-  };
-  cpu::for_each_row(shape, /*head_first=*/false, body, cpu::finish_streaming);
-}
-
 template <typename T>
 void run(const AlibiAddProblem& problem, cpu::arithmetic_t<T> hidden) {
   const Rows<T> rows{problem, static_cast<T>(hidden)};
-  if (is_streamed<T>(problem)) {
-    run_streamed(rows);
+  const AlibiShape& shape = problem.shape;
+  // In place the line that is written has just been read.
+  const bool in_place = problem.in.data == problem.out.data;
+  if (!in_place && problem.in.strides.key == 1 && cpu::is_streamed<T>(shape, problem.out)) {
+    cpu::stream_rows<T>(
+        shape, problem.out, [&](const cpu::ScoreRow& at, int32_t begin, int32_t seen, int32_t count, T* block) {
+          const Row<T> row{rows.row(at).in + begin, block, 1, 1};
+          rows.template write<true>(row, at.head, shape.position(at.query) - begin, seen, count);
+        });
     return;
   }
-  const AlibiShape& shape = problem.shape;
   const bool dense = problem.in.strides.key == 1 && problem.out.strides.key == 1;
   cpu::for_each_row(shape, /*head_first=*/false, [&](const cpu::ScoreRow& at) {
     const int32_t position = shape.position(at.query);

@@ -1,7 +1,7 @@
 #include <contract/alibi.h>
 #include <cpu/detail/clones.h>
 #include <cpu/detail/dispatch.h>
-#include <cpu/detail/score_rows.h>
+#include <cpu/detail/streamed_rows.h>
 
 #include <torch/library.h>
 
@@ -24,12 +24,17 @@ template <typename T>
 void run_typed(const AlibiAddProblem& problem) {
   using Real = cpu::arithmetic_t<T>;
   const AlibiShape& shape = problem.shape;
+  const auto write = [&](const cpu::ScoreRow& row, int32_t begin, int32_t seen, int32_t count, T* out) {
+    bias_row<T>(out, problem.slopes.slope<Real>(row.head), shape.position(row.query) - begin, seen);
+    std::fill(out + seen, out + count, static_cast<T>(-std::numeric_limits<Real>::infinity()));
+  };
+  if (cpu::is_streamed<T>(shape, problem.out)) {
+    cpu::stream_rows<T>(shape, problem.out, write);
+    return;
+  }
   cpu::for_each_row(shape, /*head_first=*/false, [&](const cpu::ScoreRow& row) {
     T* out = static_cast<T*>(problem.out.data) + problem.out.strides.row(row.batch, row.head, row.query);
-    const int32_t position = shape.position(row.query);
-    const int32_t visible = shape.visible(position);
-    bias_row<T>(out, problem.slopes.slope<Real>(row.head), position, visible);
-    std::fill(out + visible, out + shape.k_len, static_cast<T>(-std::numeric_limits<Real>::infinity()));
+    write(row, 0, shape.visible(shape.position(row.query)), shape.k_len, out);
   });
 }
 
