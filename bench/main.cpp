@@ -92,8 +92,10 @@ int run(int argc, char** argv) {
   add_qk_norm_rotary_embedding(suite, *device, protocol);
   add_learnable_frequencies(suite, *device, protocol);
   add_alibi(suite, *device, protocol);
+  add_alibi_attention(suite, *device, protocol);
   if (protocol == Protocol::kernel) {
     keep_freed_memory();
+    add_rotary_embedding_forms(suite, *device);
     add_host_cost(suite, *device);
   }
   MarkdownReporter reporter(suite, describe_run(protocol, *device));

@@ -23,7 +23,8 @@ const char* row_title(Pass pass) {
 }
 
 bool is_formulation(const std::string& implementation) {
-  return implementation != kPosenc && implementation != kCopy && implementation != kFill;
+  return implementation != kPosenc && implementation != kCopy && implementation != kFill &&
+      implementation != kWithoutBias;
 }
 
 std::string fixed(double value, int decimals) {
@@ -145,17 +146,20 @@ void MarkdownReporter::Finalize() {
 }
 
 void MarkdownReporter::record(const Case& benchmark_case, double seconds) {
-  const auto& [encoding, label, title, pass, implementation, bytes, trivial] = benchmark_case;
+  const auto& [encoding, label, title, pass, implementation, bytes, trivial, operations] = benchmark_case;
   if (current_ && (current_->encoding != encoding || current_->label != label)) {
     report_configuration();
   }
   if (!current_) {
-    current_ = Configuration{encoding, label, title, {}, {}, {}};
+    current_ = Configuration{encoding, label, title, {}, {}, {}, {}};
   }
   entry(current_->measured, implementation)[index(pass)] = seconds;
   current_->trivial[index(pass)] = trivial;
   if (bytes > 0) {
     current_->bytes[index(pass)] = static_cast<double>(bytes);
+  }
+  if (operations > 0) {
+    current_->operations[index(pass)] = operations;
   }
 }
 
@@ -212,6 +216,25 @@ void MarkdownReporter::print_table(const Configuration& configuration, const Sec
   }
   print_ratios(posenc, copy, kCopy);
   print_ratios(posenc, fill, kFill);
+  print_ratios(posenc, find(configuration, kWithoutBias), "attention without bias");
+  print_operations(configuration);
+}
+
+void MarkdownReporter::print_operations(const Configuration& configuration) {
+  for (const auto& [name, unused] : configuration.measured) {
+    const Seconds seconds = find(configuration, name);
+    std::ostringstream rates;
+    for (const Pass pass : kPasses) {
+      const auto i = index(pass);
+      if (const auto rate = quotient(configuration.operations[i], seconds[i])) {
+        rates << (rates.tellp() > 0 ? ", " : "") << to_string(pass) << " "
+              << fixed(*rate * 1e-12, *rate < 1e13 ? 3 : 0);
+      }
+    }
+    if (rates.tellp() > 0) {
+      GetOutputStream() << "\nTFLOP/s of `" << name << "`: " << rates.str() << ".\n";
+    }
+  }
 }
 
 void MarkdownReporter::print_ratios(const Seconds& posenc, const Seconds& measured, const char* yardstick) {

@@ -43,6 +43,7 @@ class MarkdownReporter final : public benchmark::BenchmarkReporter {
     /// By implementation, in the order of the runs.
     std::vector<std::pair<std::string, Seconds>> measured;
     PerPass<double> bytes;
+    PerPass<double> operations;
     std::array<bool, 3> trivial{};
   };
 
@@ -52,7 +53,9 @@ class MarkdownReporter final : public benchmark::BenchmarkReporter {
   void record(const Case& benchmark_case, double seconds);
   void report_configuration();
   void print_table(const Configuration& configuration, const Seconds& libtorch);
-  /// How many times as long as `yardstick`, a copy or a fill, the passes take that it was measured for.
+  /// Operations a second of each implementation that they were given for.
+  void print_operations(const Configuration& configuration);
+  /// How many times as long as `yardstick`, a copy or a fill or another, the passes take that it was measured for.
   void print_ratios(const Seconds& posenc, const Seconds& measured, const char* yardstick);
   void report_host_costs();
   void report_summary();

@@ -21,6 +21,7 @@ const char* to_string(Pass pass);
 inline constexpr const char* kPosenc = "posenc";
 inline constexpr const char* kCopy = "copy";
 inline constexpr const char* kFill = "fill";
+inline constexpr const char* kWithoutBias = "without_bias";
 
 /// One implementation of one pass of an encoding at one configuration.
 struct Case {
@@ -31,13 +32,15 @@ struct Case {
   /// The configuration in words, for the heading of its table.
   std::string title;
   Pass pass;
-  /// `kPosenc`, `kCopy` or `kFill`, or the name of a formulation in LibTorch's tensor operations; of these the tables show the
+  /// `kPosenc`, `kCopy`, `kFill` or `kWithoutBias`, or the name of a formulation in LibTorch's tensor operations; of these the tables show the
   /// fastest.
   std::string implementation;
   /// Fewest bytes that any implementation of the pass must read and write; 0 where a rate would say nothing.
   int64_t bytes;
   /// Nothing is computed in this pass, by nobody: what is measured is the clock and the host, and no ratio is made of it.
   bool trivial = false;
+  /// Floating point operations of the pass, where they are what limits it; else 0.
+  double operations = 0;
 
   /// Name of the benchmark: `encoding/pass/implementation/configuration`.
   std::string name() const;

@@ -4,6 +4,7 @@
 #include "detail/rotary_table_cache.h"
 
 #include <posenc/frequencies.h>
+#include <posenc/pair_axes.h>
 #include <posenc/rotary_embedding.h>
 
 #include <algorithm>
@@ -86,6 +87,14 @@ void RotaryEmbeddingImpl::reset() {
   TORCH_CHECK(
       options.max_position_embeddings() > 0,
       "posenc::RotaryEmbedding: expected a positive max_position_embeddings, got ", options.max_position_embeddings());
+  pair_axes_.clear();
+  if (!options.sections().empty()) {
+    pair_axes_ = mrope_pair_axes(options.sections(), options.interleaved_sections());
+    TORCH_CHECK(
+        2 * static_cast<int64_t>(pair_axes_.size()) == rotary_dim,
+        "posenc::RotaryEmbedding: expected sections that add up to rotary_dim / 2 = ", rotary_dim / 2, ", got ",
+        torch::IntArrayRef(options.sections()));
+  }
   if (parameters_.contains("inv_freq")) {  // a second call; clones come without
     parameters_.erase("inv_freq");
   }
@@ -136,8 +145,9 @@ std::tuple<Tensor, Tensor> RotaryEmbeddingImpl::forward(
   const Layout layout = options.layout();
   const Tensor q_view = detail::reordered(q, layout);
   const auto [cos, sin] = tables_for(q_view, positions, seq_len);
-  auto [q_out, k_out] =
-      rotary_embedding_qk(q_view, detail::reordered(k, layout), cos, sin, positions, options.interleaved());
+  auto [q_out, k_out] = rotary_embedding_qk(
+      q_view, detail::reordered(k, layout), cos, sin, positions, options.interleaved(), /*conjugate=*/false,
+      axes_for(positions));
   return {detail::reordered(q_out, layout), detail::reordered(k_out, layout)};
 }
 
@@ -148,7 +158,71 @@ Tensor RotaryEmbeddingImpl::rotate(
   detail::check_input(kName, "x", x, options);
   const Tensor view = detail::reordered(x, options.layout());
   const auto [cos, sin] = tables_for(view, positions, seq_len);
-  return detail::reordered(rotary_embedding(view, cos, sin, positions, options.interleaved()), options.layout());
+  return detail::reordered(
+      rotary_embedding(view, cos, sin, positions, options.interleaved(), /*conjugate=*/false, axes_for(positions)),
+      options.layout());
+}
+
+void RotaryEmbeddingImpl::forward_(
+    Tensor& q,
+    Tensor& k,
+    const std::optional<Tensor>& positions,
+    std::optional<int64_t> seq_len) {
+  detail::check_input(kName, "q", q, options);
+  detail::check_input(kName, "k", k, options);
+  Tensor q_view = detail::reordered(q, options.layout());
+  Tensor k_view = detail::reordered(k, options.layout());
+  const auto [cos, sin] = tables_for(q_view, positions, seq_len);
+  rotary_embedding_qk_(
+      q_view, k_view, cos, sin, positions, options.interleaved(), /*conjugate=*/false, axes_for(positions));
+}
+
+void RotaryEmbeddingImpl::rotate_(Tensor& x, const std::optional<Tensor>& positions, std::optional<int64_t> seq_len) {
+  detail::check_input(kName, "x", x, options);
+  Tensor view = detail::reordered(x, options.layout());
+  const auto [cos, sin] = tables_for(view, positions, seq_len);
+  rotary_embedding_(view, cos, sin, positions, options.interleaved(), /*conjugate=*/false, axes_for(positions));
+}
+
+std::tuple<Tensor, Tensor, Tensor> RotaryEmbeddingImpl::forward_qkv(
+    const Tensor& qkv,
+    int64_t num_q_heads,
+    int64_t num_kv_heads,
+    const std::optional<Tensor>& positions,
+    std::optional<int64_t> seq_len) {
+  TORCH_CHECK(qkv.defined(), kName, ": expected qkv to be a tensor, got an undefined one");
+  const Layout layout = options.layout();
+  const int64_t of_tokens = layout == Layout::thd ? 1 : 2;  // dimensions of them
+  const int64_t head_dim = options.head_dim();
+  const bool stacked = qkv.dim() == of_tokens + 3;
+  const bool flat = qkv.dim() == of_tokens + 1;
+  // Not as a sum of what the user gave, which may overflow.
+  const bool heads_fit = flat && num_q_heads >= 1 && num_kv_heads >= 1 && num_q_heads <= qkv.size(-1) &&
+      num_kv_heads <= qkv.size(-1) && qkv.size(-1) == (num_q_heads + 2 * num_kv_heads) * head_dim;
+  TORCH_CHECK(
+      heads_fit || (stacked && qkv.size(-1) == head_dim), kName, ": expected qkv in layout ", detail::name_of(layout),
+      " with ", of_tokens, " dimensions of tokens, then (num_q_heads + 2 num_kv_heads) head_dim channels or 3, heads ",
+      "and head_dim, for ", num_q_heads, " and ", num_kv_heads, " heads of ", head_dim, ", got ", qkv.sizes());
+  const Tensor view = layout == Layout::sbhd ? qkv.transpose(0, 1) : qkv;
+  // One head of every token has their number where `tables_for` looks for it.
+  const Tensor tokens = stacked ? view.select(-3, 0) : view.unsqueeze(-2);
+  const auto [cos, sin] = tables_for(tokens, positions, seq_len);
+  const auto [q, k, v] = rotary_embedding_qkv(
+      view, num_q_heads, num_kv_heads, cos, sin, positions, options.interleaved(), /*conjugate=*/false,
+      axes_for(positions));
+  return {detail::reordered(q, layout), detail::reordered(k, layout), detail::reordered(v, layout)};
+}
+
+torch::IntArrayRef RotaryEmbeddingImpl::axes_for(const std::optional<Tensor>& positions) const {
+  const int64_t of_tokens = options.layout() == Layout::thd ? 1 : 2;
+  if (pair_axes_.empty() || !positions.has_value() || !positions->defined() || positions->dim() <= of_tokens) {
+    return {};
+  }
+  TORCH_CHECK(
+      positions->size(0) == static_cast<int64_t>(options.sections().size()), kName,
+      ": expected positions with an axis for each of the ", options.sections().size(), " sections in front, got ",
+      positions->sizes());
+  return pair_axes_;
 }
 
 void RotaryEmbeddingImpl::reserve(int64_t length, const torch::Device& device, torch::Dtype dtype) {
@@ -170,7 +244,12 @@ void RotaryEmbeddingImpl::pretty_print(std::ostream& stream) const {
          << ", max_position_embeddings=" << options.max_position_embeddings() << std::boolalpha
          << ", interleaved=" << options.interleaved() << ", layout=" << detail::name_of(options.layout())
          << ", scaling=" << to_string(options.scaling())
-         << ", learnable_frequencies=" << options.learnable_frequencies() << ")";
+         << ", learnable_frequencies=" << options.learnable_frequencies();
+  if (!pair_axes_.empty()) {
+    stream << ", sections=" << torch::IntArrayRef(options.sections())
+           << ", interleaved_sections=" << options.interleaved_sections();
+  }
+  stream << ")";
 }
 
 }  // namespace posenc

@@ -30,6 +30,23 @@ TEST(Dispatcher, SchemasAreThePublicOnes) {
       "posenc::rotary_embedding_qk(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? positions=None, *, "
       "bool interleaved=False, bool conjugate=False, int[] pair_axes=[]) -> (Tensor, Tensor)");
   EXPECT_EQ(
+      schema("posenc::rotary_embedding_"),
+      "posenc::rotary_embedding_(Tensor(a!) x, Tensor cos, Tensor sin, Tensor? positions=None, *, "
+      "bool interleaved=False, bool conjugate=False, int[] pair_axes=[]) -> ()");
+  EXPECT_EQ(
+      schema("posenc::rotary_embedding_qk_"),
+      "posenc::rotary_embedding_qk_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, Tensor? positions=None, *, "
+      "bool interleaved=False, bool conjugate=False, int[] pair_axes=[]) -> ()");
+  EXPECT_EQ(
+      schema("posenc::rotary_embedding_qkv"),
+      "posenc::rotary_embedding_qkv(Tensor qkv, int num_q_heads, int num_kv_heads, Tensor cos, Tensor sin, "
+      "Tensor? positions=None, *, bool interleaved=False, bool conjugate=False, int[] pair_axes=[]) "
+      "-> (Tensor, Tensor, Tensor)");
+  EXPECT_EQ(
+      schema("posenc::rotary_embedding_pack"),
+      "posenc::rotary_embedding_pack(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? positions=None, *, "
+      "bool stacked=False, bool interleaved=False, bool conjugate=False, int[] pair_axes=[]) -> Tensor");
+  EXPECT_EQ(
       schema("posenc::rotary_embedding_tables_backward"),
       "posenc::rotary_embedding_tables_backward(Tensor[] grads, Tensor[] inputs, Tensor table, "
       "Tensor? positions=None, *, bool interleaved=False, bool conjugate=False, int[] pair_axes=[]) -> (Tensor, "
@@ -51,8 +68,10 @@ TEST(Dispatcher, SchemasAreThePublicOnes) {
 
 TEST(Dispatcher, EveryOperatorHasItsKernels) {
   for (const char* name :
-       {"posenc::rotary_embedding", "posenc::rotary_embedding_qk", "posenc::rotary_embedding_backward",
-        "posenc::rotary_embedding_tables_backward", "posenc::rotary_tables", "posenc::rotary_tables_backward"}) {
+       {"posenc::rotary_embedding", "posenc::rotary_embedding_", "posenc::rotary_embedding_qk",
+        "posenc::rotary_embedding_qk_", "posenc::rotary_embedding_qkv", "posenc::rotary_embedding_pack",
+        "posenc::rotary_embedding_backward", "posenc::rotary_embedding_tables_backward", "posenc::rotary_tables",
+        "posenc::rotary_tables_backward"}) {
     SCOPED_TRACE(name);
     EXPECT_TRUE(find(name).hasKernelForDispatchKey(c10::DispatchKey::CPU));
     EXPECT_TRUE(find(name).hasKernelForDispatchKey(c10::DispatchKey::Meta));

@@ -61,6 +61,14 @@ std::vector<RotaryCase> cases() {
     c.tokens = 40;
     c.spare_rows = -39;
   });
+  for (const PairAxes pair_axes : {PairAxes::chunked, PairAxes::interleaved}) {
+    add("SeveralAxes", [&](RotaryCase& c) {
+      c.positions = PositionShape::per_batch;
+      c.axes = 3;
+      c.pair_axes = pair_axes;
+      c.head_dim = c.rotary_dim = 96;
+    });
+  }
   add("TablesPerToken", [](RotaryCase& c) { c.tables = TableShape::per_token; });
   add("TablesPerTokenOfAllBatches", [](RotaryCase& c) { c.tables = TableShape::per_token_shared; });
   for (const Strides strides :

@@ -9,6 +9,7 @@
 #include <posenc/rotary_embedding.h>
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/cuda/Sleep.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -63,6 +64,34 @@ TEST_F(RotaryEmbeddingCudaGraph, StridedPairWithPositionsIsOneKernel) {
   c.interleaved = true;
   const RotaryInputs in = inputs(c);
   EXPECT_EQ(recorded_nodes([&] { rotate_qk(in); }), (NodeCounts{{cudaGraphNodeTypeKernel, 1}}));
+}
+
+TEST_F(RotaryEmbeddingCudaGraph, ForwardAndBackwardByAxesAreOneKernelEachAndReplay) {
+  for (const PairAxes pair_axes : {PairAxes::chunked, PairAxes::cycled}) {
+    RotaryCase c;
+    c.head_dim = c.rotary_dim = 128;
+    c.positions = PositionShape::per_batch;
+    c.axes = 3;
+    c.pair_axes = pair_axes;
+    RotaryInputs in = inputs(c);
+    in.q.requires_grad_();
+    in.k.requires_grad_();
+    const TensorList cotangents{at::randn_like(in.q), at::randn_like(in.k)};
+    TensorList found;
+    const auto run = [&] {
+      const auto [q, k] = rotate_qk(in);
+      found = gradients({q, k}, {in.q, in.k}, cotangents);
+    };
+    EXPECT_EQ(recorded_nodes(run), (NodeCounts{{cudaGraphNodeTypeKernel, 2}}));
+    at::cuda::CUDAGraph graph;
+    capture(graph, run);
+    in.positions->copy_(in.positions->flip({0, 1, 2}).clone());
+    c10::cuda::device_synchronize();
+    graph.replay();
+    c10::cuda::device_synchronize();
+    expect_same_bits(found[0], rotate(backwards(in), cotangents[0]));
+    expect_same_bits(found[1], rotate(backwards(in), cotangents[1]));
+  }
 }
 
 TEST_F(RotaryEmbeddingCudaGraph, ForwardAndBackwardOfThePairAreOneKernelEach) {
@@ -361,6 +390,7 @@ TEST_F(RotaryEmbeddingCuda, MoreThan65535OfAnySizeWork) {
   };
   check([](RotaryCase& c) { c.batch = kMany; });
   check([](RotaryCase& c) { c.tokens = kMany; });
+  check([](RotaryCase& c) { c.batch = kMany, c.axes = 2, c.positions = PositionShape::per_batch; });
   check([](RotaryCase& c) { c.q_heads = kMany; });
   check([](RotaryCase& c) { c.k_heads = kMany; });
   check([](RotaryCase& c) { c.head_dim = c.rotary_dim = 2 * kMany; });
@@ -390,7 +420,7 @@ TEST_F(RotaryEmbeddingCuda, TablesOfMoreThan65535RowsHaveGradients) {
 }
 
 TEST_F(RotaryEmbeddingCuda, MoreThanTwoToThe31ElementsWork) {
-  if (const std::string reason = too_large(16); !reason.empty()) {
+  if (const std::string reason = too_large(24); !reason.empty()) {
     GTEST_SKIP() << reason;
   }
   constexpr int64_t heads = 16;
@@ -427,6 +457,18 @@ TEST_F(RotaryEmbeddingCuda, MoreThanTwoToThe31ElementsWork) {
       }
     };
     expect_rotated(y, x, false);
+    {
+      const at::NoGradGuard no_grad;
+      RotaryInputs by_axes = in;
+      by_axes.positions = positions.expand({3, tokens});
+      for (int64_t pair = 0; pair < head_dim / 2; ++pair) {
+        by_axes.pair_axes.push_back(pair % 3);
+      }
+      EXPECT_TRUE(at::equal(rotate(by_axes, x), y));
+      at::Tensor in_place = x.detach().clone();
+      posenc::rotary_embedding_(in_place, in.cos, in.sin, in.positions);
+      EXPECT_TRUE(at::equal(in_place, y));
+    }
     const at::Tensor grad = at::ones({}, options).expand_as(y);
     expect_rotated(gradients({y}, {x}, {grad})[0], grad, true);
   }

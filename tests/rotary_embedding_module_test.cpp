@@ -252,6 +252,103 @@ TEST_P(RotaryEmbeddingModule, EmptySequencesWork) {
   EXPECT_EQ(rope->rotate(queries(0), positions({})).sizes(), q.sizes());
 }
 
+TEST_P(RotaryEmbeddingModule, SectionsReadTheirAxes) {
+  for (const bool interleaved : {false, true}) {
+    RotaryEmbedding rope(RotaryEmbeddingOptions(kHeadDim).sections({4, 2, 2}).interleaved_sections(interleaved));
+    const at::Tensor p = at::randint(100, {3, 2, 5}, at::kLong).to(device());
+    const auto [cos, sin] = posenc::rotary_tables(posenc::rotary_inv_freq(kHeadDim), 128, table_dtype(dtype()));
+    RotaryInputs in{queries(), keys(), cos.to(device()), sin.to(device()), p};
+    in.pair_axes =
+        interleaved ? std::vector<int64_t>{0, 1, 2, 0, 1, 2, 0, 0} : std::vector<int64_t>{0, 0, 0, 0, 1, 1, 2, 2};
+    const auto [expected_q, expected_k] = rotate_qk(in);
+    const auto [q, k] = rope->forward(in.q, in.k, p);
+    expect_same_bits(q, expected_q);
+    expect_same_bits(k, expected_k);
+    expect_same_bits(rope->rotate(in.q, p), expected_q);
+  }
+}
+
+TEST_P(RotaryEmbeddingModule, SectionsOfPlainTextAreOneAxis) {
+  RotaryEmbedding plain(RotaryEmbeddingOptions{kHeadDim});
+  RotaryEmbedding rope(RotaryEmbeddingOptions(kHeadDim).sections({4, 2, 2}));
+  const at::Tensor q = queries();
+  const at::Tensor p = positions({3, 1, 4, 1, 5});
+  expect_same_bits(rope->rotate(q), plain->rotate(q));
+  expect_same_bits(rope->rotate(q, p), plain->rotate(q, p));
+  expect_same_bits(rope->rotate(q, p.expand({2, 5})), plain->rotate(q, p));
+  expect_same_bits(rope->rotate(q, p.expand({3, 2, 5})), plain->rotate(q, p));
+  RotaryEmbedding thd(RotaryEmbeddingOptions(kHeadDim).layout(Layout::thd).sections({4, 2, 2}));
+  expect_same_bits(thd->rotate(q[0], p.expand({3, 5})), plain->rotate(q, p)[0]);
+}
+
+TEST_P(RotaryEmbeddingModule, InPlaceEqualsForwardInEveryLayout) {
+  for (const Layout layout : {Layout::bshd, Layout::sbhd, Layout::bhsd}) {
+    RotaryEmbedding rope(RotaryEmbeddingOptions(kHeadDim).layout(layout));
+    at::Tensor q = queries();
+    at::Tensor k = q.clone();
+    const at::Tensor before = q.clone();
+    rope->forward_(q, k);
+    expect_same_bits(q, rope->rotate(before));
+    expect_same_bits(k, rope->rotate(before));
+    q.copy_(before);
+    rope->rotate_(q);
+    expect_same_bits(q, k);
+  }
+}
+
+TEST_P(RotaryEmbeddingModule, PackedProjectionsEqualForward) {
+  const at::Tensor q = queries();
+  const at::Tensor k = keys();
+  const at::Tensor v = keys();
+  RotaryEmbedding rope(RotaryEmbeddingOptions{kHeadDim});
+  const at::Tensor p = positions({3, 1, 4, 1, 5});
+  const auto [expected_q, expected_k] = rope->forward(q, k, p);
+  const at::Tensor qkv = at::cat({q, k, v}, 2).flatten(-2);
+  const auto [q_out, k_out, v_out] = rope->forward_qkv(qkv, 4, 2, p);
+  expect_same_bits(q_out, expected_q);
+  expect_same_bits(k_out, expected_k);
+  expect_same_bits(v_out, v);
+
+  RotaryEmbedding sbhd(RotaryEmbeddingOptions(kHeadDim).layout(Layout::sbhd));
+  const auto [q_sbhd, k_sbhd, v_sbhd] = sbhd->forward_qkv(qkv.transpose(0, 1).contiguous(), 4, 2, p);
+  expect_same_bits(q_sbhd.transpose(0, 1), expected_q);
+  expect_same_bits(v_sbhd.transpose(0, 1), v);
+  RotaryEmbedding bhsd(RotaryEmbeddingOptions(kHeadDim).layout(Layout::bhsd));
+  expect_same_bits(std::get<1>(bhsd->forward_qkv(qkv, 4, 2, p)).transpose(1, 2), expected_k);
+  RotaryEmbedding thd(RotaryEmbeddingOptions(kHeadDim).layout(Layout::thd));
+  expect_same_bits(std::get<0>(thd->forward_qkv(qkv[1], 4, 2, p)), expected_q[1]);
+  const auto [stacked_q, stacked_k, stacked_v] = rope->forward_qkv(at::stack({q, q, q}, 2), 4, 4, p);
+  expect_same_bits(stacked_q, expected_q);
+  expect_same_bits(stacked_v, q);
+}
+
+TEST(RotaryEmbeddingSections, ThatDoNotFitAreErrors) {
+  expect_error(
+      [] { RotaryEmbedding(RotaryEmbeddingOptions(kHeadDim).sections({4, 2, 3})); },
+      {"sections that add up to rotary_dim / 2 = 8", "got [4, 2, 3]"});
+  RotaryEmbedding rope(RotaryEmbeddingOptions(kHeadDim).sections({4, 2, 2}));
+  expect_error(
+      [&] { rope->rotate(at::zeros({2, 5, 4, kHeadDim}), at::zeros({4, 2, 5}, at::kLong)); },
+      {"axis for each of the 3 sections", "got [4, 2, 5]"});
+  RotaryEmbedding plain(RotaryEmbeddingOptions{kHeadDim});
+  expect_error(
+      [&] { plain->rotate(at::zeros({2, 5, 4, kHeadDim}), at::zeros({3, 2, 5}, at::kLong)); },
+      {"without pair_axes", "got [3, 2, 5]"});
+}
+
+TEST(RotaryEmbeddingPackedProjection, ThatDoesNotFitIsAnError) {
+  RotaryEmbedding rope(RotaryEmbeddingOptions{kHeadDim});
+  const auto expect_rejected = [&](const at::Tensor& qkv, int64_t q_heads, int64_t kv_heads) {
+    expect_error(
+        [&] { rope->forward_qkv(qkv, q_heads, kv_heads); },
+        {"posenc::RotaryEmbedding: ", "expected qkv", "(num_q_heads + 2 num_kv_heads) head_dim"});
+  };
+  expect_rejected(at::zeros({2, 5, 128}), 4, 1);
+  expect_rejected(at::zeros({5, 128}), 4, 2);
+  expect_rejected(at::zeros({2, 5, 3, 4, 8}), 4, 4);
+  expect_error([&] { rope->forward_qkv(at::Tensor(), 4, 2); }, {"expected qkv", "undefined"});
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Tables
 

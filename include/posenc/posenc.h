@@ -9,6 +9,7 @@
 #include <posenc/modules/alibi_bias.h>
 #include <posenc/modules/qk_norm_rotary_embedding.h>
 #include <posenc/modules/rotary_embedding.h>
+#include <posenc/pair_axes.h>
 #include <posenc/positions.h>
 #include <posenc/qk_norm_rotary_embedding.h>
 #include <posenc/reference.h>

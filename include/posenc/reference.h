@@ -4,6 +4,7 @@
 #include <posenc/export.h>
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/ArrayRef.h>
 
 #include <cstdint>
 #include <optional>
@@ -31,6 +32,31 @@ POSENC_API std::tuple<at::Tensor, at::Tensor> rotary_embedding_qk(
     const at::Tensor& cos,
     const at::Tensor& sin,
     const std::optional<at::Tensor>& positions = std::nullopt,
+    bool interleaved = false,
+    bool conjugate = false,
+    at::IntArrayRef pair_axes = {});
+
+/// `posenc::rotary_embedding_qkv` in tensor operations.
+POSENC_API std::tuple<at::Tensor, at::Tensor, at::Tensor> rotary_embedding_qkv(
+    const at::Tensor& qkv,
+    int64_t num_q_heads,
+    int64_t num_kv_heads,
+    const at::Tensor& cos,
+    const at::Tensor& sin,
+    const std::optional<at::Tensor>& positions = std::nullopt,
+    bool interleaved = false,
+    bool conjugate = false,
+    at::IntArrayRef pair_axes = {});
+
+/// `posenc::rotary_embedding_pack` in tensor operations.
+POSENC_API at::Tensor rotary_embedding_pack(
+    const at::Tensor& q,
+    const at::Tensor& k,
+    const at::Tensor& v,
+    const at::Tensor& cos,
+    const at::Tensor& sin,
+    const std::optional<at::Tensor>& positions = std::nullopt,
+    bool stacked = false,
     bool interleaved = false,
     bool conjugate = false,
     at::IntArrayRef pair_axes = {});

@@ -5,12 +5,14 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/ArrayRef.h>
 
+#include <cstdint>
 #include <optional>
 #include <tuple>
 
 /// Rotary position embedding (RoFormer, Su et al. 2021, https://arxiv.org/abs/2104.09864, eq. 34) as
-/// dispatcher operators: `posenc::rotary_embedding` and `posenc::rotary_embedding_qk`, with kernels for CPU,
-/// CUDA and Meta, and derivatives of any order.
+/// dispatcher operators: `posenc::rotary_embedding` and `posenc::rotary_embedding_qk`, both also in place, and
+/// `posenc::rotary_embedding_qkv` for packed projections, with kernels for CPU, CUDA and Meta, and derivatives of any
+/// order.
 namespace posenc {
 
 /// Rotates the first `R = 2 * cos.size(-1)` channels of every head of `x` by the angle of its token.
@@ -72,6 +74,108 @@ POSENC_API std::tuple<at::Tensor, at::Tensor> rotary_embedding_qk(
     const at::Tensor& cos,
     const at::Tensor& sin,
     const std::optional<at::Tensor>& positions = std::nullopt,
+    bool interleaved = false,
+    bool conjugate = false,
+    at::IntArrayRef pair_axes = {});
+
+/// `rotary_embedding` in place: `x` becomes the rotated tensor.
+///
+/// Differentiable with respect to `x`, any number of times, and nothing of `x` is saved. Values of `x` that other
+/// operators saved for their backward pass are stale, and autograd says so.
+///
+/// @return `x`. As a dispatcher operator it returns nothing, which is what `torch.compile` needs.
+/// @throws c10::Error  as `rotary_embedding`; also where `x` is a leaf that requires grad, where `cos` or `sin` requires
+///   grad (its gradient needs the input, which is gone), where two elements of `x` are the same memory, and where it
+///   overlaps the tables or positions.
+///
+/// Example:
+/// ```
+/// posenc::rotary_embedding_(x, cos, sin);
+/// ```
+POSENC_API at::Tensor& rotary_embedding_(
+    at::Tensor& x,
+    const at::Tensor& cos,
+    const at::Tensor& sin,
+    const std::optional<at::Tensor>& positions = std::nullopt,
+    bool interleaved = false,
+    bool conjugate = false,
+    at::IntArrayRef pair_axes = {});
+
+/// `rotary_embedding_qk` in place, in one launch; everything else as `rotary_embedding_`. `q` and `k` may be slices of
+/// one packed projection, but must not overlap. As such views, they are one launch each in the backward pass, as
+/// autograd keeps the history of every view by itself.
+///
+/// @return `(q, k)`.
+///
+/// Example:
+/// ```
+/// auto q = qkv.narrow(-2, 0, num_q_heads);  // of [B, S, Hq + 2 Hk, D]
+/// auto k = qkv.narrow(-2, num_q_heads, num_kv_heads);
+/// posenc::rotary_embedding_qk_(q, k, cos, sin);
+/// ```
+POSENC_API std::tuple<at::Tensor&, at::Tensor&> rotary_embedding_qk_(
+    at::Tensor& q,
+    at::Tensor& k,
+    const at::Tensor& cos,
+    const at::Tensor& sin,
+    const std::optional<at::Tensor>& positions = std::nullopt,
+    bool interleaved = false,
+    bool conjugate = false,
+    at::IntArrayRef pair_axes = {});
+
+/// Splits a packed projection into rotated queries, rotated keys and values, in one launch that reads it once.
+///
+/// @param qkv  `[B, S, (Hq + 2 Hk) D]` or `[T, (Hq + 2 Hk) D]`: all heads of q, then those of k, then those of v, as
+///   one linear layer gives them. Or `[B, S, 3, H, D]` or `[T, 3, H, D]` with `Hq = Hk = H`. Any strides; dtypes as in
+///   `rotary_embedding`.
+/// @param num_q_heads,num_kv_heads  Hq and Hk, at least 1; the head size D follows from the sizes.
+/// @param cos,sin,positions,interleaved,conjugate,pair_axes  as in `rotary_embedding`.
+/// @return `(q', k', v)`: new contiguous tensors `[B, S, Hq, D]` and twice `[B, S, Hk, D]`, or without B, `[T, ..]`.
+///   v is a copy: an operator may not return a view of its input to `torch.compile`, and attention wants it dense.
+/// @throws c10::Error  as `rotary_embedding`; also where the sizes of `qkv` do not go with the numbers of heads.
+///
+/// Differentiable with respect to `qkv`, `cos` and `sin`, any number of times; the gradient to `qkv` is written by one
+/// launch of `rotary_embedding_pack`, without a concatenation.
+///
+/// Example:
+/// ```
+/// auto [q, k, v] = posenc::rotary_embedding_qkv(linear(x), /*num_q_heads=*/32, /*num_kv_heads=*/8, cos, sin);
+/// ```
+POSENC_API std::tuple<at::Tensor, at::Tensor, at::Tensor> rotary_embedding_qkv(
+    const at::Tensor& qkv,
+    int64_t num_q_heads,
+    int64_t num_kv_heads,
+    const at::Tensor& cos,
+    const at::Tensor& sin,
+    const std::optional<at::Tensor>& positions = std::nullopt,
+    bool interleaved = false,
+    bool conjugate = false,
+    at::IntArrayRef pair_axes = {});
+
+/// Rotates queries and keys and writes them, and the values as they are, into one packed tensor: with `conjugate`
+/// flipped it undoes `rotary_embedding_qkv` and is its backward pass, as that is the backward pass of this.
+///
+/// @param q,k,v  `[B, S, Hq, D]`, and twice `[B, S, Hk, D]`; or without B, `[T, ..]`. Any strides.
+/// @param stacked  the result is `[B, S, 3, H, D]` or `[T, 3, H, D]`, which needs `Hq = Hk`. Default: false,
+///   `[B, S, (Hq + 2 Hk) D]` or `[T, (Hq + 2 Hk) D]`.
+/// @param cos,sin,positions,interleaved,conjugate,pair_axes  as in `rotary_embedding`.
+/// @return a new contiguous tensor.
+///
+/// Differentiable with respect to `q`, `k`, `v`, `cos` and `sin`, any number of times.
+///
+/// Example:
+/// ```
+/// auto grad_qkv = posenc::rotary_embedding_pack(
+///     grad_q, grad_k, grad_v, cos, sin, std::nullopt, /*stacked=*/false, /*interleaved=*/false, /*conjugate=*/true);
+/// ```
+POSENC_API at::Tensor rotary_embedding_pack(
+    const at::Tensor& q,
+    const at::Tensor& k,
+    const at::Tensor& v,
+    const at::Tensor& cos,
+    const at::Tensor& sin,
+    const std::optional<at::Tensor>& positions = std::nullopt,
+    bool stacked = false,
     bool interleaved = false,
     bool conjugate = false,
     at::IntArrayRef pair_axes = {});

@@ -6,11 +6,14 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/zeros_like.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
 #include <array>
 #include <functional>
+#include <memory>
+#include <utility>
 #include <vector>
 
 namespace posenc {
@@ -209,11 +212,146 @@ std::tuple<Tensor, Tensor> rotary_embedding_qk_autograd(
   return outputs;
 }
 
+/// What in-place rotation asks of arguments that are part of a graph.
+void check_can_change(const char* op, const char* name, const Tensor& x, const Tensor& cos, const Tensor& sin) {
+  TORCH_CHECK(
+      !cos.requires_grad() && !sin.requires_grad(), op,
+      ": expected cos and sin that require no grad, got one that does: its gradient needs the input, which is "
+      "overwritten; rotate out of place");
+  TORCH_CHECK(
+      !(x.is_leaf() && x.requires_grad()), op, ": expected ", name,
+      " that is no leaf of the graph, got a leaf that requires grad: its value cannot change in place; rotate out of "
+      "place");
+  torch::autograd::check_inplace(x, x.requires_grad());  // views that cannot be tracked
+}
+
+void rotary_embedding_autograd_(
+    Tensor& x,
+    const Tensor& cos,
+    const Tensor& sin,
+    const std::optional<Tensor>& positions,
+    bool interleaved,
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
+  constexpr const char* kOp = "posenc::rotary_embedding_";
+  for (const Tensor* tensor : {static_cast<const Tensor*>(&x), &cos, &sin}) {
+    autograd::check_no_tangent(kOp, *tensor);
+  }
+  const std::array<std::reference_wrapper<const Tensor>, 3> differentiable{x, cos, sin};
+  std::shared_ptr<torch::autograd::Node> node;
+  if (autograd::any_requires_grad(differentiable)) {
+    check_can_change(kOp, "x", x, cos, sin);
+    node = autograd::make_node<RotaryEmbeddingBackward>(
+        differentiable, at::ArrayRef(differentiable).slice(0, 1), cos, sin, positions, interleaved, conjugate,
+        pair_axes);
+  }
+  {
+    const at::AutoDispatchBelowAutograd below_autograd;  // to the kernel below that counts versions
+    rotary_embedding_(x, cos, sin, positions, interleaved, conjugate, pair_axes);
+  }
+  if (node != nullptr) {
+    torch::autograd::rebase_history(x, node);
+  }
+}
+
+void rotary_embedding_qk_autograd_(
+    Tensor& q,
+    Tensor& k,
+    const Tensor& cos,
+    const Tensor& sin,
+    const std::optional<Tensor>& positions,
+    bool interleaved,
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
+  constexpr const char* kOp = "posenc::rotary_embedding_qk_";
+  for (const Tensor* tensor : {static_cast<const Tensor*>(&q), static_cast<const Tensor*>(&k), &cos, &sin}) {
+    autograd::check_no_tangent(kOp, *tensor);
+  }
+  using Differentiable = std::vector<std::reference_wrapper<const Tensor>>;
+  const Differentiable all{q, k, cos, sin};
+  const bool records = autograd::any_requires_grad(all);
+  const bool q_records = records && q.requires_grad();
+  const bool k_records = records && k.requires_grad();
+  // One node, and so one launch, for both; but a view has a history of its own, which takes a node of one output.
+  const bool shared = q_records && k_records && !q.is_view() && !k.is_view();
+  const auto node_of = [&](const Differentiable& inputs) {
+    Differentiable differentiable = inputs;
+    differentiable.insert(differentiable.end(), {std::cref(cos), std::cref(sin)});
+    return autograd::make_node<RotaryEmbeddingBackward>(
+        differentiable, at::ArrayRef(inputs), cos, sin, positions, interleaved, conjugate, pair_axes);
+  };
+  std::shared_ptr<torch::autograd::Node> q_node;
+  std::shared_ptr<torch::autograd::Node> k_node;
+  if (records) {
+    check_can_change(kOp, "q", q, cos, sin);
+    check_can_change(kOp, "k", k, cos, sin);
+    if (shared) {
+      q_node = node_of({q, k});
+    } else {
+      q_node = q_records ? node_of({q}) : nullptr;
+      k_node = k_records ? node_of({k}) : nullptr;
+    }
+  }
+  {
+    const at::AutoDispatchBelowAutograd below_autograd;
+    rotary_embedding_qk_(q, k, cos, sin, positions, interleaved, conjugate, pair_axes);
+  }
+  if (shared) {
+    torch::autograd::rebase_history(std::vector<Tensor>{q, k}, q_node);
+  } else {
+    for (const auto& [tensor, node] : {std::pair(&q, q_node), std::pair(&k, k_node)}) {
+      if (node != nullptr) {
+        torch::autograd::rebase_history(*tensor, node);
+      }
+    }
+  }
+}
+
+/// Tells autograd that values saved of `x` are stale.
+void rotary_embedding_version_(
+    Tensor& x,
+    const Tensor& cos,
+    const Tensor& sin,
+    const std::optional<Tensor>& positions,
+    bool interleaved,
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
+  {
+    const at::AutoDispatchBelowADInplaceOrView below_version;
+    rotary_embedding_(x, cos, sin, positions, interleaved, conjugate, pair_axes);
+  }
+  torch::autograd::increment_version(x);
+}
+
+void rotary_embedding_qk_version_(
+    Tensor& q,
+    Tensor& k,
+    const Tensor& cos,
+    const Tensor& sin,
+    const std::optional<Tensor>& positions,
+    bool interleaved,
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
+  {
+    const at::AutoDispatchBelowADInplaceOrView below_version;
+    rotary_embedding_qk_(q, k, cos, sin, positions, interleaved, conjugate, pair_axes);
+  }
+  torch::autograd::increment_version(q);
+  torch::autograd::increment_version(k);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, Autograd, m) {
   m.impl("rotary_embedding", rotary_embedding_autograd);
+  m.impl("rotary_embedding_", rotary_embedding_autograd_);
   m.impl("rotary_embedding_qk", rotary_embedding_qk_autograd);
+  m.impl("rotary_embedding_qk_", rotary_embedding_qk_autograd_);
+}
+
+TORCH_LIBRARY_IMPL(posenc, ADInplaceOrView, m) {
+  m.impl("rotary_embedding_", rotary_embedding_version_);
+  m.impl("rotary_embedding_qk_", rotary_embedding_qk_version_);
 }
 
 }  // namespace posenc

@@ -1,14 +1,11 @@
 #include <contract/alibi.h>
+#include <contract/overlap.h>
 #include <contract/tensor.h>
 
-#include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
-#include <algorithm>
 #include <limits>
-#include <utility>
-#include <vector>
 
 namespace posenc::contract {
 namespace {
@@ -19,25 +16,6 @@ ScoreStrides strides_of_scores(const Tensor& tensor) {
   return {
       tensor.dim() == 4 ? used_stride(tensor, 0) : 0, used_stride(tensor, -3), used_stride(tensor, -2),
       tensor.size(-1) == 1 ? 1 : tensor.stride(-1)};
-}
-
-/// Whether two elements may be the same memory. Exact for slices and permutations of dense tensors.
-bool may_overlap(const Tensor& tensor) {
-  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    if (tensor.size(d) > 1) {
-      dims.emplace_back(tensor.stride(d), tensor.size(d));
-    }
-  }
-  std::sort(dims.begin(), dims.end());
-  int64_t last = 0;  // offset of the last element of the dimensions so far
-  for (const auto& [stride, size] : dims) {
-    if (stride <= last) {
-      return true;
-    }
-    last += stride * (size - 1);
-  }
-  return false;
 }
 
 }  // namespace
@@ -125,13 +103,10 @@ AlibiAddProblem alibi_add_problem(const AlibiArguments& a, const Tensor& scores,
 AlibiAddProblem alibi_add_in_place_problem(const AlibiArguments& a, Tensor& scores, const Tensor& slopes) {
   AlibiAddProblem problem = alibi_add_problem(a, scores, slopes);
   TORCH_CHECK(
-      scores.numel() == 0 || !may_overlap(scores), a.op,
-      ": expected scores whose elements are each a place of their own, got strides ", scores.strides(), " for sizes ",
-      scores.sizes(), "; clone() them first");
-  const auto overlap = at::get_overlap_status(scores, slopes);
+      !may_overlap(scores), a.op, ": expected scores whose elements are each a place of their own, got strides ",
+      scores.strides(), " for sizes ", scores.sizes(), "; clone() them first");
   TORCH_CHECK(
-      overlap != at::MemOverlapStatus::Full && overlap != at::MemOverlapStatus::Partial, a.op,
-      ": expected scores and slopes in memory of their own, got two that overlap");
+      !may_overlap(scores, slopes), a.op, ": expected scores and slopes in memory of their own, got two that overlap");
   problem.out = {scores.is_meta() ? nullptr : scores.mutable_data_ptr(), problem.in.strides};
   return problem;
 }

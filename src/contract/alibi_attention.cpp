@@ -101,6 +101,7 @@ void check_packed(
         k.size(0) == q.size(0), op, ": expected cu_seqlens_k, or k and v of as many tokens as q, ", q.size(0), ", got ",
         k.size(0));
     call.cu_seqlens_k = call.cu_seqlens_q;
+    call.query_offset = o.query_offset().value_or(0);
     call.k_len =
         o.max_seqlen_k().has_value() ? longest(op, "k", call.cu_seqlens_k, k.size(0), o.max_seqlen_k()) : call.q_len;
     return;
@@ -111,6 +112,9 @@ void check_packed(
       call.cu_seqlens_k.size(0) == call.cu_seqlens_q.size(0), op,
       ": expected cu_seqlens_k of shape [N + 1] = ", call.cu_seqlens_q.sizes(), ", got ", call.cu_seqlens_k.sizes());
   call.k_len = longest(op, "k", call.cu_seqlens_k, k.size(0), o.max_seqlen_k());
+  if (call.cu_seqlens_k.is_same(call.cu_seqlens_q)) {
+    call.query_offset = o.query_offset().value_or(0);
+  }
 }
 
 void check_padded(
@@ -133,8 +137,12 @@ void check_padded(
       call.seqlens_q.defined() == call.seqlens_k.defined() || call.query_offset.has_value(), op,
       ": expected both seqlens_q and seqlens_k, or one of them with a query_offset, got ",
       call.seqlens_q.defined() ? "seqlens_q" : "seqlens_k", " alone: where queries sit is not known");
-  if (!call.seqlens_q.defined() && !call.query_offset.has_value()) {
-    call.query_offset = call.k_len - call.q_len;
+  if (!call.query_offset.has_value()) {
+    if (!call.seqlens_q.defined()) {
+      call.query_offset = call.k_len - call.q_len;
+    } else if (call.seqlens_q.is_same(call.seqlens_k)) {
+      call.query_offset = 0;
+    }
   }
 }
 

@@ -17,7 +17,9 @@ struct AlibiAttention {
   int64_t q_heads, k_heads, head_dim;
   double scale;
   bool causal;
-  std::optional<int64_t> query_offset;    // nothing: length in keys less length in queries, of each sequence
+  // Nothing: length in keys less length in queries, of every sequence its own. The host knows it to be 0 where both are
+  // one tensor.
+  std::optional<int64_t> query_offset;
   at::Tensor seqlens_q, seqlens_k;        // [B] or undefined
   at::Tensor cu_seqlens_q, cu_seqlens_k;  // [B + 1], both or none
 

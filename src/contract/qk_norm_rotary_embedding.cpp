@@ -13,7 +13,7 @@ namespace {
 using at::Tensor;
 
 void check_weight(const char* op, const char* name, const Tensor& weight, const Tensor& x) {
-  TORCH_CHECK(weight.defined(), op, ": expected ", name, " to be a tensor, got an undefined one");
+  check_defined(op, name, weight);
   TORCH_CHECK(
       weight.dim() == 1 && weight.size(0) == x.size(-1), op, ": expected ", name, " of shape [D] = [", x.size(-1),
       "], got ", weight.sizes());

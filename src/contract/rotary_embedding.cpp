@@ -1,3 +1,4 @@
+#include <contract/overlap.h>
 #include <contract/rotary_embedding.h>
 #include <contract/tensor.h>
 
@@ -191,10 +192,6 @@ RotaryTable table_view(const Tensor& table) {
       table.size(-1) == 1 ? 1 : table.stride(-1)};
 }
 
-RotaryProblem::Operand operand(const Tensor& input) {
-  return {input.const_data_ptr(), nullptr, strides_of(input), {}, input.size(-2)};
-}
-
 PositionsView positions_view(const RotaryArguments& a) {
   if (!a.positions.has_value()) {
     return {nullptr, 0, 0, 0, 0, false};
@@ -256,10 +253,10 @@ RotaryProblem rotary_problem(const RotaryArguments& arguments, const Rotated& q,
   problem.head_dim = q.tensor.size(-1);
   problem.num_pairs = arguments.cos.size(-1);
   problem.table_rows = arguments.cos.size(-2);
-  problem.operands[0] = operand(q.tensor);
+  problem.operands[0] = operand_of(q.tensor);
   problem.num_operands = 1;
   if (k != nullptr) {
-    problem.operands[1] = operand(k->tensor);
+    problem.operands[1] = operand_of(k->tensor);
     problem.num_operands = 2;
   }
   problem.cos = table_view(arguments.cos);
@@ -274,11 +271,55 @@ RotaryProblem rotary_problem(const RotaryArguments& arguments, const Rotated& q,
   return problem;
 }
 
-Tensor allocate_output(const Tensor& input, RotaryProblem::Operand& operand) {
-  Tensor output = at::empty_like(input);
+RotaryProblem::Operand operand_of(const Tensor& input) {
+  return {input.const_data_ptr(), nullptr, strides_of(input), {}, input.size(-2), /*copied=*/false};
+}
+
+void set_output(const Tensor& output, RotaryProblem::Operand& operand) {
   operand.out = output.mutable_data_ptr();
   operand.out_strides = strides_of(output);
+}
+
+Tensor allocate_output(const Tensor& input, RotaryProblem::Operand& operand) {
+  Tensor output = at::empty_like(input);
+  set_output(output, operand);
   return output;
+}
+
+void check_rotary_in_place(const RotaryArguments& a, const Rotated& q, const Rotated* k) {
+  check_rotary(a, q, k);
+  const auto check_overlap = [&a](const Rotated& x, const char* name, const Tensor& other) {
+    TORCH_CHECK(
+        !may_overlap(x.tensor, other), a.op, ": expected ", x.name, " and ", name,
+        " in memory of their own, got two that overlap");
+  };
+  for (const Rotated* x : {&q, k}) {
+    if (x == nullptr) {
+      continue;
+    }
+    TORCH_CHECK(
+        !may_overlap(x->tensor), a.op, ": expected ", x->name,
+        " whose elements are each a place of their own, got strides ", x->tensor.strides(), " for sizes ",
+        x->tensor.sizes(), "; clone() it first");
+    check_overlap(*x, "cos", a.cos);
+    check_overlap(*x, "sin", a.sin);
+    if (a.positions.has_value()) {
+      check_overlap(*x, "positions", *a.positions);
+    }
+  }
+  if (k != nullptr) {
+    check_overlap(q, k->name, k->tensor);
+  }
+}
+
+RotaryProblem rotary_in_place_problem(const RotaryArguments& arguments, const Rotated& q, const Rotated* k) {
+  check_rotary_in_place(arguments, q, k);
+  RotaryProblem problem = rotary_problem(arguments, q, k);
+  set_output(q.tensor, problem.operands[0]);
+  if (k != nullptr) {
+    set_output(k->tensor, problem.operands[1]);
+  }
+  return problem;
 }
 
 }  // namespace contract

@@ -37,9 +37,20 @@ RotaryProblem rotary_problem(const RotaryArguments& arguments, const Rotated& q,
 /// The checks of `rotary_problem` for tensors without data or with symbolic sizes.
 void check_rotary(const RotaryArguments& arguments, const Rotated& q, const Rotated* k = nullptr);
 
+/// The checks of `rotary_in_place_problem`, likewise.
+void check_rotary_in_place(const RotaryArguments& arguments, const Rotated& q, const Rotated* k = nullptr);
+
 /// Allocates the output that goes with `input`, in its memory layout where that is dense, and enters it into
 /// `operand`.
 at::Tensor allocate_output(const at::Tensor& input, RotaryProblem::Operand& operand);
+
+/// `rotary_problem` of tensors that are overwritten; the outputs are entered.
+/// @throws c10::Error  also where memory overlaps: within a tensor, between two, or with tables or positions.
+RotaryProblem rotary_in_place_problem(const RotaryArguments& arguments, const Rotated& q, const Rotated* k = nullptr);
+
+/// An operand that is read from `input`, and the output of one.
+RotaryProblem::Operand operand_of(const at::Tensor& input);
+void set_output(const at::Tensor& output, RotaryProblem::Operand& operand);
 
 /// The packed form of `pair_axes`, which have been checked; zeros where there are none.
 PairAxes packed_pair_axes(at::IntArrayRef pair_axes);
@@ -87,6 +98,41 @@ std::tuple<at::Tensor, at::Tensor> rotary_embedding_qk(
   at::Tensor k_out = allocate_output(k, problem.operands[1]);
   kKernel(problem, q);
   return {std::move(q_out), std::move(k_out)};
+}
+
+/// `rotary_embedding_` likewise. It returns nothing: what a schema returns beside what it changes, functionalisation
+/// (torch.compile) takes for new memory.
+template <RotaryKernel kKernel>
+void rotary_embedding_in_place(
+    at::Tensor& x,
+    const at::Tensor& cos,
+    const at::Tensor& sin,
+    const std::optional<at::Tensor>& positions,
+    bool interleaved,
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
+  kKernel(
+      rotary_in_place_problem(
+          {"posenc::rotary_embedding_", cos, sin, positions, interleaved, conjugate, pair_axes}, {"x", x}),
+      x);
+}
+
+/// `rotary_embedding_qk_` likewise.
+template <RotaryKernel kKernel>
+void rotary_embedding_qk_in_place(
+    at::Tensor& q,
+    at::Tensor& k,
+    const at::Tensor& cos,
+    const at::Tensor& sin,
+    const std::optional<at::Tensor>& positions,
+    bool interleaved,
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
+  const Rotated second{"k", k};
+  kKernel(
+      rotary_in_place_problem(
+          {"posenc::rotary_embedding_qk_", cos, sin, positions, interleaved, conjugate, pair_axes}, {"q", q}, &second),
+      q);
 }
 
 }  // namespace posenc::contract

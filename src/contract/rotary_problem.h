@@ -49,26 +49,30 @@ struct PairAxes {
   }
 };
 
-/// One call of `rotary_embedding` or `rotary_embedding_qk`.
+/// One call of an operator that rotates: one tensor, q and k, or q, k and the v that is copied beside them. In place
+/// where `out` is `in`.
 struct RotaryProblem {
   struct Operand {
     const void* in;
     void* out;
     Strides in_strides, out_strides;
     int64_t num_heads;
+    bool copied;  // not rotated: the third, v
   };
 
   int64_t batch, seq_len, head_dim;
   int64_t num_pairs;  // R / 2
   int64_t
       table_rows;  // positions outside [0, table_rows) give NaN: for the token, with axes for the pairs that read it
-  Operand operands[2];
+  Operand operands[3];
   int32_t num_operands;
   RotaryTable cos, sin;
   PositionsView positions;
   bool interleaved;
   bool conjugate;
   PairAxes pair_axes;
+
+  int64_t num_heads() const { return operands[0].num_heads + operands[1].num_heads + operands[2].num_heads; }
 };
 
 /// One call of `rotary_embedding_tables_backward`. Row r of the tables was read by `tokens_per_row` tokens

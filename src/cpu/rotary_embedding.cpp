@@ -1,6 +1,7 @@
 #include <contract/rotary_embedding.h>
 #include <cpu/detail/clones.h>
 #include <cpu/detail/dispatch.h>
+#include <cpu/detail/rotate.h>
 
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -82,6 +83,17 @@ void fill_nan(const TokenHeads<T>& heads) {
 }
 
 template <typename T>
+void copy_token(const TokenHeads<T>& heads) {
+  for (int64_t h = 0; h < heads.num_heads; ++h) {
+    const T* in = heads.in + h * heads.in_strides.head;
+    T* out = heads.out + h * heads.out_strides.head;
+    for (int64_t i = 0; i < heads.head_dim; ++i) {
+      out[i * heads.out_strides.channel] = in[i * heads.in_strides.channel];
+    }
+  }
+}
+
+template <typename T>
 void rotate_token(const TokenHeads<T>& heads, const TokenTables<arithmetic_t<T>>& tables, bool interleaved) {
   const bool dense = heads.out_strides.channel == 1 && tables.cos_stride == 1 && tables.sin_stride == 1;
   const int64_t in_stride = dense ? heads.in_strides.channel : -1;
@@ -132,7 +144,7 @@ class GatheredTables {
 template <typename T>
 void run_typed(const RotaryProblem& problem) {
   using Real = arithmetic_t<T>;
-  const int64_t num_heads = problem.operands[0].num_heads + problem.operands[1].num_heads;
+  const int64_t num_heads = problem.num_heads();
   const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, num_heads * problem.head_dim));
   const bool has_axes = problem.positions.num_axes > 0;
   at::parallel_for(0, problem.batch * problem.seq_len, grain, [&](int64_t begin, int64_t end) {
@@ -166,7 +178,9 @@ void run_typed(const RotaryProblem& problem) {
             problem.num_pairs,
             operand.in_strides,
             operand.out_strides};
-        if (exists) {
+        if (operand.copied) {
+          copy_token(heads);
+        } else if (exists) {
           rotate_token(heads, tables, problem.interleaved);
         } else {
           fill_nan(heads);
@@ -176,15 +190,17 @@ void run_typed(const RotaryProblem& problem) {
   });
 }
 
-void run(const RotaryProblem& problem, const at::Tensor& like) {
-  cpu::for_dtype(like.scalar_type(), [&](auto type) { run_typed<typename decltype(type)::type>(problem); });
-}
-
 }  // namespace
 
+void cpu::rotate(const RotaryProblem& problem, const at::Tensor& like) {
+  for_dtype(like.scalar_type(), [&](auto type) { run_typed<typename decltype(type)::type>(problem); });
+}
+
 TORCH_LIBRARY_IMPL(posenc, CPU, m) {
-  m.impl("rotary_embedding", contract::rotary_embedding<run>);
-  m.impl("rotary_embedding_qk", contract::rotary_embedding_qk<run>);
+  m.impl("rotary_embedding", contract::rotary_embedding<cpu::rotate>);
+  m.impl("rotary_embedding_", contract::rotary_embedding_in_place<cpu::rotate>);
+  m.impl("rotary_embedding_qk", contract::rotary_embedding_qk<cpu::rotate>);
+  m.impl("rotary_embedding_qk_", contract::rotary_embedding_qk_in_place<cpu::rotate>);
 }
 
 }  // namespace posenc

@@ -153,8 +153,8 @@ void run_typed(const QKNormRotaryProblem& problem) {
   constexpr int V = cuda::kMaxVectorBytes / sizeof(T);
   const RotaryProblem& rotary = problem.rotary;
   bool holds = holds_heads<T, W, V>(problem, Interleaved);
-  for (const RotaryProblem::Operand& operand : rotary.operands) {
-    holds = holds && cuda::holds_vectors<T, V>(operand.in, operand.in_strides);
+  for (int i = 0; i < rotary.num_operands; ++i) {
+    holds = holds && cuda::holds_vectors<T, V>(rotary.operands[i].in, rotary.operands[i].in_strides);
   }
   if (!holds) {
     warn_of_single_elements();

@@ -1,6 +1,7 @@
 #include <contract/rotary_embedding.h>
 #include <cuda/detail/dispatch.h>
 #include <cuda/detail/launch.h>
+#include <cuda/detail/rotate.h>
 #include <posenc/logging.h>
 #include <cuda/rotary_embedding_kernel.cuh>
 
@@ -9,6 +10,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <limits>
 #include <mutex>
 
 namespace posenc {
@@ -30,13 +32,28 @@ bool allows(const RotaryProblem& problem) {
   return allowed;
 }
 
+bool has_tail(const RotaryProblem& problem) {
+  return 2 * problem.num_pairs < problem.head_dim;
+}
+
+/// Whether some chunks are copied: those of a tail, or of v.
+bool has_copies(const RotaryProblem& problem) {
+  return has_tail(problem) || problem.num_operands == 3;
+}
+
+/// Whether rows of both tables start at one offset of 31 bits, four of which a thread can hold.
+bool has_short_rows(const RotaryProblem& problem) {
+  return problem.cos.stride_row == problem.sin.stride_row &&
+      problem.table_rows * problem.cos.stride_row + problem.num_pairs <= std::numeric_limits<int32_t>::max();
+}
+
 template <typename T, typename Policy>
 void launch(const RotaryProblem& problem) {
   const Strides& strides = problem.operands[0].out_strides;
   const bool tokens_first = strides.seq < strides.head;
-  const int64_t max_threads = Policy::kTail ? cuda::kMaxThreadsWithTail : cuda::kMaxThreads;
+  const int64_t max_threads = has_tail(problem) ? cuda::kMaxThreadsWithTail : cuda::kMaxThreads;
   const int64_t num_chunks = cuda::num_chunks(Policy::kVectorWidth, problem.num_pairs, problem.head_dim);
-  const int64_t num_heads = problem.operands[0].num_heads + problem.operands[1].num_heads;
+  const int64_t num_heads = problem.num_heads();
   const int64_t num_tokens = problem.batch * problem.seq_len;
   const auto [chunks, heads, tokens] = cuda::block_shape(max_threads, num_chunks, num_heads, num_tokens, tokens_first);
   const int64_t head_groups = cuda::ceil_div(num_heads, heads);
@@ -54,7 +71,8 @@ void launch(const RotaryProblem& problem) {
         c10::str(
             "rotary_embedding: ", problem.interleaved ? "interleaved" : "half", " pairing, vectors of ",
             Policy::kVectorWidth, " elements of ", sizeof(T), " bytes", Policy::kSplat ? ", one for all channels" : "",
-            ", blocks of ", chunks, " chunks, ", heads, " heads and ", tokens, " tokens"));
+            Policy::kAxes ? ", positions of several axes" : "", ", blocks of ", chunks, " chunks, ", heads,
+            " heads and ", tokens, " tokens"));
   }
   const cuda::RotaryGrid grid{
       cuda::Divider(static_cast<uint32_t>(tokens_first ? token_groups : head_groups)),
@@ -69,8 +87,8 @@ void warn_of_narrow_vectors() {
   static std::once_flag once;
   std::call_once(once, [] {
     log(LogLevel::warning,
-        "rotary_embedding: strides or addresses of the tensors or tables allow only narrower loads than their "
-        "sizes would; dense channels and 16-byte aligned rows are fastest");
+        "rotary_embedding: strides or addresses of the tensors or tables allow only loads of less than "
+        "16 bytes; dense channels, 16-byte aligned rows and widths that divide into them are fastest");
   });
 }
 
@@ -82,16 +100,16 @@ void launch_widest(const RotaryProblem& problem) {
     launch<T, cuda::RotaryPolicy<V, Interleaved, false, true>>(problem);
   } else {
     constexpr bool kWidest = V * sizeof(T) == cuda::kMaxVectorBytes;
-    const bool tail = 2 * problem.num_pairs < problem.head_dim;
+    const bool copies = has_copies(problem);
     if (!cuda::divides(V, problem.num_pairs, problem.head_dim)) {
       launch_widest<T, V / 2, Interleaved>(problem);
     } else if (allows<T, V, Interleaved, false>(problem)) {
-      cuda::for_bool(tail || !kWidest, [&](auto has_tail) {
-        launch<T, cuda::RotaryPolicy<V, Interleaved, false, !kWidest || decltype(has_tail)::value>>(problem);
+      cuda::for_bool(copies || !kWidest, [&](auto copying) {
+        launch<T, cuda::RotaryPolicy<V, Interleaved, false, !kWidest || decltype(copying)::value>>(problem);
       });
     } else if (kWidest && allows<T, V, Interleaved, true>(problem)) {
-      cuda::for_bool(tail, [&](auto has_tail) {
-        launch<T, cuda::RotaryPolicy<V, Interleaved, kWidest, !kWidest || decltype(has_tail)::value>>(problem);
+      cuda::for_bool(copies, [&](auto copying) {
+        launch<T, cuda::RotaryPolicy<V, Interleaved, kWidest, !kWidest || decltype(copying)::value>>(problem);
       });
     } else {
       warn_of_narrow_vectors();
@@ -100,27 +118,45 @@ void launch_widest(const RotaryProblem& problem) {
   }
 }
 
-void run(const RotaryProblem& problem, const at::Tensor& like) {
-  const int64_t num_heads = problem.operands[0].num_heads + problem.operands[1].num_heads;
-  if (problem.batch * problem.seq_len * num_heads == 0) {
-    return;
-  }
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      problem.positions.num_axes == 0, "posenc::rotary_embedding: positions of several axes are not there on CUDA yet");
-  const c10::cuda::CUDAGuard device(like.device());
-  cuda::for_dtype(like.scalar_type(), [&](auto type) {
-    using T = typename decltype(type)::type;
-    cuda::for_bool(problem.interleaved, [&](auto interleaved) {
-      launch_widest<T, cuda::kMaxVectorBytes / sizeof(T), decltype(interleaved)::value>(problem);
+/// The same where pairs choose among axes of the positions: with 16-byte vectors or single elements.
+template <typename T, bool Interleaved>
+void launch_with_axes(const RotaryProblem& problem) {
+  constexpr int V = cuda::kMaxVectorBytes / sizeof(T);
+  if (cuda::divides(V, problem.num_pairs, problem.head_dim) && has_short_rows(problem) &&
+      allows<T, V, Interleaved, false>(problem)) {
+    cuda::for_bool(has_copies(problem), [&](auto copying) {
+      launch<T, cuda::RotaryPolicy<V, Interleaved, false, decltype(copying)::value, true>>(problem);
     });
-  });
+  } else {
+    warn_of_narrow_vectors();
+    launch<T, cuda::RotaryPolicy<1, Interleaved, false, true, true>>(problem);
+  }
 }
 
 }  // namespace
 
+void cuda::rotate(const RotaryProblem& problem, const at::Tensor& like) {
+  if (problem.batch * problem.seq_len * problem.num_heads() == 0) {
+    return;
+  }
+  const c10::cuda::CUDAGuard device(like.device());
+  cuda::for_dtype(like.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    cuda::for_bool(problem.interleaved, [&](auto interleaved) {
+      if (problem.positions.num_axes > 0) {
+        launch_with_axes<T, decltype(interleaved)::value>(problem);
+      } else {
+        launch_widest<T, cuda::kMaxVectorBytes / sizeof(T), decltype(interleaved)::value>(problem);
+      }
+    });
+  });
+}
+
 TORCH_LIBRARY_IMPL(posenc, CUDA, m) {
-  m.impl("rotary_embedding", contract::rotary_embedding<run>);
-  m.impl("rotary_embedding_qk", contract::rotary_embedding_qk<run>);
+  m.impl("rotary_embedding", contract::rotary_embedding<cuda::rotate>);
+  m.impl("rotary_embedding_", contract::rotary_embedding_in_place<cuda::rotate>);
+  m.impl("rotary_embedding_qk", contract::rotary_embedding_qk<cuda::rotate>);
+  m.impl("rotary_embedding_qk_", contract::rotary_embedding_qk_in_place<cuda::rotate>);
 }
 
 }  // namespace posenc

@@ -4,20 +4,22 @@
 #include <cuda/detail/launch.h>
 #include <cuda/detail/rotary_chunk.cuh>
 
-// Rotates one or two tensors in one launch; forward and backward are the same kernel.
+// Rotates one or two tensors, and copies a third, in one launch; forward and backward are the same kernel. As a thread
+// loads its whole chunk before it stores, outputs may be the inputs.
 //
 // A thread owns one chunk (rotary_chunk.cuh) of one head of one token. Threads along x are the chunks of a head,
-// along y the heads (all of q, then all of k), along z tokens. Blocks go through the heads of a token first, and
+// along y the heads (all of q, then all of k, then all of v), along z tokens. Blocks go through the heads of a token first, and
 // so through memory in its order (4 % for float32, measured on an H200).
 namespace posenc::cuda {
 
 /// What a launch knows beforehand. Each removes code, and registers with it, from the kernel.
-template <int VectorWidth, bool IsInterleaved, bool IsSplat, bool HasTail>
+template <int VectorWidth, bool IsInterleaved, bool IsSplat, bool HasCopies, bool HasAxes = false>
 struct RotaryPolicy {
   static constexpr int kVectorWidth = VectorWidth;
   static constexpr bool kInterleaved = IsInterleaved;
-  static constexpr bool kSplat = IsSplat;  // one value for all channels of a head
-  static constexpr bool kTail = HasTail;   // channels behind the rotary width
+  static constexpr bool kSplat = IsSplat;     // one value for all channels of a head
+  static constexpr bool kCopies = HasCopies;  // channels behind the rotary width, or a tensor that is only copied
+  static constexpr bool kAxes = HasAxes;      // pairs choose among the axes of the positions
 };
 
 /// How blocks are laid over the tensors. `groups` counts those along whichever of heads and tokens comes first.
@@ -28,8 +30,13 @@ struct RotaryGrid {
   bool tokens_first;
 };
 
+/// Blocks that an SM holds at least. With two vectors of pairs that choose their axes, and a branch that copies, 40
+/// registers spill.
+template <typename Policy>
+constexpr int kMinBlocksOf = Policy::kAxes && Policy::kCopies && Policy::kInterleaved ? 10 : kMinBlocks;
+
 template <typename T, typename Policy>
-__global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
+__global__ void __launch_bounds__(kMaxThreads, kMinBlocksOf<Policy>)
     rotary_embedding_kernel(const __grid_constant__ RotaryProblem problem, const __grid_constant__ RotaryGrid grid) {
   const uint32_t slow = grid.groups.quotient(blockIdx.x);
   const uint32_t fast = blockIdx.x - slow * grid.groups.divisor;
@@ -39,14 +46,16 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
   const uint32_t head_of_all = head_group * blockDim.y + threadIdx.y;
   const auto q_heads = static_cast<uint32_t>(problem.operands[0].num_heads);
   const auto k_heads = static_cast<uint32_t>(problem.operands[1].num_heads);
+  const auto v_heads = Policy::kCopies ? static_cast<uint32_t>(problem.operands[2].num_heads) : 0;
   const uint32_t batch = grid.seq_len.quotient(token);
-  if (batch >= problem.batch || head_of_all >= q_heads + k_heads) {
+  if (batch >= problem.batch || head_of_all >= q_heads + k_heads + v_heads) {
     return;
   }
   const uint32_t seq = token - batch * grid.seq_len.divisor;
-  const bool is_k = head_of_all >= q_heads;
-  const uint32_t head = is_k ? head_of_all - q_heads : head_of_all;
-  const RotaryProblem::Operand& operand = problem.operands[is_k ? 1 : 0];
+  const bool is_v = Policy::kCopies && head_of_all >= q_heads + k_heads;
+  const bool is_k = !is_v && head_of_all >= q_heads;
+  const uint32_t head = head_of_all - (is_v ? q_heads + k_heads : is_k ? q_heads : 0);
+  const RotaryProblem::Operand& operand = problem.operands[is_v ? 2 : is_k ? 1 : 0];
   const Strides& from = operand.in_strides;
   const Strides& to = operand.out_strides;
   const Place<T> place{
@@ -55,7 +64,8 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
       from.channel,
       to.channel,
       batch,
-      seq};
+      seq,
+      is_v};
 
   const int chunk = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x);
   if (chunk < grid.num_chunks) {

@@ -1,5 +1,5 @@
 #include <contract/rotary_embedding.h>
-#include <meta/detail/symbolic.h>
+#include <meta/detail/rotary_symbolic.h>
 
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -10,13 +10,10 @@ namespace {
 using at::Tensor;
 using contract::RotaryArguments;
 using contract::Rotated;
-using meta::has_symbolic_sizes;
+using meta::any_symbolic;
 
 void check(const RotaryArguments& arguments, const Rotated& q, const Rotated* k) {
-  const bool symbolic = has_symbolic_sizes(q.tensor) || (k != nullptr && has_symbolic_sizes(k->tensor)) ||
-      has_symbolic_sizes(arguments.cos) || has_symbolic_sizes(arguments.sin) ||
-      (arguments.positions.has_value() && has_symbolic_sizes(*arguments.positions));
-  if (!symbolic) {
+  if (!any_symbolic(arguments) && !any_symbolic(q) && (k == nullptr || !any_symbolic(*k))) {
     contract::check_rotary(arguments, q, k);
   }
 }
@@ -47,11 +44,45 @@ std::tuple<Tensor, Tensor> rotary_embedding_qk_meta(
   return {at::empty_like(q), at::empty_like(k)};
 }
 
+void check_in_place(const RotaryArguments& arguments, const Rotated& q, const Rotated* k) {
+  if (!any_symbolic(arguments) && !any_symbolic(q) && (k == nullptr || !any_symbolic(*k))) {
+    contract::check_rotary_in_place(arguments, q, k);
+  }
+}
+
+void rotary_embedding_meta_(
+    Tensor& x,
+    const Tensor& cos,
+    const Tensor& sin,
+    const std::optional<Tensor>& positions,
+    bool interleaved,
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
+  check_in_place(
+      {"posenc::rotary_embedding_", cos, sin, positions, interleaved, conjugate, pair_axes}, {"x", x}, nullptr);
+}
+
+void rotary_embedding_qk_meta_(
+    Tensor& q,
+    Tensor& k,
+    const Tensor& cos,
+    const Tensor& sin,
+    const std::optional<Tensor>& positions,
+    bool interleaved,
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
+  const Rotated rotated_k{"k", k};
+  check_in_place(
+      {"posenc::rotary_embedding_qk_", cos, sin, positions, interleaved, conjugate, pair_axes}, {"q", q}, &rotated_k);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, Meta, m) {
   m.impl("rotary_embedding", rotary_embedding_meta);
+  m.impl("rotary_embedding_", rotary_embedding_meta_);
   m.impl("rotary_embedding_qk", rotary_embedding_qk_meta);
+  m.impl("rotary_embedding_qk_", rotary_embedding_qk_meta_);
 }
 
 }  // namespace posenc

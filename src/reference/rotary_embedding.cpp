@@ -83,4 +83,42 @@ std::tuple<Tensor, Tensor> rotary_embedding_qk(
       reference::rotary_embedding(k, cos, sin, positions, interleaved, conjugate, pair_axes)};
 }
 
+std::tuple<Tensor, Tensor, Tensor> rotary_embedding_qkv(
+    const Tensor& qkv,
+    int64_t num_q_heads,
+    int64_t num_kv_heads,
+    const Tensor& cos,
+    const Tensor& sin,
+    const std::optional<Tensor>& positions,
+    bool interleaved,
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
+  const int64_t num_heads = num_q_heads + 2 * num_kv_heads;
+  const bool stacked = qkv.dim() >= 4;
+  const Tensor heads = stacked ? qkv.flatten(-3, -2) : qkv.unflatten(-1, {num_heads, qkv.size(-1) / num_heads});
+  const auto rotated = [&](const Tensor& x) {
+    return reference::rotary_embedding(x, cos, sin, positions, interleaved, conjugate, pair_axes);
+  };
+  return {
+      rotated(heads.narrow(-2, 0, num_q_heads)), rotated(heads.narrow(-2, num_q_heads, num_kv_heads)),
+      heads.narrow(-2, num_q_heads + num_kv_heads, num_kv_heads).clone()};
+}
+
+Tensor rotary_embedding_pack(
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& v,
+    const Tensor& cos,
+    const Tensor& sin,
+    const std::optional<Tensor>& positions,
+    bool stacked,
+    bool interleaved,
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
+  const auto rotated = [&](const Tensor& x) {
+    return reference::rotary_embedding(x, cos, sin, positions, interleaved, conjugate, pair_axes);
+  };
+  return stacked ? at::stack({rotated(q), rotated(k), v}, -3) : at::cat({rotated(q), rotated(k), v}, -2).flatten(-2);
+}
+
 }  // namespace posenc::reference

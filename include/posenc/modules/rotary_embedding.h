@@ -14,6 +14,7 @@
 #include <ostream>
 #include <string>
 #include <tuple>
+#include <vector>
 
 namespace posenc {
 
@@ -76,6 +77,11 @@ struct POSENC_API RotaryEmbeddingOptions {
   TORCH_ARG(Layout, layout) = Layout::bshd;
   /// How the frequencies are stretched to longer contexts; see `posenc/frequencies.h`. Default: `DefaultScaling`.
   TORCH_ARG(RotaryScaling, scaling) = DefaultScaling();
+  /// Pairs of each axis of multi-axis positions, `mrope_section` of model configurations; their sum is R/2. Default:
+  /// none, and positions have one axis. See `mrope_pair_axes`.
+  TORCH_ARG(std::vector<int64_t>, sections);
+  /// The sections are interleaved (Qwen3-VL), not one after the other (Qwen2-VL). Default: false.
+  TORCH_ARG(bool, interleaved_sections) = false;
   /// The inverse frequencies are a parameter, `inv_freq`. Default: false.
   TORCH_ARG(bool, learnable_frequencies) = false;
 };
@@ -118,7 +124,8 @@ class POSENC_API RotaryEmbeddingImpl : public detail::KeepsDtype<RotaryEmbedding
   /// @param positions  `[S]`, `[B, S]` (`[T]` for `Layout::thd`), int32 or int64, on the device of `q`. Default:
   ///   token s is at position s. Positions on a CPU grow the tables as needed. Those on a GPU cannot be read
   ///   without waiting for it: they must be below `max_position_embeddings` or what `reserve` was given, and
-  ///   beyond that give NaN.
+  ///   beyond that give NaN. With `sections` there may be an axis for each of them in front, `[A, B, S]` (`[A, T]`);
+  ///   fewer dimensions, or no positions, mean the same position on every axis, as plain text has it.
   /// @param seq_len  positions of the sequence: more than any of `positions`, at least the tokens of q without them.
   ///   Tables get as many rows. Needed for positions on a GPU where frequencies depend on the length; not read by
   ///   other plans for anything but the rows.
@@ -132,6 +139,34 @@ class POSENC_API RotaryEmbeddingImpl : public detail::KeepsDtype<RotaryEmbedding
   /// Rotates one tensor; arguments as in `forward`.
   torch::Tensor rotate(
       const torch::Tensor& x,
+      const std::optional<torch::Tensor>& positions = std::nullopt,
+      std::optional<int64_t> seq_len = std::nullopt);
+
+  /// `forward` in place: `q` and `k` become the rotated pair; see `rotary_embedding_qk_`. Not with learnable frequencies
+  /// while a graph is recorded.
+  void forward_(
+      torch::Tensor& q,
+      torch::Tensor& k,
+      const std::optional<torch::Tensor>& positions = std::nullopt,
+      std::optional<int64_t> seq_len = std::nullopt);
+
+  /// `rotate` in place; see `rotary_embedding_`.
+  void rotate_(
+      torch::Tensor& x,
+      const std::optional<torch::Tensor>& positions = std::nullopt,
+      std::optional<int64_t> seq_len = std::nullopt);
+
+  /// Splits a packed projection into rotated queries, rotated keys and values, in one launch; see
+  /// `rotary_embedding_qkv`.
+  ///
+  /// @param qkv  `[B, S, (Hq + 2 Hk) D]` or `[B, S, 3, H, D]`; with `Layout::sbhd`, S before B; with `Layout::thd`, T in
+  ///   place of both.
+  /// @param positions,seq_len  as in `forward`.
+  /// @return `(q', k', v)` in the order of dimensions of `options.layout()`.
+  std::tuple<torch::Tensor, torch::Tensor, torch::Tensor> forward_qkv(
+      const torch::Tensor& qkv,
+      int64_t num_q_heads,
+      int64_t num_kv_heads,
       const std::optional<torch::Tensor>& positions = std::nullopt,
       std::optional<int64_t> seq_len = std::nullopt);
 
@@ -170,6 +205,10 @@ class POSENC_API RotaryEmbeddingImpl : public detail::KeepsDtype<RotaryEmbedding
       {3, torch::nn::AnyValue(std::optional<int64_t>())})
 
  private:
+  /// The axes that pairs read of `positions`: none where these have one.
+  torch::IntArrayRef axes_for(const std::optional<torch::Tensor>& positions) const;
+
+  std::vector<int64_t> pair_axes_;                    // of the sections
   std::shared_ptr<detail::RotaryTableCache> tables_;  // where frequencies are fixed
   double attention_factor_ = 1.0;                     // where they are learnable
   int64_t rows_on_device_ = 0;                        // there too: of the tables for positions on a GPU

@@ -21,6 +21,7 @@ struct Place {
   T* out;
   int64_t in_stride, out_stride;  // of channels
   int64_t batch, seq;
+  bool copied;  // not rotated
 };
 
 /// The rows of `cos` and `sin` that one token reads, as offsets: from a pointer chosen at run time the compiler
@@ -32,8 +33,14 @@ struct TableRow {
   Real sign;  // of sin: -1 to rotate backwards
 };
 
+__device__ inline int64_t load_position(const PositionsView& positions, int64_t axis, int64_t batch, int64_t seq) {
+  const int64_t index = axis * positions.stride_axis + batch * positions.stride_batch + seq * positions.stride_seq;
+  return positions.is_int64 ? static_cast<const int64_t*>(positions.data)[index]
+                            : static_cast<const int32_t*>(positions.data)[index];
+}
+
 template <typename Real>
-__device__ TableRow<Real> table_row(const RotaryProblem& problem, int64_t batch, int64_t seq) {
+__device__ TableRow<Real> table_row(const RotaryProblem& problem, int64_t batch, int64_t seq, int64_t axis = 0) {
   const Real sign = problem.conjugate ? Real(-1) : Real(1);
   const PositionsView& positions = problem.positions;
   if (positions.data == nullptr) {
@@ -41,9 +48,7 @@ __device__ TableRow<Real> table_row(const RotaryProblem& problem, int64_t batch,
         batch * problem.cos.stride_batch + seq * problem.cos.stride_row,
         batch * problem.sin.stride_batch + seq * problem.sin.stride_row, sign};
   }
-  const int64_t index = batch * positions.stride_batch + seq * positions.stride_seq;
-  const int64_t position = positions.is_int64 ? static_cast<const int64_t*>(positions.data)[index]
-                                              : static_cast<const int32_t*>(positions.data)[index];
+  const int64_t position = load_position(positions, axis, batch, seq);
   const bool exists = position >= 0 && position < problem.table_rows;
   const int64_t row = exists ? position : 0;
   return {row * problem.cos.stride_row, row * problem.sin.stride_row, exists ? sign : static_cast<Real>(NAN)};
@@ -101,8 +106,150 @@ __device__ void rotate_pair(T& x1, T& x2, Real cos, Real sin) {
   x2 = narrow<T>(multiply_add(wide1, sin, multiply(wide2, cos)));
 }
 
-/// Rotates one chunk, or copies it where it lies behind the rotary width. All loads come before the first use of
-/// any, so that a thread waits for memory once. Where the token has no row in the tables, all becomes NaN.
+/// Rotates the pairs of two vectors and stores them. Half pairing needs the entries of `a` only.
+template <typename Policy, typename T, typename Entries, typename Real>
+__device__ void rotate_and_store(
+    const Place<T>& place,
+    int first,
+    int second,
+    Vector<T, Policy::kVectorWidth> a,
+    Vector<T, Policy::kVectorWidth> b,
+    const Entries& cos_a,
+    const Entries& sin_a,
+    Real sign_a,
+    const Entries& cos_b,
+    const Entries& sin_b,
+    Real sign_b) {
+  constexpr int V = Policy::kVectorWidth;
+  if constexpr (Policy::kInterleaved && V > 1) {
+#pragma unroll
+    for (int i = 0; i < V / 2; ++i) {
+      rotate_pair(a[2 * i], a[2 * i + 1], cos_a[i], sign_a * sin_a[i]);
+      rotate_pair(b[2 * i], b[2 * i + 1], cos_b[i], sign_b * sin_b[i]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      rotate_pair(a[i], b[i], cos_a[i], sign_a * sin_a[i]);
+    }
+  }
+  store_channels<V>(place.out, first, place.out_stride, a);
+  store_channels<V>(place.out, second, place.out_stride, b);
+}
+
+/// The axes of N neighbouring pairs, the first of which is a multiple of N: two bits each, in order.
+template <int N>
+__device__ uint32_t axes_of_pairs(const PairAxes& axes, int pair) {
+  static_assert(PairAxes::kPairsPerWord % N == 0, "pairs must not straddle words");
+  const uint32_t word = axes.words[pair / PairAxes::kPairsPerWord] >> (2 * (pair % PairAxes::kPairsPerWord));
+  return word & (0xffffffffU >> (32 - 2 * N));
+}
+
+/// Offsets of the rows that one token reads by each axis, and a bit for each axis whose row does not exist. One offset
+/// of 31 bits serves both tables, or four of them would not fit into the registers of a thread.
+struct AxisRows {
+  int32_t offsets[kMaxAxes];
+  uint32_t outside;
+
+  __device__ int32_t of(uint32_t axis) const {
+    const int32_t low = (axis & 1U) != 0 ? offsets[1] : offsets[0];
+    const int32_t high = (axis & 1U) != 0 ? offsets[3] : offsets[2];
+    return (axis & 2U) != 0 ? high : low;
+  }
+};
+
+__device__ inline AxisRows axis_rows(const RotaryProblem& problem, int64_t batch, int64_t seq) {
+  AxisRows rows;
+  rows.outside = 0;
+#pragma unroll
+  for (int axis = 0; axis < kMaxAxes; ++axis) {
+    const int64_t position = axis < problem.positions.num_axes ? load_position(problem.positions, axis, batch, seq) : 0;
+    const bool exists = position >= 0 && position < problem.table_rows;
+    rows.offsets[axis] = exists ? static_cast<int32_t>(position) * static_cast<int32_t>(problem.cos.stride_row) : 0;
+    rows.outside |= exists ? 0U : 1U << axis;
+  }
+  return rows;
+}
+
+/// Entries of N neighbouring pairs that read rows of their own.
+template <int N, typename Real>
+struct AxisEntries {
+  Vector<Real, N> cos, sin;
+
+  __device__ AxisEntries(const RotaryProblem& problem, const AxisRows& rows, uint32_t axes, int pair) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const int32_t entry = rows.of(axes >> (2 * i)) + pair + i;
+      cos[i] = static_cast<const Real*>(problem.cos.data)[entry];
+      sin[i] = static_cast<const Real*>(problem.sin.data)[entry];
+    }
+  }
+
+  /// Makes a sine NaN where the row does not exist: after all loads are under way.
+  __device__ void mark(uint32_t outside, uint32_t axes) {
+    if (outside != 0) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        sin[i] = (outside >> (axes >> (2 * i) & 3U) & 1U) != 0 ? static_cast<Real>(NAN) : sin[i];
+      }
+    }
+  }
+};
+
+/// Rotates a chunk whose pairs choose among the axes of the positions. Where all pairs of a vector read one, as in the
+/// sections of Qwen2-VL, the tables are read in vectors; else, as in the cycles of Qwen3-VL, entry by entry. Which of
+/// the two is the same for all heads. Tables of one entry a vector have nothing to choose.
+template <typename Policy, typename T>
+__device__ void rotate_chunk_by_axes(
+    const RotaryProblem& problem,
+    const Place<T>& place,
+    int first,
+    int second,
+    const Vector<T, Policy::kVectorWidth>& a,
+    const Vector<T, Policy::kVectorWidth>& b,
+    int pair_a,
+    int pair_b) {
+  using Real = arithmetic_t<T>;
+  constexpr int V = Policy::kVectorWidth;
+  constexpr bool kTwo = Policy::kInterleaved && V > 1;  // vectors with pairs, and so axes, of their own
+  constexpr int kPairs = kTwo ? V / 2 : V;
+  constexpr uint32_t kEach = 0x55555555U >> (32 - 2 * kPairs);
+  const uint32_t axes_a = axes_of_pairs<kPairs>(problem.pair_axes, pair_a);
+  const uint32_t axes_b = kTwo ? axes_of_pairs<kPairs>(problem.pair_axes, pair_b) : axes_a;
+  const uint32_t axis_a = axes_a & 3U;
+  const uint32_t axis_b = axes_b & 3U;
+  if (kPairs == 1 || (axes_a == axis_a * kEach && axes_b == axis_b * kEach)) {
+    const TableRow<Real> row_a = table_row<Real>(problem, place.batch, place.seq, axis_a);
+    const TableRow<Real> row_b = kTwo ? table_row<Real>(problem, place.batch, place.seq, axis_b) : row_a;
+    const auto load_from = [&](const RotaryTable& table, int64_t row, int pair) {
+      return load_entries<kPairs, V == 1>(static_cast<const Real*>(table.data) + row, pair, table.stride_pair);
+    };
+    const auto cos_a = load_from(problem.cos, row_a.cos, pair_a);
+    const auto sin_a = load_from(problem.sin, row_a.sin, pair_a);
+    const auto cos_b = kTwo ? load_from(problem.cos, row_b.cos, pair_b) : cos_a;
+    const auto sin_b = kTwo ? load_from(problem.sin, row_b.sin, pair_b) : sin_a;
+    rotate_and_store<Policy>(place, first, second, a, b, cos_a, sin_a, row_a.sign, cos_b, sin_b, row_b.sign);
+    return;
+  }
+  if constexpr (kPairs > 1) {
+    const AxisRows rows = axis_rows(problem, place.batch, place.seq);
+    const Real sign = problem.conjugate ? Real(-1) : Real(1);
+    AxisEntries<kPairs, Real> of_a(problem, rows, axes_a, pair_a);
+    if constexpr (kTwo) {
+      AxisEntries<kPairs, Real> of_b(problem, rows, axes_b, pair_b);
+      of_a.mark(rows.outside, axes_a);
+      of_b.mark(rows.outside, axes_b);
+      rotate_and_store<Policy>(place, first, second, a, b, of_a.cos, of_a.sin, sign, of_b.cos, of_b.sin, sign);
+    } else {
+      of_a.mark(rows.outside, axes_a);
+      rotate_and_store<Policy>(place, first, second, a, b, of_a.cos, of_a.sin, sign, of_a.cos, of_a.sin, sign);
+    }
+  }
+}
+
+/// Rotates one chunk, or copies it where it lies behind the rotary width or its tensor is only copied. All loads come before the first use of
+/// any, so that a thread waits for memory once. Where the token
+/// has no row in the tables, all of it becomes NaN.
 template <typename Policy, typename T>
 __device__ void rotate_chunk(const RotaryProblem& problem, const Place<T>& place, int chunk) {
   using Real = arithmetic_t<T>;
@@ -116,7 +263,7 @@ __device__ void rotate_chunk(const RotaryProblem& problem, const Place<T>& place
   int second = kNeighbours ? 2 * chunk + 1 : num_pairs + chunk * V;
   bool rotates = true;
   bool has_second = true;
-  if constexpr (Policy::kTail) {
+  if constexpr (Policy::kCopies) {
     const int tail_chunk = chunk - num_pairs / V;
     const int tail = static_cast<int>(problem.head_dim) - 2 * num_pairs;
     if (tail_chunk >= 0) {
@@ -125,6 +272,7 @@ __device__ void rotate_chunk(const RotaryProblem& problem, const Place<T>& place
       second = first + (tail / V + 1) / 2 * V;
       has_second = second < problem.head_dim;
     }
+    rotates = rotates && !place.copied;
   }
 
   Vector<T, V> a = load_channels<V, Policy::kSplat>(place.in, first, place.in_stride);
@@ -132,40 +280,42 @@ __device__ void rotate_chunk(const RotaryProblem& problem, const Place<T>& place
   if (has_second) {
     b = load_channels<V, Policy::kSplat>(place.in, second, place.in_stride);
   }
-  const TableRow<Real> row = table_row<Real>(problem, place.batch, place.seq);
-  // Each branch stores for itself: where they met before the stores, the compiler would unpack the vectors, and so
-  // wait for them, before the branch (1.13 instead of less than 1.05 times the copy with a tail, measured on an H200).
-  if (!rotates) {
-    if (row.sign != row.sign) {
-      a = b = splat<V>(narrow<T>(row.sign));
+  const int pair = kPairsInsideVector ? first / 2 : chunk * V;
+  if constexpr (Policy::kAxes) {  // the tail passes through: it has no axis, and so no position
+    if (rotates) {
+      rotate_chunk_by_axes<Policy>(problem, place, first, second, a, b, pair, second / 2);
+      return;
     }
     store_channels<V>(place.out, first, place.out_stride, a);
     if (has_second) {
       store_channels<V>(place.out, second, place.out_stride, b);
     }
-    return;
-  }
-  const int pair = kPairsInsideVector ? first / 2 : chunk * V;
-  const Real* cos = static_cast<const Real*>(problem.cos.data) + row.cos;
-  const Real* sin = static_cast<const Real*>(problem.sin.data) + row.sin;
-  const auto cos_a = load_entries<kPairs, V == 1>(cos, pair, problem.cos.stride_pair);
-  const auto sin_a = load_entries<kPairs, V == 1>(sin, pair, problem.sin.stride_pair);
-  if constexpr (kPairsInsideVector) {
-    const auto cos_b = load_entries<kPairs, false>(cos, second / 2, problem.cos.stride_pair);
-    const auto sin_b = load_entries<kPairs, false>(sin, second / 2, problem.sin.stride_pair);
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      rotate_pair(a[2 * i], a[2 * i + 1], cos_a[i], row.sign * sin_a[i]);
-      rotate_pair(b[2 * i], b[2 * i + 1], cos_b[i], row.sign * sin_b[i]);
-    }
   } else {
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      rotate_pair(a[i], b[i], cos_a[i], row.sign * sin_a[i]);
+    const TableRow<Real> row = table_row<Real>(problem, place.batch, place.seq);
+    // Each branch stores for itself: where they met before the stores, the compiler would unpack the vectors, and so
+    // wait for them, before the branch (1.13 instead of less than 1.05 times the copy with a tail, measured on an H200).
+    if (!rotates) {
+      if (row.sign != row.sign && !place.copied) {
+        a = b = splat<V>(narrow<T>(row.sign));
+      }
+      store_channels<V>(place.out, first, place.out_stride, a);
+      if (has_second) {
+        store_channels<V>(place.out, second, place.out_stride, b);
+      }
+      return;
+    }
+    const Real* cos = static_cast<const Real*>(problem.cos.data) + row.cos;
+    const Real* sin = static_cast<const Real*>(problem.sin.data) + row.sin;
+    const auto cos_a = load_entries<kPairs, V == 1>(cos, pair, problem.cos.stride_pair);
+    const auto sin_a = load_entries<kPairs, V == 1>(sin, pair, problem.sin.stride_pair);
+    if constexpr (kPairsInsideVector) {
+      const auto cos_b = load_entries<kPairs, false>(cos, second / 2, problem.cos.stride_pair);
+      const auto sin_b = load_entries<kPairs, false>(sin, second / 2, problem.sin.stride_pair);
+      rotate_and_store<Policy>(place, first, second, a, b, cos_a, sin_a, row.sign, cos_b, sin_b, row.sign);
+    } else {
+      rotate_and_store<Policy>(place, first, second, a, b, cos_a, sin_a, row.sign, cos_a, sin_a, row.sign);
     }
   }
-  store_channels<V>(place.out, first, place.out_stride, a);
-  store_channels<V>(place.out, second, place.out_stride, b);
 }
 
 }  // namespace posenc::cuda

@@ -1,0 +1,185 @@
+#include "cases.h"
+#include "eager_alibi.h"
+
+#include <posenc/alibi.h>
+#include <posenc/alibi_attention.h>
+
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include <limits>
+#include <sstream>
+#include <utility>
+
+namespace posenc::bench {
+namespace {
+
+struct Configuration {
+  at::ScalarType dtype;
+  int64_t batch;
+  int64_t sequence;
+  int64_t heads;
+  int64_t head_dim;
+  bool causal;
+  /// Slopes require a gradient.
+  bool learnable;
+};
+
+std::string label(const Configuration& c) {
+  std::ostringstream text;
+  text << (c.dtype == at::kFloat ? "fp32" : "bf16") << "/B" << c.batch << "/S" << c.sequence
+       << (c.causal ? "/causal" : "/symmetric") << (c.learnable ? "/learnable" : "/fixed");
+  return text.str();
+}
+
+std::string title(const Configuration& c) {
+  std::ostringstream text;
+  text << (c.dtype == at::kFloat ? "fp32" : "bf16") << ", batch " << c.batch << ", sequence " << c.sequence << ", "
+       << c.heads << " heads of " << c.head_dim << (c.causal ? ", causal" : ", symmetric")
+       << (c.learnable ? ", learnable slopes" : ", fixed slopes");
+  return text.str();
+}
+
+/// The sizes that fused attention is judged by; on a CPU one that a few cores get through in seconds.
+std::vector<Configuration> configurations(c10::Device device) {
+  std::vector<Configuration> all;
+  for (const bool causal : {true, false}) {
+    for (const bool learnable : {false, true}) {
+      if (device.is_cpu()) {
+        all.push_back({at::kFloat, 1, 512, 4, 64, causal, learnable});
+        continue;
+      }
+      for (const auto& [batch, sequence] : std::vector<std::pair<int64_t, int64_t>>{{8, 2048}, {4, 4096}, {1, 16384}}) {
+        all.push_back({at::kBFloat16, batch, sequence, 16, 128, causal, learnable});
+      }
+    }
+  }
+  return all;
+}
+
+/// Floating point operations: two matrix products forward and five backward, of all scores or of the half that a causal
+/// mask leaves.
+double operations(const Configuration& c, Pass pass) {
+  const double scores = static_cast<double>(c.batch * c.heads) * static_cast<double>(c.sequence) *
+      static_cast<double>(c.sequence) * (c.causal ? 0.5 : 1.0);
+  const double products = pass == Pass::forward ? 2 : pass == Pass::backward ? 5 : 7;
+  return products * 2 * scores * static_cast<double>(c.head_dim);
+}
+
+/// The call under test, on q, k, v `[B, S, H, D]`.
+using Call =
+    std::function<at::Tensor(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& slopes)>;
+using CallFactory = Call (*)(const Configuration&, const at::Tensor& slopes);
+
+Call make_posenc(const Configuration& c, const at::Tensor& /*slopes*/) {
+  return [options = ALiBiAttentionOptions().causal(c.causal)](
+             const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& slopes) {
+    return alibi_attention(q, k, v, slopes, options);
+  };
+}
+
+at::Tensor library_attention(
+    const at::Tensor& q,
+    const at::Tensor& k,
+    const at::Tensor& v,
+    const std::optional<at::Tensor>& bias,
+    bool causal) {
+  return at::scaled_dot_product_attention(
+             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias, /*dropout_p=*/0, causal)
+      .transpose(1, 2);
+}
+
+/// `[1, H, S, S]`, minus infinity where causality hides a key.
+at::Tensor bias_of(const Configuration& c, const at::Tensor& slopes) {
+  return alibi_bias(slopes, c.sequence, c.sequence, c.causal, c.dtype).unsqueeze(0);
+}
+
+// A fixed bias is made once and kept, S * S numbers for each head; a learnable one is made in each call.
+Call make_stored_bias(const Configuration& c, const at::Tensor& slopes) {
+  const at::Tensor kept = c.learnable ? at::Tensor() : bias_of(c, slopes);
+  return [c, kept](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& now) {
+    return library_attention(q, k, v, kept.defined() ? kept : bias_of(c, now), /*causal=*/false);
+  };
+}
+
+// Attention that knows nothing of positions: what no bias can be expected to beat.
+Call make_without_bias(const Configuration& c, const at::Tensor& /*slopes*/) {
+  return
+      [causal = c.causal](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& /*slopes*/) {
+        return library_attention(q, k, v, std::nullopt, causal);
+      };
+}
+
+/// Random q, k and v of one configuration, the published slopes, and the call to make with them.
+struct Problem {
+  Problem(const Configuration& c, c10::Device device, CallFactory factory)
+      : slopes(alibi_slopes(c.heads).to(device).requires_grad_(c.learnable)), call(factory(c, slopes.detach())) {
+    const auto options = at::TensorOptions().dtype(c.dtype).device(device);
+    for (at::Tensor* tensor : {&q, &k, &v}) {
+      *tensor = at::randn({c.batch, c.sequence, c.heads, c.head_dim}, options).requires_grad_();
+    }
+  }
+
+  at::Tensor run() const { return call(q, k, v, slopes); }
+
+  std::vector<at::Tensor> leaves() const {
+    return slopes.requires_grad() ? std::vector<at::Tensor>{q, k, v, slopes} : std::vector<at::Tensor>{q, k, v};
+  }
+
+  at::Tensor q, k, v, slopes;
+  Call call;
+};
+
+Timing time_kernel(Device& device, const Problem& problem, Pass pass) {
+  if (pass == Pass::forward) {
+    return measure([&] { return device.time([&] { problem.run(); }); });
+  }
+  const at::Tensor output = problem.run();
+  const std::vector<at::Tensor> inputs = problem.leaves();
+  const at::Tensor gradient = at::randn_like(output);
+  return measure([&] {
+    return device.time([&] {
+      torch::autograd::grad(
+          {output}, inputs, {gradient}, /*retain_graph=*/true, /*create_graph=*/false, /*allow_unused=*/true);
+    });
+  });
+}
+
+Timing time_wall(Device& device, const Problem& problem, Pass pass) {
+  at::Tensor output;
+  Step step;
+  step.forward = [&] { output = problem.run(); };
+  step.backward = [&] { output.sum().backward(); };
+  step.clear = [&] {
+    output.reset();
+    for (const at::Tensor& leaf : problem.leaves()) {
+      leaf.mutable_grad().reset();
+    }
+  };
+  return time_step(device, step, pass);
+}
+
+}  // namespace
+
+void add_alibi_attention(Suite& suite, Device& device, Protocol protocol) {
+  const std::vector<std::pair<const char*, CallFactory>> implementations{
+      {kPosenc, make_posenc}, {"stored_bias", make_stored_bias}, {kWithoutBias, make_without_bias}};
+  const std::vector<Pass> passes = protocol == Protocol::kernel
+      ? std::vector<Pass>{Pass::forward, Pass::backward}
+      : std::vector<Pass>{Pass::forward, Pass::backward, Pass::total};
+  for (const Configuration& c : configurations(device.torch_device())) {
+    for (const Pass pass : passes) {
+      for (const auto& [name, factory] : implementations) {
+        Case described{"ALiBi attention", label(c), title(c), pass, name, /*bytes=*/0};
+        described.operations = operations(c, pass);
+        suite.add(described, [&device, protocol, c = c, pass, factory = factory] {
+          device.release_memory();
+          const Problem problem(c, device.torch_device(), factory);
+          return protocol == Protocol::kernel ? time_kernel(device, problem, pass) : time_wall(device, problem, pass);
+        });
+      }
+    }
+  }
+}
+
+}  // namespace posenc::bench

@@ -1,0 +1,91 @@
+#pragma once
+
+#include <contract/rotary_embedding.h>
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+#include <utility>
+
+namespace posenc::contract {
+
+/// Refuses numbers of heads that no projection has.
+void check_head_counts(const char* op, int64_t num_q_heads, int64_t num_kv_heads);
+
+/// q, k and v of a packed projection, views of it.
+struct PackedViews {
+  at::Tensor q, k, v;
+};
+
+/// The views of `packed`, `[B, S, (Hq + 2Hk) D]`, `[T, (Hq + 2Hk) D]`, `[B, S, 3, H, D]` or `[T, 3, H, D]`.
+/// @throws c10::Error  where its sizes do not go with the numbers of heads.
+PackedViews packed_views(
+    const char* op,
+    const char* name,
+    const at::Tensor& packed,
+    int64_t num_q_heads,
+    int64_t num_kv_heads);
+
+/// Whether a projection of that many dimensions holds q, k and v as `[.., 3, H, D]`.
+inline bool is_stacked(int64_t dims) {
+  return dims >= 4;
+}
+
+/// The checks of `rotary_embedding_pack`.
+void check_rotary_pack(const RotaryArguments& arguments, const PackedViews& from, bool stacked);
+
+/// A checked call of `rotary_embedding_qkv`: `to` are the outputs.
+struct RotaryQkvCall {
+  RotaryProblem problem;
+  PackedViews to;
+};
+RotaryQkvCall rotary_qkv_call(const RotaryArguments& arguments, const PackedViews& from);
+
+/// A checked call of `rotary_embedding_pack`.
+struct RotaryPackCall {
+  RotaryProblem problem;
+  at::Tensor packed;
+};
+RotaryPackCall rotary_pack_call(const RotaryArguments& arguments, const PackedViews& from, bool stacked);
+
+/// `rotary_embedding_qkv` for a dispatch key: checks, outputs, kernel.
+template <RotaryKernel kKernel>
+std::tuple<at::Tensor, at::Tensor, at::Tensor> rotary_embedding_qkv(
+    const at::Tensor& qkv,
+    int64_t num_q_heads,
+    int64_t num_kv_heads,
+    const at::Tensor& cos,
+    const at::Tensor& sin,
+    const std::optional<at::Tensor>& positions,
+    bool interleaved,
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
+  constexpr const char* kOp = "posenc::rotary_embedding_qkv";
+  RotaryQkvCall call = rotary_qkv_call(
+      {kOp, cos, sin, positions, interleaved, conjugate, pair_axes},
+      packed_views(kOp, "qkv", qkv, num_q_heads, num_kv_heads));
+  kKernel(call.problem, qkv);
+  return {std::move(call.to.q), std::move(call.to.k), std::move(call.to.v)};
+}
+
+/// `rotary_embedding_pack` likewise.
+template <RotaryKernel kKernel>
+at::Tensor rotary_embedding_pack(
+    const at::Tensor& q,
+    const at::Tensor& k,
+    const at::Tensor& v,
+    const at::Tensor& cos,
+    const at::Tensor& sin,
+    const std::optional<at::Tensor>& positions,
+    bool stacked,
+    bool interleaved,
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
+  RotaryPackCall call = rotary_pack_call(
+      {"posenc::rotary_embedding_pack", cos, sin, positions, interleaved, conjugate, pair_axes}, {q, k, v}, stacked);
+  kKernel(call.problem, q);
+  return std::move(call.packed);
+}
+
+}  // namespace posenc::contract

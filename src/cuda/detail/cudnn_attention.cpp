@@ -1,0 +1,177 @@
+#include <cuda/detail/cudnn_attention.h>
+#include <cuda/detail/cudnn_graph.h>
+#include <cuda/detail/launch.h>
+
+#include <ATen/Context.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/cuda/CUDAContext.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/where.h>
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+
+namespace posenc::cuda {
+namespace {
+
+using at::Tensor;
+using attention::Padded;
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+/// What the forms were tried with. Another GPU may answer otherwise.
+constexpr int kMajor = 9;
+constexpr int kMinor = 0;
+constexpr int64_t kHeadDims[] = {32, 64, 80, 96, 128, 192, 256};
+
+/// A tile of scores has so many columns, or a divisor of it. Without a mask of cuDNN's own, the columns of the last tile
+/// that lie beyond the keys are part of its backward pass: their keys are zeros, but a probability that overflows makes
+/// NaN of that (seen with S = 448 in float16). A limit takes them out.
+constexpr int64_t kTile = 128;
+
+/// Key limits are float32.
+constexpr int64_t kMaxKeys = int64_t{1} << 24;
+
+constexpr int64_t kAlignment = 16;
+
+struct Form {
+  CudnnBias bias;
+  CudnnMask mask;
+  int64_t offset;
+};
+
+std::optional<Form> form_of(const Padded& call) {
+  if (!call.query_offset.has_value()) {
+    return std::nullopt;  // of every sequence its own
+  }
+  const int64_t offset = *call.query_offset;
+  const int64_t q_len = call.q_len();
+  const int64_t k_len = call.k_len();
+  const bool at_the_end = offset == k_len - q_len;
+  // One query at the last key has nothing behind it: it is causal whether it says so or not.
+  if ((call.causal || q_len == 1) && at_the_end && q_len <= k_len && k_len > 1) {
+    if (q_len == k_len) {
+      return Form{CudnnBias::ramp, CudnnMask::causal, 0};
+    }
+    return Form{CudnnBias::ramp, CudnnMask::causal_bottom_right, offset};
+  }
+  // One row without a causal mask is answered wrongly. With all keys before the queries the mask hides nothing.
+  if ((!call.causal || offset >= k_len - 1) && q_len > 1) {
+    return Form{CudnnBias::distance, CudnnMask::none, offset};
+  }
+  return std::nullopt;
+}
+
+/// Dense channels, and vectors of 16 bytes everywhere.
+bool is_readable(const Tensor& x) {
+  const int64_t elements = kAlignment / x.element_size();
+  if (x.stride(3) != 1 || reinterpret_cast<uintptr_t>(x.const_data_ptr()) % kAlignment != 0) {
+    return false;
+  }
+  for (int64_t d = 0; d < 3; ++d) {
+    if (x.size(d) > 1 && (x.stride(d) <= 0 || x.stride(d) % elements != 0)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+/// What the lengths of a padded batch mean to rows.
+struct RowLimits {
+  Tensor key_limits;  // float32 [B, Sq]
+  Tensor alive;       // bool [B, Sq], or undefined: all
+};
+
+RowLimits row_limits(const Padded& call, const Form& form) {
+  const auto real = call.q.options().dtype(at::kFloat);
+  if (!call.seqlens_q.defined() && !call.seqlens_k.defined()) {
+    if (form.mask == CudnnMask::none && call.k_len() % kTile != 0) {
+      return {at::full({call.batch(), call.q_len()}, static_cast<double>(call.k_len()), real), {}};
+    }
+    return {};
+  }
+  const Tensor rows = at::arange(call.q_len(), real.dtype(at::kLong)).unsqueeze(0);
+  Tensor limits = at::full({call.batch(), call.q_len()}, call.k_len(), rows.options());
+  if (call.seqlens_k.defined()) {
+    limits = call.seqlens_k.unsqueeze(1).expand_as(limits).clone();
+  }
+  if (call.seqlens_q.defined()) {
+    limits.masked_fill_(rows >= call.seqlens_q.unsqueeze(1), 0);
+  }
+  // A row without a key would be NaN: it gets one, and zeros afterwards.
+  return {limits.clamp_min(1).to(at::kFloat), limits > 0};
+}
+
+CudnnGraph graph_of(const Padded& call, const Form& form, const RowLimits& limits) {
+  return {call.q,    call.k,      call.v,    call.slopes.contiguous(), limits.key_limits, form.bias,
+          form.mask, form.offset, call.scale};
+}
+
+}  // namespace
+
+std::string why_not_cudnn(const Padded& call) {
+  if (call.q.numel() == 0 || call.k.numel() == 0) {
+    return "tensors are empty";
+  }
+  if (call.q.scalar_type() != at::kHalf && call.q.scalar_type() != at::kBFloat16) {
+    return "cuDNN takes float16 and bfloat16";
+  }
+  if (!cudnn_graphs_available() || !at::globalContext().userEnabledCuDNN()) {
+    return "there is no cuDNN from version 9.19 on, or it is switched off";
+  }
+  const auto* device = at::cuda::getCurrentDeviceProperties();
+  if (device->major != kMajor || device->minor != kMinor) {
+    return "cuDNN was tried with compute capability 9.0 only";
+  }
+  if (std::find(std::begin(kHeadDims), std::end(kHeadDims), call.head_dim()) == std::end(kHeadDims)) {
+    return "the head size is none of 32, 64, 80, 96, 128, 192 and 256";
+  }
+  if (!is_readable(call.q) || !is_readable(call.k) || !is_readable(call.v)) {
+    return "cuDNN takes dense channels and 16-byte aligned rows";
+  }
+  if (call.batch() > kMaxGridY || call.q_heads() > kMaxGridY) {
+    return "there are more than 65,535 sequences or heads";
+  }
+  if (call.k_len() >= kMaxKeys || !form_of(call).has_value()) {
+    return "cuDNN takes no such positions of queries";
+  }
+  return {};
+}
+
+std::tuple<Tensor, Tensor> cudnn_attention(const Padded& call) {
+  const Form form = form_of(call).value();
+  const RowLimits limits = row_limits(call, form);
+  auto [out, lse] = run_cudnn_forward(graph_of(call, form, limits));
+  if (limits.alive.defined()) {
+    // Rows of zeros and, where a length is not as promised, of NaN.
+    Tensor factor = limits.alive.to(out.scalar_type());
+    lse.masked_fill_(limits.alive.logical_not().unsqueeze(1), -kInfinity);
+    if (call.poison.defined()) {
+      factor.add_(call.poison.unsqueeze(1));
+      lse.add_(call.poison.view({-1, 1, 1}));
+    }
+    out.mul_(factor.unsqueeze(-1).unsqueeze(-1));
+  }
+  return {out, lse};
+}
+
+Tensor readable_rows(const Padded& call, const Tensor& x) {
+  return is_readable(x) ? x : at::empty_like(call.q).copy_(x);
+}
+
+std::tuple<Tensor, Tensor, Tensor> cudnn_attention_backward(
+    const Padded& call,
+    const Tensor& grad_out,
+    const Tensor& out,
+    const Tensor& lse) {
+  const Form form = form_of(call).value();
+  const RowLimits limits = row_limits(call, form);
+  // exp(score - infinity) is 0: rows without a key take no part.
+  const Tensor sums = limits.alive.defined() ? lse.masked_fill(lse == -kInfinity, kInfinity) : lse;
+  return run_cudnn_backward(graph_of(call, form, limits), grad_out, out, sums.contiguous());
+}
+
+}  // namespace posenc::cuda

@@ -1,0 +1,366 @@
+#include <cuda/detail/cudnn_graph.h>
+#include <posenc/logging.h>
+
+#include <ATen/Context.h>
+#include <ATen/cudnn/Handle.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/cuda/CUDAFunctions.h>
+#include <c10/util/hash.h>
+
+// LibTorch has loaded libcudnn: symbols are looked up in that copy, so that this library neither links nor names one.
+#define NV_CUDNN_FRONTEND_USE_DYNAMIC_LOADING
+#define CUDNN_FRONTEND_SKIP_JSON_LIB
+#include <cudnn_frontend.h>
+
+#include <chrono>
+#include <cstring>
+#include <list>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+namespace cudnn_frontend {
+void* cudnn_dlhandle = nullptr;  // declared by the headers, which look symbols up there
+}
+
+namespace posenc::cuda {
+namespace {
+
+namespace fe = cudnn_frontend;
+using at::Tensor;
+using Attributes = std::shared_ptr<fe::graph::Tensor_attributes>;
+using Graph = std::shared_ptr<fe::graph::Graph>;
+using Mode = fe::PointwiseMode_t;
+using Pointers = std::unordered_map<int64_t, void*>;
+
+constexpr auto kInt = fe::DataType_t::INT32;
+constexpr auto kReal = fe::DataType_t::FLOAT;
+
+/// 9.19 is the version that the forms were tried with; others may refuse them or, worse, not.
+constexpr size_t kOldestCudnn = 91900;
+
+/// Plans kept at a time, each of some megabytes at most: lengths that change with every batch make new ones for ever.
+constexpr size_t kMaxPlans = 128;
+
+/// What names a tensor in a graph.
+enum Uid : int64_t { kQ = 1, kK, kV, kOut, kLse, kGradOut, kGradQ, kGradK, kGradV, kSlopes, kKeyLimits };
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Plans
+
+struct Plan {
+  fe::graph::Graph graph;
+  int64_t workspace = 0;
+  std::mutex mutex;  // a graph is executed by one thread at a time
+};
+
+/// Everything that makes a plan another one.
+using PlanKey = std::vector<int64_t>;
+
+struct PlanKeyHash {
+  size_t operator()(const PlanKey& key) const { return c10::get_hash(key); }
+};
+
+/// The plans used last.
+class PlanCache {
+ public:
+  template <typename Build>
+  std::shared_ptr<Plan> get(PlanKey key, const Build& build) {
+    // Also while it is built: two threads with the same shape build it once.
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (const auto found = index_.find(key); found != index_.end()) {
+      entries_.splice(entries_.begin(), entries_, found->second);
+      return entries_.front().second;
+    }
+    entries_.emplace_front(key, build());
+    index_.emplace(std::move(key), entries_.begin());
+    if (entries_.size() > kMaxPlans) {
+      index_.erase(entries_.back().first);
+      entries_.pop_back();
+    }
+    return entries_.front().second;
+  }
+
+ private:
+  using Entries = std::list<std::pair<PlanKey, std::shared_ptr<Plan>>>;
+  std::mutex mutex_;
+  Entries entries_;  // most recent first
+  std::unordered_map<PlanKey, Entries::iterator, PlanKeyHash> index_;
+};
+
+PlanCache& plans() {
+  // Never destroyed: at exit cuDNN may be gone before it.
+  static auto* const cache = new PlanCache;  // NOLINT(cppcoreguidelines-owning-memory)
+  return *cache;
+}
+
+enum class Direction : uint8_t { forward, backward };
+
+const char* to_string(Direction direction) {
+  return direction == Direction::forward ? "forward" : "backward";
+}
+
+PlanKey key_of(
+    const CudnnGraph& call,
+    Direction direction,
+    bool deterministic,
+    std::initializer_list<std::reference_wrapper<const Tensor>> tensors) {
+  int64_t scale_bits = 0;
+  std::memcpy(&scale_bits, &call.scale, sizeof(scale_bits));
+  PlanKey key{
+      c10::cuda::current_device(),
+      static_cast<int64_t>(call.q.scalar_type()),
+      static_cast<int64_t>(call.bias),
+      static_cast<int64_t>(call.mask),
+      call.key_limits.defined() ? 1 : 0,
+      call.offset,
+      scale_bits,
+      static_cast<int64_t>(direction),
+      deterministic ? 1 : 0};
+  for (const Tensor& tensor : tensors) {
+    key.insert(key.end(), tensor.sizes().begin(), tensor.sizes().end());
+    key.insert(key.end(), tensor.strides().begin(), tensor.strides().end());
+  }
+  return key;
+}
+
+void check(fe::error_t status, Direction direction) {
+  TORCH_CHECK(
+      status.is_good(), "posenc::alibi_attention: expected cuDNN to run its ", to_string(direction),
+      " pass, got: ", status.get_message(), "; at::globalContext().setUserEnabledCuDNN(false) does without cuDNN");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Graphs
+
+fe::DataType_t data_type(const Tensor& tensor) {
+  return tensor.scalar_type() == at::kHalf ? fe::DataType_t::HALF : fe::DataType_t::BFLOAT16;
+}
+
+/// Sizes and strides as cuDNN counts them.
+struct Layout {
+  std::vector<int64_t> sizes, strides;
+};
+
+/// `[B, S, H, D]` as `[B, H, S, D]`.
+Layout heads_first(const Tensor& x) {
+  const Tensor transposed = x.transpose(1, 2);
+  return {transposed.sizes().vec(), transposed.strides().vec()};
+}
+
+/// One number for each row of `heads` heads.
+Layout of_rows(const CudnnGraph& call, int64_t heads) {
+  const int64_t q_len = call.q.size(1);
+  return {{call.q.size(0), heads, q_len, 1}, {heads * q_len, q_len, 1, 1}};
+}
+
+Attributes input(fe::graph::Graph& graph, Uid uid, const Layout& layout, fe::DataType_t type) {
+  return graph.tensor(fe::graph::Tensor_attributes()
+                          .set_uid(uid)
+                          .set_name("tensor" + std::to_string(uid))
+                          .set_dim(layout.sizes)
+                          .set_stride(layout.strides)
+                          .set_data_type(type));
+}
+
+Attributes input(fe::graph::Graph& graph, Uid uid, const Tensor& tensor) {
+  return input(graph, uid, heads_first(tensor), data_type(tensor));
+}
+
+void output(const Attributes& attributes, Uid uid, const Layout& layout, fe::DataType_t type) {
+  attributes->set_output(true).set_uid(uid).set_dim(layout.sizes).set_stride(layout.strides).set_data_type(type);
+}
+
+void output(const Attributes& attributes, Uid uid, const Tensor& tensor) {
+  output(attributes, uid, heads_first(tensor), data_type(tensor));
+}
+
+/// Bias and masks as cuDNN calls them back, once for each graph and pass.
+class ScoreModifier {
+ public:
+  ScoreModifier(fe::graph::Graph& graph, const CudnnGraph& call)
+      : bias_(call.bias), mask_(call.mask), q_len_(call.q.size(1)), k_len_(call.k.size(1)), offset_(call.offset) {
+    const int64_t heads = call.q.size(2);
+    slopes_ = input(graph, kSlopes, {{1, heads, 1, 1}, {heads, 1, 1, 1}}, kReal);
+    if (call.key_limits.defined()) {
+      key_limits_ = input(graph, kKeyLimits, of_rows(call, 1), kReal);
+    }
+  }
+
+  Attributes operator()(const Graph& graph, const Attributes& scores) const {
+    namespace modifiers = fe::graph::attn::score_modifiers;
+    const Attributes column = index(graph, scores, 3);
+    Attributes row = index(graph, scores, 2);
+    if (offset_ != 0) {
+      row = apply(
+          graph, Mode::ADD, kInt, row, std::make_shared<fe::graph::Tensor_attributes>(static_cast<int32_t>(offset_)));
+    }
+    Attributes result;
+    if (bias_ == CudnnBias::ramp) {
+      const Attributes ahead = apply(graph, Mode::SUB, kInt, column, row);
+      result = apply(graph, Mode::ADD, kReal, scores, apply(graph, Mode::MUL, kReal, ahead, slopes_));
+    } else {
+      const Attributes distance = absolute(graph, apply(graph, Mode::SUB, kInt, row, column));
+      result = apply(graph, Mode::SUB, kReal, scores, apply(graph, Mode::MUL, kReal, distance, slopes_));
+    }
+    if (key_limits_ != nullptr) {
+      const Attributes visible = apply(graph, Mode::CMP_LT, kReal, column, key_limits_);
+      visible->set_data_type(fe::DataType_t::BOOLEAN);
+      result = graph->pointwise(
+          result, std::make_shared<fe::graph::Tensor_attributes>(modifiers::get_negative_inf_value()), visible,
+          fe::graph::Pointwise_attributes().set_mode(Mode::BINARY_SELECT));
+    }
+    // cuDNN leaves out masked tiles only where it recognises its own mask at the end.
+    if (mask_ == CudnnMask::causal) {
+      return modifiers::causal_mask(graph, result);
+    }
+    if (mask_ == CudnnMask::causal_bottom_right) {
+      return modifiers::causal_mask_bottom_right(graph, result, q_len_, k_len_, nullptr, nullptr);
+    }
+    return result;
+  }
+
+ private:
+  static Attributes index(const Graph& graph, const Attributes& scores, int64_t axis) {
+    Attributes result = graph->pointwise(
+        scores, fe::graph::Pointwise_attributes().set_mode(Mode::GEN_INDEX).set_axis(axis).set_compute_data_type(kInt));
+    result->set_data_type(kInt);
+    return result;
+  }
+
+  static Attributes apply(
+      const Graph& graph,
+      Mode mode,
+      fe::DataType_t type,
+      const Attributes& a,
+      const Attributes& b) {
+    Attributes result =
+        graph->pointwise(a, b, fe::graph::Pointwise_attributes().set_mode(mode).set_compute_data_type(type));
+    result->set_data_type(type);
+    return result;
+  }
+
+  static Attributes absolute(const Graph& graph, const Attributes& a) {
+    Attributes result =
+        graph->pointwise(a, fe::graph::Pointwise_attributes().set_mode(Mode::ABS).set_compute_data_type(kReal));
+    result->set_data_type(kReal);
+    return result;
+  }
+
+  CudnnBias bias_;
+  CudnnMask mask_;
+  int64_t q_len_, k_len_, offset_;
+  Attributes slopes_, key_limits_;
+};
+
+template <typename AddNodes>
+std::shared_ptr<Plan> build(const CudnnGraph& call, Direction direction, const AddNodes& add_nodes) {
+  const auto start = std::chrono::steady_clock::now();
+  auto plan = std::make_shared<Plan>();
+  plan->graph.set_io_data_type(data_type(call.q)).set_intermediate_data_type(kReal).set_compute_data_type(kReal);
+  add_nodes(plan->graph);
+  check(plan->graph.build(at::native::getCudnnHandle(), {fe::HeurMode_t::A}), direction);
+  check(plan->graph.get_workspace_size(plan->workspace), direction);
+  const std::chrono::duration<double, std::milli> took = std::chrono::steady_clock::now() - start;
+  log(LogLevel::debug,
+      c10::str(
+          "alibi_attention: cuDNN plan for the ", to_string(direction), " pass of q ", call.q.sizes(), " and k ",
+          call.k.sizes(), " ", call.q.scalar_type(), " built in ", took.count(), " ms, workspace ", plan->workspace,
+          " bytes"));
+  return plan;
+}
+
+void* pointer(const Tensor& tensor) {
+  // The headers take what is read and what is written alike.
+  return const_cast<void*>(tensor.const_data_ptr());  // NOLINT(cppcoreguidelines-pro-type-const-cast)
+}
+
+void execute(Plan& plan, const CudnnGraph& call, Direction direction, Pointers pointers) {
+  pointers.emplace(kQ, pointer(call.q));
+  pointers.emplace(kK, pointer(call.k));
+  pointers.emplace(kV, pointer(call.v));
+  pointers.emplace(kSlopes, pointer(call.slopes));
+  if (call.key_limits.defined()) {
+    pointers.emplace(kKeyLimits, pointer(call.key_limits));
+  }
+  const Tensor workspace = at::empty({plan.workspace}, call.q.options().dtype(at::kByte));
+  const std::lock_guard<std::mutex> lock(plan.mutex);
+  check(plan.graph.execute(at::native::getCudnnHandle(), pointers, workspace.mutable_data_ptr()), direction);
+}
+
+}  // namespace
+
+bool cudnn_graphs_available() {
+  static const bool available = [] {
+    fe::cudnn_dlhandle = dlopen("libcudnn.so.9", RTLD_NOW | RTLD_LOCAL);
+    return fe::cudnn_dlhandle != nullptr && fe::detail::get_backend_version() >= kOldestCudnn;
+  }();
+  return available;
+}
+
+std::tuple<Tensor, Tensor> run_cudnn_forward(const CudnnGraph& call) {
+  Tensor out = at::empty_like(call.q);
+  Tensor lse = at::empty({call.q.size(0), call.q.size(2), call.q.size(1)}, call.q.options().dtype(at::kFloat));
+  const auto plan =
+      plans().get(key_of(call, Direction::forward, /*deterministic=*/false, {call.q, call.k, call.v, out}), [&] {
+        return build(call, Direction::forward, [&](fe::graph::Graph& graph) {
+          const ScoreModifier modifier(graph, call);
+          const auto [o, stats] = graph.sdpa(
+              input(graph, kQ, call.q), input(graph, kK, call.k), input(graph, kV, call.v),
+              fe::graph::SDPA_attributes()
+                  .set_name("alibi_attention")
+                  .set_generate_stats(true)
+                  .set_attn_scale(static_cast<float>(call.scale))
+                  .set_score_mod(modifier));
+          output(o, kOut, out);
+          output(stats, kLse, of_rows(call, call.q.size(2)), kReal);
+        });
+      });
+  execute(*plan, call, Direction::forward, {{kOut, out.mutable_data_ptr()}, {kLse, lse.mutable_data_ptr()}});
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> run_cudnn_backward(
+    const CudnnGraph& call,
+    const Tensor& grad_out,
+    const Tensor& out,
+    const Tensor& lse) {
+  const bool deterministic = at::globalContext().deterministicAlgorithms();
+  Tensor grad_q = at::empty_like(call.q);
+  Tensor grad_k = at::empty_like(call.k);
+  Tensor grad_v = at::empty_like(call.v);
+  const auto plan = plans().get(
+      key_of(call, Direction::backward, deterministic, {call.q, call.k, call.v, out, grad_out, grad_q, grad_k, grad_v}),
+      [&] {
+        return build(call, Direction::backward, [&](fe::graph::Graph& graph) {
+          const ScoreModifier modifier(graph, call);
+          const auto [dq, dk, dv] = graph.sdpa_backward(
+              input(graph, kQ, call.q), input(graph, kK, call.k), input(graph, kV, call.v), input(graph, kOut, out),
+              input(graph, kGradOut, grad_out), input(graph, kLse, of_rows(call, call.q.size(2)), kReal),
+              // An added bias leaves the gradient of the scores alone: no modifier for that pass.
+              fe::graph::SDPA_backward_attributes()
+                  .set_name("alibi_attention_backward")
+                  .set_attn_scale(static_cast<float>(call.scale))
+                  .set_deterministic_algorithm(deterministic)
+                  .set_score_mod(modifier));
+          output(dq, kGradQ, grad_q);
+          output(dk, kGradK, grad_k);
+          output(dv, kGradV, grad_v);
+        });
+      });
+  execute(
+      *plan, call, Direction::backward,
+      {{kOut, pointer(out)},
+       {kLse, pointer(lse)},
+       {kGradOut, pointer(grad_out)},
+       {kGradQ, grad_q.mutable_data_ptr()},
+       {kGradK, grad_k.mutable_data_ptr()},
+       {kGradV, grad_v.mutable_data_ptr()}});
+  return {grad_q, grad_k, grad_v};
+}
+
+}  // namespace posenc::cuda

@@ -1,0 +1,460 @@
+#include "alibi_attention_support.h"
+#include "cuda_support.h"
+#include "gradcheck.h"
+
+#include <posenc/logging.h>
+#include <posenc/reference.h>
+
+#include <ATen/ATen.h>
+#include <ATen/Context.h>
+#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDACachingAllocator.h>
+
+#include <thread>
+
+// Fused attention. cuDNN answers some graphs wrongly without an error, so every form that the library builds is held
+// against float64 here, forward and backward.
+namespace posenc::test {
+namespace {
+
+#if POSENC_CUDNN
+constexpr bool kBuiltWithCudnn = true;
+#else
+constexpr bool kBuiltWithCudnn = false;
+#endif
+
+/// Skips where nothing is fused: the tests of the plain path are elsewhere.
+void require_fused() {
+  require_device(at::kCUDA);
+  if (::testing::Test::IsSkipped() || ::testing::Test::HasFatalFailure()) {
+    return;
+  }
+  const auto* device = at::cuda::getCurrentDeviceProperties();
+  if (!kBuiltWithCudnn) {
+    GTEST_SKIP() << "built without cuDNN";
+  }
+  if (device->major != 9 || device->minor != 0) {
+    GTEST_SKIP() << "attention is fused on compute capability 9.0 only";
+  }
+}
+
+/// What the log says of `action`.
+std::string logged(const std::function<void()>& action) {
+  const LogLevel before = log_level();
+  set_log_level(LogLevel::debug);
+  ::testing::internal::CaptureStderr();
+  action();
+  std::string text = ::testing::internal::GetCapturedStderr();
+  set_log_level(before);
+  return text;
+}
+
+constexpr const char* kNotFused = "in blocks of matrix products";
+
+double relative_error(const at::Tensor& actual, const at::Tensor& expected) {
+  const at::Tensor a = actual.detach().to(at::kDouble);
+  const at::Tensor e = expected.detach().to(at::kDouble);
+  return ((a - e).norm() / e.norm()).item<double>();
+}
+
+/// Results and gradients of q, k, v and slopes for `grad`, which is of the dtype of the results.
+TensorList everything(const AttentionInputs& inputs, const at::Tensor& grad) {
+  const AttentionInputs in = attention_leaves(inputs);
+  const auto [out, lse] = attend_with_lse(in);
+  TensorList results = gradients({out}, {in.q, in.k, in.v, in.slopes}, {grad});
+  results.insert(results.begin(), {out, lse});
+  return results;
+}
+
+/// The same in float64, of the same values.
+TensorList everything_in_float64(const AttentionInputs& inputs, const at::Tensor& grad) {
+  AttentionInputs wide = inputs;
+  for (at::Tensor* tensor : {&wide.q, &wide.k, &wide.v, &wide.slopes}) {
+    *tensor = tensor->to(at::kDouble);
+  }
+  wide = attention_leaves(wide);
+  const auto [out, lse] = reference::alibi_attention(wide.q, wide.k, wide.v, wide.slopes, wide.options);
+  TensorList results = gradients({out}, {wide.q, wide.k, wide.v, wide.slopes}, {grad.to(at::kDouble)});
+  results.insert(results.begin(), {out, lse});
+  return results;
+}
+
+constexpr const char* kNames[] = {"out", "lse", "dq", "dk", "dv", "dslopes"};
+
+/// In the norm, a result is off by its own rounding and by that of the probabilities, independent ones: about one
+/// roundoff; gradients by that of `out` and of dS too. The sum of the gradient of a slope cancels most of its terms.
+double tolerance(size_t result, at::ScalarType dtype) {
+  const double u = unit_roundoff(dtype);
+  constexpr double kOfLse = 1e-5;
+  constexpr double kOfSlopes = 0.01;
+  const double all[] = {u, kOfLse, 2 * u, 2 * u, 2 * u, kOfSlopes};
+  return all[result];
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Every form
+
+std::vector<AttentionCase> forms() {
+  std::vector<AttentionCase> cases;
+  const auto add = [&cases](const std::string& name, const AttentionCase& base, const auto& change) {
+    AttentionCase c = base;
+    c.name = name + "S" + std::to_string(base.q_len) + "D" + std::to_string(base.head_dim);
+    change(c);
+    cases.push_back(c);
+  };
+  const auto add_all_lengths = [&](const AttentionCase& base) {
+    add("Causal", base, [](AttentionCase& c) { c.causal = true; });
+    add("CausalAtTheEnd", base, [](AttentionCase& c) { c.causal = true, c.q_len = c.k_len / 2; });
+    add("Symmetric", base, [](AttentionCase&) {});
+  };
+  const auto of = [](int64_t length, int64_t head_dim) {
+    AttentionCase c;
+    c.q_len = c.k_len = length;
+    c.head_dim = head_dim;
+    c.largest_slope = 0.5;
+    return c;
+  };
+  for (const int64_t length : {257, 448, 2048}) {
+    for (const int64_t head_dim : {64, 96, 128, 256}) {
+      add_all_lengths(of(length, head_dim));
+    }
+  }
+  for (const int64_t head_dim : {32, 80, 192}) {
+    add_all_lengths(of(257, head_dim));
+  }
+  for (const int64_t length : {257, 448, 512}) {
+    const AttentionCase base = of(length, 128);
+    for (const int64_t count : {1, 2, 17}) {
+      add("CausalLast" + std::to_string(count) + "Of", base, [=](AttentionCase& c) {
+        c.causal = true;
+        c.q_len = count;
+      });
+      add("SymmetricLast" + std::to_string(count) + "Of", base, [=](AttentionCase& c) { c.q_len = count; });
+    }
+    for (const int64_t offset : {-100, 0, 100, 3000}) {
+      add("SymmetricOffset" + std::string(offset < 0 ? "Minus" : "") + std::to_string(std::abs(offset)) + "Of", base,
+          [=](AttentionCase& c) { c.query_offset = offset; });
+    }
+    add("CausalBehindAllKeys", base, [](AttentionCase& c) { c.causal = true, c.query_offset = c.k_len + 5; });
+    for (const bool causal : {false, true}) {
+      const std::string suffix = causal ? "Causal" : "";
+      // Both lengths with a common offset.
+      add("Padded" + suffix, base, [=](AttentionCase& c) {
+        c.causal = causal;
+        c.batch = 3;
+        c.query_offset = 0;
+        c.seqlens_q = c.seqlens_k = {c.k_len, 0, 130};
+      });
+      add("PaddedKeys" + suffix, base, [=](AttentionCase& c) {
+        c.causal = causal;
+        c.batch = 3;
+        c.query_offset = 0;
+        c.seqlens_k = {c.k_len, 0, 130};
+      });
+      add("PaddedAtTheEnd" + suffix, base, [=](AttentionCase& c) {
+        c.causal = causal;
+        c.q_len = 96;
+        c.query_offset = c.k_len - c.q_len;
+        c.seqlens_k = {c.k_len, 200};
+        c.seqlens_q = {50, 96};
+      });
+      add("Packed" + suffix, base, [=](AttentionCase& c) {
+        c.causal = causal;
+        c.cu_seqlens_q = {0, 1, 130, 130, c.q_len};
+      });
+    }
+    for (const bool causal : {false, true}) {
+      add(causal ? "HeadMajorCausal" : "HeadMajor", base, [=](AttentionCase& c) {
+        c.causal = causal;
+        c.strides = Strides::head_major;
+      });
+      add(causal ? "OneKeyHeadCausal" : "OneKeyHead", base, [=](AttentionCase& c) {
+        c.causal = causal;
+        c.q_heads = 8;
+        c.k_heads = 1;
+      });
+      add(causal ? "HeadSliceCausal" : "HeadSlice", base, [=](AttentionCase& c) {
+        c.causal = causal;
+        c.strides = Strides::head_slice;
+        c.every_other_slope = true;
+      });
+    }
+  }
+  return cases;
+}
+
+class AlibiAttentionForms : public ::testing::TestWithParam<std::tuple<at::ScalarType, AttentionCase>> {
+ protected:
+  void SetUp() override { require_fused(); }
+};
+
+TEST_P(AlibiAttentionForms, AreFusedAndRight) {
+  const auto& [dtype, c] = GetParam();
+  const AttentionInputs in = make_attention_inputs(c, {at::kCUDA, dtype});
+  const at::Tensor grad = at::randn(in.q.sizes(), at::kFloat).to(in.q.options());
+  TensorList actual;
+  EXPECT_EQ(logged([&, &c = c] { actual = everything(in, grad); }).find(kNotFused), std::string::npos);
+  const TensorList expected = everything_in_float64(in, grad);
+  for (size_t i = 0; i < actual.size(); ++i) {
+    SCOPED_TRACE(kNames[i]);
+    const at::Tensor infinite = expected[i].isinf();
+    EXPECT_TRUE(actual[i].isinf().eq(infinite).all().item<bool>());
+    EXPECT_LE(
+        relative_error(actual[i].masked_fill(infinite, 0), expected[i].masked_fill(infinite, 0)),
+        tolerance(i, in.q.scalar_type()));
+  }
+}
+
+std::string form_name(const ::testing::TestParamInfo<std::tuple<at::ScalarType, AttentionCase>>& info) {
+  return std::get<1>(info.param).name + "_" + at::toString(std::get<0>(info.param));
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Cuda,
+    AlibiAttentionForms,
+    ::testing::Combine(::testing::Values(at::kBFloat16, at::kHalf), ::testing::ValuesIn(forms())),
+    form_name);
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Behaviour
+
+class AlibiAttentionCuda : public ::testing::Test {
+ protected:
+  void SetUp() override { require_fused(); }
+
+  static AttentionCase training() {
+    AttentionCase c;
+    c.q_len = c.k_len = 448;
+    c.head_dim = 128;
+    c.causal = true;
+    return c;
+  }
+
+  static AttentionInputs inputs(const AttentionCase& c) { return make_attention_inputs(c, {at::kCUDA, at::kBFloat16}); }
+};
+
+TEST_F(AlibiAttentionCuda, ForwardPassIsOneKernel) {
+  const AttentionInputs in = inputs(training());
+  EXPECT_EQ(recorded_nodes([&] { attend(in); }), (NodeCounts{{cudaGraphNodeTypeKernel, 1}}));
+}
+
+TEST_F(AlibiAttentionCuda, NeverBuildsAPlanTwice) {
+  AttentionCase c = training();
+  c.q_len = c.k_len = 333;  // of no other test
+  const AttentionInputs in = inputs(c);
+  const at::Tensor grad = at::ones_like(in.q);
+  const std::string first = logged([&] { everything(in, grad); });
+  EXPECT_NE(first.find("plan for the forward pass"), std::string::npos);
+  EXPECT_NE(first.find("plan for the backward pass"), std::string::npos);
+  EXPECT_EQ(logged([&] { everything(in, grad); }).find("plan for"), std::string::npos);
+}
+
+TEST_F(AlibiAttentionCuda, MorePlansThanAreKeptAreRight) {
+  AttentionCase c;
+  c.head_dim = 64;
+  c.causal = true;
+  const auto result_of = [&](int64_t length) {
+    at::manual_seed(length);
+    c.q_len = c.k_len = length;
+    return attend(inputs(c));
+  };
+  const at::Tensor first = result_of(64);
+  for (int64_t length = 65; length < 64 + 150; ++length) {
+    result_of(length);
+  }
+  expect_same_bits(result_of(64), first);
+}
+
+TEST_F(AlibiAttentionCuda, GraphsReplayForwardAndBackward) {
+  const AttentionInputs in = inputs(training());
+  const at::Tensor grad = at::randn(in.q.sizes(), at::kFloat).to(in.q.options());
+  const AttentionInputs leaves = attention_leaves(in);
+  TensorList recorded;
+  at::cuda::CUDAGraph graph;
+  capture(graph, [&] {
+    const at::Tensor out = attend(leaves);
+    recorded = gradients({out}, {leaves.q, leaves.k, leaves.v}, {grad});
+    recorded.push_back(out);
+  });
+  {
+    const at::NoGradGuard no_grad;
+    leaves.q.copy_(at::randn(in.q.sizes(), at::kFloat));
+  }
+  graph.replay();
+  c10::cuda::device_synchronize();
+  const at::Tensor out = attend(leaves);
+  TensorList expected = gradients({out}, {leaves.q, leaves.k, leaves.v}, {grad});
+  expected.push_back(out);
+  for (size_t i = 0; i < expected.size(); ++i) {
+    EXPECT_LE(relative_error(recorded[i], expected[i]), unit_roundoff(at::kBFloat16)) << i;
+  }
+  expect_same_bits(recorded.back(), out);
+}
+
+TEST_F(AlibiAttentionCuda, DeterministicAlgorithmsGiveTheSameBits) {
+  for (const bool causal : {false, true}) {
+    AttentionCase c = training();
+    c.causal = causal;
+    c.q_len = c.k_len = 1024;
+    const AttentionInputs in = inputs(c);
+    const at::Tensor grad = at::randn(in.q.sizes(), at::kFloat).to(in.q.options());
+    const bool before = at::globalContext().deterministicAlgorithms();
+    at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/true);
+    const TensorList first = everything(in, grad);
+    for (int repeat = 0; repeat < 5; ++repeat) {
+      const TensorList again = everything(in, grad);
+      for (size_t i = 0; i < first.size(); ++i) {
+        expect_same_bits(again[i], first[i]);
+      }
+    }
+    at::globalContext().setDeterministicAlgorithms(before, /*warn_only=*/false);
+  }
+}
+
+TEST_F(AlibiAttentionCuda, ThreadsShareThePlans) {
+  AttentionCase c = training();
+  c.q_len = c.k_len = 271;  // of no other test
+  const AttentionInputs in = inputs(c);
+  std::vector<at::Tensor> results(4);
+  c10::cuda::device_synchronize();
+  std::vector<std::thread> threads;
+  for (at::Tensor& result : results) {
+    threads.emplace_back([&] {
+      const c10::cuda::CUDAStreamGuard guard(c10::cuda::getStreamFromPool());
+      for (int i = 0; i < 20; ++i) {
+        result = attend(in);
+      }
+      c10::cuda::getCurrentCUDAStream().synchronize();
+    });
+  }
+  for (std::thread& thread : threads) {
+    thread.join();
+  }
+  const at::Tensor expected = attend(in);
+  for (const at::Tensor& result : results) {
+    expect_same_bits(result, expected);
+  }
+}
+
+TEST_F(AlibiAttentionCuda, SwitchedOffCudnnIsNotAsked) {
+  const AttentionInputs in = inputs(training());
+  const at::Tensor fused = attend(in);
+  at::globalContext().setUserEnabledCuDNN(false);
+  at::Tensor plain;
+  const std::string said = logged([&] { plain = attend(in); });
+  at::globalContext().setUserEnabledCuDNN(true);
+  EXPECT_NE(said.find(kNotFused), std::string::npos);
+  EXPECT_LE(relative_error(fused, plain), 2 * unit_roundoff(at::kBFloat16));
+}
+
+TEST_F(AlibiAttentionCuda, ExpandedGradientsAreRight) {
+  const AttentionInputs in = attention_leaves(inputs(training()));
+  const at::Tensor out = attend(in);
+  const TensorList of_sum = torch::autograd::grad({out.sum()}, {in.q, in.k, in.v}, {}, /*retain_graph=*/true);
+  const TensorList expected = everything_in_float64(in, at::ones_like(out));
+  for (size_t i = 0; i < of_sum.size(); ++i) {
+    EXPECT_LE(relative_error(of_sum[i], expected[i + 2]), tolerance(i + 2, at::kBFloat16)) << kNames[i + 2];
+  }
+}
+
+TEST_F(AlibiAttentionCuda, LengthsBeyondTheTensorsGiveNaNForTheirSequence) {
+  AttentionCase c = training();
+  c.q_len = c.k_len = 65;
+  AttentionInputs in = inputs(c);
+  in.options.query_offset(0).seqlens_k(at::tensor({66, 30}, at::kInt).cuda());
+  at::Tensor out;
+  EXPECT_EQ(logged([&] { out = attend(in); }).find(kNotFused), std::string::npos);
+  EXPECT_TRUE(out[0].isnan().all().item<bool>());
+  EXPECT_FALSE(out[1].isnan().any().item<bool>());
+}
+
+TEST_F(AlibiAttentionCuda, GradientOfSlopesIsTheSameBitsEveryTime) {
+  const AttentionInputs in = attention_leaves(inputs(training()));
+  const at::Tensor out = attend(in);
+  const at::Tensor grad = at::ones_like(out);
+  const at::Tensor first = gradients({out}, {in.slopes}, {grad})[0];
+  for (int repeat = 0; repeat < 5; ++repeat) {
+    expect_same_bits(gradients({out}, {in.slopes}, {grad})[0], first);
+  }
+}
+
+TEST_F(AlibiAttentionCuda, WhatCudnnCannotReadTakesThePlainPath) {
+  AttentionCase c = training();
+  c.q_len = c.k_len = 65;
+  for (const Strides strides : {Strides::odd_offset, Strides::every_other, Strides::one_token}) {
+    c.strides = strides;
+    const AttentionInputs in = inputs(c);
+    at::Tensor out;
+    EXPECT_NE(logged([&] { out = attend(in); }).find(kNotFused), std::string::npos);
+    const ScalarAttention expected =
+        scalar_attention(in, at::zeros_like(out), at::zeros({c.batch, c.q_heads, c.q_len}));
+    expect_within(out, expected.values.out, expected.bounds.out);
+  }
+}
+
+/// No further from float64 than 1.5 times LibTorch's own attention, which has no bias, in the same dtype.
+TEST_F(AlibiAttentionCuda, IsAsExactAsAttentionWithoutBias) {
+  for (const int64_t length : {257, 2048, 8192}) {
+    for (const bool causal : {false, true}) {
+      AttentionCase c = training();
+      c.batch = 1;
+      c.q_heads = c.k_heads = 2;
+      c.q_len = c.k_len = length;
+      c.causal = causal;
+      const AttentionInputs in = inputs(c);
+      const at::Tensor grad = at::randn(in.q.sizes(), at::kFloat).to(in.q.options());
+      AttentionInputs without = attention_leaves(in);
+      const at::Tensor plain = at::scaled_dot_product_attention(
+                                   without.q.transpose(1, 2), without.k.transpose(1, 2), without.v.transpose(1, 2),
+                                   /*attn_mask=*/{}, /*dropout_p=*/0, causal)
+                                   .transpose(1, 2);
+      TensorList theirs = gradients({plain}, {without.q, without.k, without.v}, {grad});
+      theirs.insert(theirs.begin(), plain);
+      AttentionInputs zero = in;
+      zero.slopes = at::zeros_like(in.slopes);
+      const TensorList their_truth = everything_in_float64(zero, grad);
+      AttentionInputs steep = in;
+      steep.slopes = at::tensor({1.0F, 0.03125F}, in.slopes.options());
+      const TensorList ours = everything(steep, grad);
+      const TensorList our_truth = everything_in_float64(steep, grad);
+      for (const auto& [theirs_at, ours_at] : {std::pair(0, 0), std::pair(1, 2), std::pair(2, 3), std::pair(3, 4)}) {
+        const auto t = static_cast<size_t>(theirs_at);
+        const auto o = static_cast<size_t>(ours_at);
+        EXPECT_LE(relative_error(ours[o], our_truth[o]), 1.5 * relative_error(theirs[t], their_truth[o]))
+            << kNames[o] << " at " << length << (causal ? ", causal" : "");
+      }
+      EXPECT_LE(relative_error(ours[5], our_truth[5]), 0.01) << "dslopes at " << length;
+    }
+  }
+}
+
+TEST_F(AlibiAttentionCuda, MemoryDoesNotGrowWithTheSquareOfTheLength) {
+  require_caching_allocator();
+  if (const std::string reason = too_large(12); !reason.empty()) {
+    GTEST_SKIP() << reason;
+  }
+  AttentionCase c = training();
+  c.batch = 1;
+  c.q_heads = c.k_heads = 16;
+  c.q_len = c.k_len = 131072;
+  const auto options = at::TensorOptions(at::kCUDA).dtype(at::kBFloat16);
+  const auto draw = [&] { return at::randn({1, c.q_len, c.q_heads, c.head_dim}, options).requires_grad_(); };
+  const TensorList qkv{draw(), draw(), draw()};
+  const at::Tensor slopes = at::full({c.q_heads}, 0.1, options.dtype(at::kFloat));
+  const at::Tensor grad = at::ones_like(qkv[0]).detach();
+  c10::cuda::CUDACachingAllocator::emptyCache();
+  const auto device = c10::cuda::current_device();
+  const auto allocated = [&] {
+    return c10::cuda::CUDACachingAllocator::getDeviceStats(device)
+        .allocated_bytes[static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE)];
+  };
+  const int64_t before = allocated().current;
+  c10::cuda::CUDACachingAllocator::resetPeakStats(device);
+  const at::Tensor out = posenc::alibi_attention(qkv[0], qkv[1], qkv[2], slopes, ALiBiAttentionOptions().causal(true));
+  const TensorList found = gradients({out}, qkv, {grad});
+  const int64_t outputs = static_cast<int64_t>(out.nbytes()) * 4;
+  EXPECT_LT(allocated().peak - before - outputs, int64_t{4} << 30);
+}
+
+}  // namespace
+}  // namespace posenc::test

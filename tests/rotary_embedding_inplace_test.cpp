@@ -1,0 +1,390 @@
+#include "gradcheck.h"
+#include "support.h"
+
+#include <posenc/rotary_embedding.h>
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#if POSENC_CUDA
+#include "cuda_support.h"
+#endif
+
+namespace posenc::test {
+namespace {
+
+void rotate_in_place(const RotaryInputs& in, at::Tensor& x) {
+  posenc::rotary_embedding_(x, in.cos, in.sin, in.positions, in.interleaved, in.conjugate, in.pair_axes);
+}
+
+void rotate_in_place(const RotaryInputs& in, at::Tensor& q, at::Tensor& k) {
+  posenc::rotary_embedding_qk_(q, k, in.cos, in.sin, in.positions, in.interleaved, in.conjugate, in.pair_axes);
+}
+
+class RotaryEmbeddingInPlace : public TargetTest {
+ protected:
+  RotaryInputs inputs(const RotaryCase& c = RotaryCase()) const { return make_inputs(c, GetParam()); }
+
+  static std::vector<RotaryCase> cases() {
+    std::vector<RotaryCase> cases(1);
+    const auto add = [&cases](const std::function<void(RotaryCase&)>& change) { change(cases.emplace_back()); };
+    add([](RotaryCase& c) { c.interleaved = true; });
+    add([](RotaryCase& c) { c.head_dim = 24, c.conjugate = true; });
+    add([](RotaryCase& c) { c.head_dim = 19, c.rotary_dim = 6, c.interleaved = true; });
+    add([](RotaryCase& c) { c.packed = true, c.positions = PositionShape::per_token; });
+    add([](RotaryCase& c) { c.positions = PositionShape::per_batch, c.axes = 3, c.pair_axes = PairAxes::cycled; });
+    for (const Strides strides :
+         {Strides::head_major, Strides::token_major, Strides::head_slice, Strides::odd_offset, Strides::every_other,
+          Strides::reversed}) {
+      add([=](RotaryCase& c) { c.q_strides = c.k_strides = strides; });
+    }
+    return cases;
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(Cpu, RotaryEmbeddingInPlace, ::testing::ValuesIn(targets(at::kCPU)), target_name);
+INSTANTIATE_TEST_SUITE_P(Cuda, RotaryEmbeddingInPlace, ::testing::ValuesIn(targets(at::kCUDA)), target_name);
+
+TEST_P(RotaryEmbeddingInPlace, HasTheBitsOfTheRotationOutOfPlace) {
+  for (const RotaryCase& c : cases()) {
+    SCOPED_TRACE(::testing::Message() << c);
+    RotaryInputs in = inputs(c);
+    const auto [q, k] = rotate_qk(in);
+    at::Tensor x = random_tensor(in.q.sizes(), GetParam(), c.q_strides);
+    const at::Tensor expected = rotate(in, x);
+    rotate_in_place(in, x);
+    expect_same_bits(x, expected);
+    rotate_in_place(in, in.q, in.k);
+    expect_same_bits(in.q, q);
+    expect_same_bits(in.k, k);
+  }
+}
+
+TEST_P(RotaryEmbeddingInPlace, ReturnsItsArguments) {
+  RotaryInputs in = inputs();
+  EXPECT_EQ(&posenc::rotary_embedding_(in.q, in.cos, in.sin), &in.q);
+  const auto [q, k] = posenc::rotary_embedding_qk_(in.q, in.k, in.cos, in.sin);
+  EXPECT_EQ(&q, &in.q);
+  EXPECT_EQ(&k, &in.k);
+}
+
+TEST_P(RotaryEmbeddingInPlace, WritesNothingElse) {
+  const RotaryCase c;
+  RotaryInputs in = inputs(c);
+  at::Tensor packed = random_tensor({2, 5, 9, 16}, GetParam());
+  const at::Tensor before = packed.clone();
+  in.q = packed.narrow(2, 1, 4);
+  in.k = packed.narrow(2, 5, 2);
+  const auto [q, k] = rotate_qk(in);
+  rotate_in_place(in, in.q, in.k);
+  expect_same_bits(packed.narrow(2, 1, 4), q);
+  expect_same_bits(packed.narrow(2, 5, 2), k);
+  expect_same_bits(packed.narrow(2, 0, 1), before.narrow(2, 0, 1));
+  expect_same_bits(packed.narrow(2, 7, 2), before.narrow(2, 7, 2));
+}
+
+TEST_P(RotaryEmbeddingInPlace, GradientsAreThoseOfTheRotationOutOfPlace) {
+  for (const RotaryCase& c : cases()) {
+    SCOPED_TRACE(::testing::Message() << c);
+    RotaryInputs in = inputs(c);
+    const at::Tensor q_leaf = in.q.detach().requires_grad_();
+    const at::Tensor k_leaf = in.k.detach().requires_grad_();
+    in.q = q_leaf.clone();
+    in.k = k_leaf.clone();
+    rotate_in_place(in, in.q, in.k);
+    RotaryInputs back = backwards(in);
+    back.q = random_tensor(in.q.sizes(), GetParam());
+    back.k = random_tensor(in.k.sizes(), GetParam());
+    const TensorList found = gradients({in.q, in.k}, {q_leaf, k_leaf}, {back.q, back.k});
+    const auto [expected_q, expected_k] = rotate_qk(back);
+    expect_same_bits(found[0], expected_q);
+    expect_same_bits(found[1], expected_k);
+  }
+}
+
+TEST_P(RotaryEmbeddingInPlace, GradientsOfViewsOfOneBaseReachTheBase) {
+  RotaryInputs in = inputs();
+  const at::Tensor leaf = random_tensor({2, 5, 8, 16}, GetParam()).requires_grad_();
+  const at::Tensor packed = leaf.clone();
+  in.q = packed.narrow(2, 0, 4);
+  in.k = packed.narrow(2, 4, 2);
+  rotate_in_place(in, in.q, in.k);
+  const at::Tensor grad = random_tensor(leaf.sizes(), GetParam());
+  RotaryInputs back = backwards(in);
+  back.q = grad.narrow(2, 0, 4);
+  back.k = grad.narrow(2, 4, 2);
+  const auto [grad_q, grad_k] = rotate_qk(back);
+  expect_same_bits(gradients({packed}, {leaf}, {grad})[0], at::cat({grad_q, grad_k, grad.narrow(2, 6, 2)}, 2));
+  // And by the views themselves, one at a time.
+  const at::Tensor of_q = gradients({in.q}, {leaf}, {back.q})[0];
+  expect_same_bits(of_q.narrow(2, 0, 4), grad_q);
+  EXPECT_FALSE(of_q.narrow(2, 4, 4).any().item<bool>());
+  const at::Tensor of_k = gradients({in.k}, {leaf}, {back.k})[0];
+  expect_same_bits(of_k.narrow(2, 4, 2), grad_k);
+}
+
+TEST_P(RotaryEmbeddingInPlace, OnlyOneOfTheTwoRequiresGrad) {
+  for (const bool q_requires : {false, true}) {
+    RotaryInputs in = inputs();
+    const at::Tensor leaf = (q_requires ? in.q : in.k).detach().clone().requires_grad_();
+    (q_requires ? in.q : in.k) = leaf.clone();
+    rotate_in_place(in, in.q, in.k);
+    EXPECT_EQ(in.q.requires_grad(), q_requires);
+    EXPECT_EQ(in.k.requires_grad(), !q_requires);
+    const at::Tensor y = q_requires ? in.q : in.k;
+    const at::Tensor grad = random_tensor(y.sizes(), GetParam());
+    expect_same_bits(gradients({y}, {leaf}, {grad})[0], rotate(backwards(in), grad));
+  }
+}
+
+TEST_P(RotaryEmbeddingInPlace, EmptyTensorsWork) {
+  for (const int empty : {0, 1, 2}) {
+    RotaryCase c;
+    c.batch = empty == 0 ? 0 : c.batch;
+    c.tokens = empty == 1 ? 0 : c.tokens;
+    c.q_heads = empty == 2 ? 0 : c.q_heads;
+    RotaryInputs in = inputs(c);
+    const at::Tensor expected = rotate(in, in.k);
+    rotate_in_place(in, in.q, in.k);
+    expect_same_bits(in.k, expected);
+    rotate_in_place(in, in.q);
+  }
+}
+
+TEST_P(RotaryEmbeddingInPlace, PositionOutsideTheTableGivesNan) {
+  RotaryInputs in = inputs();
+  in.positions = at::tensor({0, 1, 8, 3, 4}, at::kLong).to(device());
+  const at::Tensor expected = rotate(in, in.q);
+  rotate_in_place(in, in.q);
+  EXPECT_TRUE(in.q.select(1, 2).isnan().all().item<bool>());
+  expect_same_bits(in.q.select(1, 3), expected.select(1, 3));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The graph
+
+class RotaryEmbeddingInPlaceGraph : public DeviceTest {
+ protected:
+  RotaryInputs inputs(at::ScalarType dtype = at::kFloat) const {
+    return make_inputs(RotaryCase(), {GetParam(), dtype});
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(Cpu, RotaryEmbeddingInPlaceGraph, ::testing::Values(at::kCPU), device_name);
+INSTANTIATE_TEST_SUITE_P(Cuda, RotaryEmbeddingInPlaceGraph, ::testing::Values(at::kCUDA), device_name);
+
+TEST_P(RotaryEmbeddingInPlaceGraph, DerivativesMatchCentralDifferences) {
+  const RotaryInputs in = inputs(at::kDouble);
+  const Differentiable pair = [&in](const TensorList& x) -> TensorList {
+    at::Tensor q = x[0] * 1;
+    at::Tensor k = x[1] * 1;
+    rotate_in_place(in, q, k);
+    return {q, k};
+  };
+  const TensorList leaves{in.q.detach().requires_grad_(), in.k.detach().requires_grad_()};
+  gradcheck(pair, leaves);
+  gradgradcheck(pair, leaves);
+  const Differentiable views = [&in](const TensorList& x) -> TensorList {
+    const at::Tensor packed = at::cat({x[0], x[1]}, 2);
+    at::Tensor q = packed.narrow(2, 0, 4);
+    at::Tensor k = packed.narrow(2, 4, 2);
+    rotate_in_place(in, q, k);
+    return {packed};
+  };
+  gradcheck(views, leaves);
+  gradgradcheck(views, leaves);
+}
+
+TEST_P(RotaryEmbeddingInPlaceGraph, CountsVersions) {
+  RotaryInputs in = inputs();
+  const auto version = [](const at::Tensor& x) { return x._version(); };
+  const auto q_before = version(in.q);
+  const auto k_before = version(in.k);
+  rotate_in_place(in, in.q);
+  EXPECT_EQ(version(in.q), q_before + 1);
+  rotate_in_place(in, in.q, in.k);
+  EXPECT_EQ(version(in.q), q_before + 2);
+  EXPECT_EQ(version(in.k), k_before + 1);
+}
+
+TEST_P(RotaryEmbeddingInPlaceGraph, ValuesThatOthersSavedAreStale) {
+  RotaryInputs in = inputs();
+  const at::Tensor leaf = in.q.detach().clone().requires_grad_();
+  in.q = leaf.clone();
+  const at::Tensor square = in.q * in.q;
+  rotate_in_place(in, in.q);
+  expect_error([&] { square.sum().backward(); }, {"modified by an inplace operation"});
+}
+
+TEST_P(RotaryEmbeddingInPlaceGraph, ItsOutputMayBeChangedAgain) {
+  RotaryInputs in = inputs();
+  const at::Tensor leaf = in.q.detach().clone().requires_grad_();
+  in.q = leaf.clone();
+  rotate_in_place(in, in.q);
+  rotate_in_place(backwards(in), in.q);
+  const at::Tensor grad = at::randn_like(leaf);
+  expect_same_bits(gradients({in.q}, {leaf}, {grad})[0], rotate(backwards(in), rotate(in, grad)));
+}
+
+TEST_P(RotaryEmbeddingInPlaceGraph, LeavesThatRequireGradAreErrors) {
+  RotaryInputs in = inputs();
+  in.q.requires_grad_();
+  expect_error([&] { rotate_in_place(in, in.q); }, {"posenc::rotary_embedding_: ", "expected x", "leaf"});
+  expect_error([&] { rotate_in_place(in, in.q, in.k); }, {"posenc::rotary_embedding_qk_: ", "expected q", "leaf"});
+  in.q = in.q.detach();
+  in.k.requires_grad_();
+  expect_error([&] { rotate_in_place(in, in.q, in.k); }, {"expected k", "leaf"});
+  const at::Tensor before = in.k.detach().clone();
+  {
+    const at::NoGradGuard no_grad;
+    rotate_in_place(in, in.q, in.k);
+  }
+  expect_same_bits(in.k, rotate(in, before));
+}
+
+TEST_P(RotaryEmbeddingInPlaceGraph, ViewsOfLeavesThatRequireGradAreErrors) {
+  RotaryInputs in = inputs();
+  const at::Tensor leaf = in.q.detach().clone().requires_grad_();
+  at::Tensor view = leaf.view_as(leaf);
+  expect_error([&] { rotate_in_place(in, view); }, {"view of a leaf"});
+}
+
+TEST_P(RotaryEmbeddingInPlaceGraph, TablesThatRequireGradAreErrors) {
+  for (const bool of_cos : {false, true}) {
+    RotaryInputs in = inputs();
+    (of_cos ? in.cos : in.sin).requires_grad_();
+    for (const bool in_graph : {false, true}) {
+      at::Tensor x = in_graph ? in.q.detach().clone().requires_grad_().clone() : in.q.clone();
+      expect_error([&] { rotate_in_place(in, x); }, {"posenc::rotary_embedding_: ", "cos and sin", "no grad"});
+      expect_error([&] { rotate_in_place(in, x, in.k); }, {"posenc::rotary_embedding_qk_: ", "cos and sin", "no grad"});
+    }
+    const at::NoGradGuard no_grad;
+    EXPECT_NO_THROW(rotate_in_place(in, in.q));
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Overlapping memory
+
+TEST_P(RotaryEmbeddingInPlaceGraph, TensorsThatOverlapThemselvesAreErrors) {
+  for (const Strides strides : {Strides::one_batch, Strides::one_token, Strides::one_head, Strides::one_channel}) {
+    RotaryInputs in = inputs();
+    at::Tensor x = random_tensor(in.q.sizes(), {GetParam(), at::kFloat}, strides);
+    expect_error([&] { rotate_in_place(in, x); }, {"posenc::rotary_embedding_: ", "expected x", "place of their own"});
+    expect_error([&] { rotate_in_place(in, in.q, x); }, {"expected k", "place of their own"});
+  }
+}
+
+TEST_P(RotaryEmbeddingInPlaceGraph, QueriesAndKeysThatOverlapAreErrors) {
+  RotaryInputs in = inputs();
+  const at::Tensor packed = random_tensor({2, 5, 8, 16}, {GetParam(), at::kFloat});
+  const auto expect_overlap = [&](at::Tensor q, at::Tensor k) {
+    expect_error([&] { rotate_in_place(in, q, k); }, {"posenc::rotary_embedding_qk_: ", "q and k", "overlap"});
+  };
+  expect_overlap(in.q, in.q);
+  expect_overlap(packed.narrow(2, 0, 4), packed.narrow(2, 3, 2));
+  expect_overlap(packed.narrow(2, 3, 4), packed.narrow(2, 1, 3));
+  expect_overlap(packed, packed.narrow(2, 7, 1));
+}
+
+TEST_P(RotaryEmbeddingInPlaceGraph, QueriesAndKeysSideBySideInOneTensorAreNone) {
+  RotaryInputs in = inputs();
+  const auto expect_rotated = [&](at::Tensor q, at::Tensor k) {
+    const at::Tensor expected_q = rotate(in, q);
+    const at::Tensor expected_k = rotate(in, k);
+    rotate_in_place(in, q, k);
+    expect_same_bits(q, expected_q);
+    expect_same_bits(k, expected_k);
+  };
+  const Target target{GetParam(), at::kFloat};
+  const at::Tensor heads = random_tensor({2, 5, 8, 16}, target);
+  expect_rotated(heads.narrow(2, 0, 4), heads.narrow(2, 4, 2));
+  expect_rotated(heads.narrow(2, 5, 3), heads.narrow(2, 0, 5));
+  expect_rotated(heads.slice(2, 0, 8, 2), heads.slice(2, 1, 8, 2));
+  const at::Tensor channels = random_tensor({2, 5, 3, 32}, target);
+  expect_rotated(channels.narrow(3, 16, 16), channels.narrow(3, 0, 16));
+  expect_rotated(channels.slice(3, 0, 32, 2), channels.slice(3, 1, 32, 2));
+  const at::Tensor head_major = random_tensor({2, 8, 5, 16}, target).transpose(1, 2);
+  expect_rotated(head_major.narrow(2, 0, 4), head_major.narrow(2, 4, 4));
+}
+
+TEST_P(RotaryEmbeddingInPlaceGraph, OverlapWithTablesOrPositionsIsAnError) {
+  const at::Tensor memory = at::randn({2 * 5 * 4 * 16}).to(GetParam());
+  at::Tensor x = memory.view({2, 5, 4, 16});
+  RotaryInputs in = inputs();
+  RotaryInputs bad = in;
+  bad.cos = memory.narrow(0, 0, 64).view({8, 8});
+  expect_error([&] { rotate_in_place(bad, x); }, {"x and cos", "overlap"});
+  bad = in;
+  bad.sin = memory.narrow(0, 576, 64).view({8, 8});
+  expect_error([&] { rotate_in_place(bad, in.k, x); }, {"k and sin", "overlap"});
+  bad = in;
+  bad.positions = memory.narrow(0, 100, 5).view(at::kInt);
+  expect_error([&] { rotate_in_place(bad, x); }, {"x and positions", "overlap"});
+}
+
+TEST_P(RotaryEmbeddingInPlaceGraph, BadArgumentsAreTheErrorsOfTheRotation) {
+  RotaryInputs in = inputs();
+  in.positions = at::zeros({4}, at::TensorOptions(at::kLong).device(GetParam()));
+  expect_error([&] { rotate_in_place(in, in.q); }, {"posenc::rotary_embedding_: ", "expected positions", "got [4]"});
+  expect_error([&] { rotate_in_place(in, in.q, in.k); }, {"posenc::rotary_embedding_qk_: ", "expected positions"});
+}
+
+TEST(RotaryEmbeddingInPlaceMeta, ChecksWithoutData) {
+  RotaryInputs in = make_inputs(RotaryCase(), {at::kMeta, at::kFloat});
+  EXPECT_NO_THROW(rotate_in_place(in, in.q, in.k));
+  EXPECT_NO_THROW(rotate_in_place(in, in.q));
+  at::Tensor expanded = in.q.narrow(0, 0, 1).expand_as(in.q);
+  expect_error([&] { rotate_in_place(in, expanded); }, {"expected x", "place of their own"});
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// A GPU
+
+#if POSENC_CUDA
+
+class RotaryEmbeddingInPlaceCuda : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    require_device(at::kCUDA);
+    require_caching_allocator();
+  }
+};
+
+TEST_F(RotaryEmbeddingInPlaceCuda, ForwardAndBackwardAreOneKernelEach) {
+  RotaryInputs in = make_inputs(RotaryCase(), {at::kCUDA, at::kBFloat16});
+  EXPECT_EQ(recorded_nodes([&] { rotate_in_place(in, in.q, in.k); }), (NodeCounts{{cudaGraphNodeTypeKernel, 1}}));
+  const at::Tensor q_leaf = in.q.detach().requires_grad_();
+  const at::Tensor k_leaf = in.k.detach().requires_grad_();
+  const TensorList cotangents{at::ones_like(in.q), at::ones_like(in.k)};
+  TensorList found;
+  const auto run = [&] {
+    at::Tensor q = q_leaf.clone();
+    at::Tensor k = k_leaf.clone();
+    rotate_in_place(in, q, k);
+    found = gradients({q, k}, {q_leaf, k_leaf}, cotangents);
+  };
+  EXPECT_EQ(recorded_nodes(run).at(cudaGraphNodeTypeKernel), 2);
+  at::cuda::CUDAGraph graph;
+  capture(graph, run);
+  graph.replay();
+  c10::cuda::device_synchronize();
+  expect_same_bits(found[0], rotate(backwards(in), cotangents[0]));
+  expect_same_bits(found[1], rotate(backwards(in), cotangents[1]));
+}
+
+TEST_F(RotaryEmbeddingInPlaceCuda, ManySequencesAndManyElementsWork) {
+  RotaryCase c;
+  c.batch = 70'000;
+  c.tokens = c.q_heads = c.k_heads = 1;
+  c.head_dim = c.rotary_dim = 4;
+  RotaryInputs in = make_inputs(c, {at::kCUDA, at::kFloat});
+  const at::Tensor before = in.q.clone();
+  rotate_in_place(in, in.q);
+  expect_close_to_rounding(in.q, in, before);
+}
+
+#endif
+
+}  // namespace
+}  // namespace posenc::test
