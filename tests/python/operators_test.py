@@ -131,6 +131,18 @@ def rotary_embedding_qk(i, tables, **kw):
     return Sample(i.normal(2, i.size, 4, 8), i.normal(2, i.size, 2, 8), *tables, **kw)
 
 
+def rotary_embedding_qkv(i, tables, **kw):
+    return Sample(i.normal(2, i.size, (4 + 2 * 2) * 8), 4, 2, *tables, **kw)
+
+
+def rotary_embedding_qkv_stacked(i, tables, **kw):
+    return Sample(i.normal(2, i.size, 3, 2, 8), 2, 2, *tables, **kw)
+
+
+def rotary_embedding_pack(i, tables, **kw):
+    return Sample(*[i.normal(2, i.size, heads, 8) for heads in (4, 2, 2)], *tables, **kw)
+
+
 def rotary_embedding_backward(i, tables, **kw):
     shapes = [(2, i.size, 4, 8), (2, i.size, 2, 8)]
     return Sample([i.normal(*s) for s in shapes], [i.normal(*s) for s in shapes], *tables, **kw)
@@ -168,6 +180,12 @@ def attention_backward(i, **kw):
 CASES = {
     "rotary_embedding": rotary(rotary_embedding) + on_axes(rotary_embedding),
     "rotary_embedding_qk": rotary(rotary_embedding_qk) + on_axes(rotary_embedding_qk),
+    "rotary_embedding_": rotary(rotary_embedding) + on_axes(rotary_embedding),
+    "rotary_embedding_qk_": rotary(rotary_embedding_qk) + on_axes(rotary_embedding_qk),
+    "rotary_embedding_qkv": rotary(rotary_embedding_qkv)
+    + on_axes(rotary_embedding_qkv)
+    + rotary(rotary_embedding_qkv_stacked),
+    "rotary_embedding_pack": rotary(rotary_embedding_pack) + on_axes(rotary_embedding_pack),
     "rotary_embedding_backward": rotary(rotary_embedding_backward) + on_axes(rotary_embedding_backward),
     "rotary_embedding_tables_backward": rotary(rotary_embedding_tables_backward)
     + on_axes(rotary_embedding_tables_backward),
