@@ -78,6 +78,13 @@ class Fields {
     });
   }
 
+  std::optional<std::vector<int64_t>> integers(const std::string& key) const {
+    return get<std::vector<int64_t>>(key, "a list of integers", [](const Json& value) {
+      return value.is_array() &&
+          std::all_of(value.begin(), value.end(), [](const Json& x) { return x.is_number_integer(); });
+    });
+  }
+
   std::optional<std::vector<std::string>> strings(const std::string& key) const {
     return get<std::vector<std::string>>(key, "a list of strings", [](const Json& value) {
       return value.is_array() && std::all_of(value.begin(), value.end(), [](const Json& x) { return x.is_string(); });
@@ -337,7 +344,7 @@ std::string type_of(const std::optional<Fields>& parameters) {
 
 RotaryScaling scaling_of(const Fields& model, const LayerRope& rope, double partial_rotary_factor) {
   const std::string type = type_of(rope.parameters);
-  // mrope: which axis a pair reads, not what its frequency is.
+  // mrope says which axis of the positions a pair reads, not what its frequency is.
   if (type == "default" || type == "mrope") {
     return DefaultScaling();
   }
@@ -434,6 +441,9 @@ RotaryEmbeddingOptions RotaryEmbeddingOptions::from_hf_config(
     if (rotary_dim != head_dim) {
       options.rotary_dim(rotary_dim);
     }
+  }
+  if (const auto sections = rope.parameters ? rope.parameters->integers("mrope_section") : std::nullopt) {
+    options.sections(*sections).interleaved_sections(rope.parameters->boolean("mrope_interleaved").value_or(false));
   }
   if (const auto positions = max_positions_of(model)) {
     options.max_position_embeddings(std::min(*positions, kMostInitialRows));

@@ -28,6 +28,8 @@ struct Expected {
   int64_t max_position_embeddings = 2048;
   bool interleaved = false;
   RotaryScaling scaling = DefaultScaling();
+  std::vector<int64_t> sections = {};
+  bool interleaved_sections = false;
 };
 
 void expect_options(const RotaryEmbeddingOptions& options, const Expected& expected) {
@@ -38,6 +40,8 @@ void expect_options(const RotaryEmbeddingOptions& options, const Expected& expec
   EXPECT_EQ(options.interleaved(), expected.interleaved);
   EXPECT_TRUE(options.scaling() == expected.scaling)
       << posenc::to_string(options.scaling()) << " instead of " << posenc::to_string(expected.scaling);
+  EXPECT_EQ(options.sections(), expected.sections);
+  EXPECT_EQ(options.interleaved_sections(), expected.interleaved_sections);
   EXPECT_NO_THROW(RotaryEmbedding{options});
 }
 
@@ -107,6 +111,33 @@ TEST(RotaryEmbeddingHfConfig, OfQwen3WithYarn) {
   expected.base = 1000000;
   expected.max_position_embeddings = 40960;
   expected.scaling = yarn;
+  expect_options(options, expected);
+}
+
+TEST(RotaryEmbeddingHfConfig, OfQwen2Vl) {
+  for (const char* type : {"mrope", "default"}) {
+    const auto options = from(
+        std::string(R"({"model_type": "qwen2_vl", "hidden_size": 3584, "num_attention_heads": 28,
+        "max_position_embeddings": 32768, "rope_theta": 1000000.0, "rope_scaling": {"type": ")") +
+        type + R"(", "mrope_section": [16, 24, 24]}, "vision_config": {"hidden_size": 3584}})");
+    Expected expected;
+    expected.base = 1000000;
+    expected.max_position_embeddings = 32768;
+    expected.sections = {16, 24, 24};
+    expect_options(options, expected);
+  }
+}
+
+TEST(RotaryEmbeddingHfConfig, OfQwen3Vl) {
+  const auto options = from(R"({"model_type": "qwen3_vl", "text_config": {"model_type": "qwen3_vl_text",
+      "head_dim": 128, "hidden_size": 4096, "num_attention_heads": 32, "max_position_embeddings": 262144,
+      "rope_theta": 5000000, "rope_scaling": {"mrope_interleaved": true, "mrope_section": [24, 20, 20],
+      "rope_type": "default"}}})");
+  Expected expected;
+  expected.base = 5000000;
+  expected.max_position_embeddings = 131072;
+  expected.sections = {24, 20, 20};
+  expected.interleaved_sections = true;
   expect_options(options, expected);
 }
 
@@ -377,6 +408,9 @@ TEST(RotaryEmbeddingHfConfigErrors, NameFieldsOfTheWrongType) {
   expect_error([] { from(R"({"head_dim": 64, "rope_theta": [1]})"); }, {"rope_theta", "a number", "[1]"});
   expect_error([] { from(with("7")); }, {"rope_scaling", "an object", "number"});
   expect_error([] { from(with(R"({"type": 7})")); }, {"type", "a string", "7"});
+  expect_error(
+      [] { from(with(R"({"type": "mrope", "mrope_section": [1.5]})")); },
+      {"mrope_section", "a list of integers", "[1.5]"});
   expect_error(
       [] { from(with(R"({"type": "longrope", "short_factor": ["1"], "long_factor": [1]})")); },
       {"short_factor", "a list of numbers", "[\"1\"]"});

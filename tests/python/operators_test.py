@@ -37,25 +37,31 @@ class Sample:
     def function(self, op):
         """`op` of the tensors that require a gradient, alone. One that mutates its first argument returns a copy."""
         flat, spec = pytree.tree_flatten((self.args, self.kwargs))
+        op = functional(op)
 
         def call(*leaves):
             remaining = iter(leaves)
             args, kwargs = pytree.tree_unflatten(
                 [next(remaining) if differentiable(leaf) else leaf for leaf in flat], spec
             )
-            return called(op, args, kwargs)
+            return op(*args, **kwargs)
 
         return call
 
 
-def called(op, args, kwargs):
-    """The result of `op`; of one in place, what has become of copies of the arguments that it changes."""
+def functional(op):
+    """`op`; of one in place, what has become of copies of the arguments that it changes."""
     if not op._schema.is_mutable:
-        return op(*args, **kwargs)
-    written = [argument.alias_info is not None and argument.alias_info.is_write for argument in op._schema.arguments]
-    args = [arg.clone() if is_write else arg for arg, is_write in zip(args, written)]
-    op(*args, **kwargs)
-    return tuple(arg for arg, is_write in zip(args, written) if is_write)
+        return op
+    # Looked up here: torch.compile traces what is below.
+    changes = [argument.alias_info is not None and argument.alias_info.is_write for argument in op._schema.arguments]
+
+    def call(*args, **kwargs):
+        args = [arg.clone() if change else arg for arg, change in zip(args, changes)]
+        op(*args, **kwargs)
+        return tuple(arg for arg, change in zip(args, changes) if change)
+
+    return call
 
 
 def differentiable(value):
@@ -125,6 +131,18 @@ def rotary_embedding_qk(i, tables, **kw):
     return Sample(i.normal(2, i.size, 4, 8), i.normal(2, i.size, 2, 8), *tables, **kw)
 
 
+def rotary_embedding_qkv(i, tables, **kw):
+    return Sample(i.normal(2, i.size, (4 + 2 * 2) * 8), 4, 2, *tables, **kw)
+
+
+def rotary_embedding_qkv_stacked(i, tables, **kw):
+    return Sample(i.normal(2, i.size, 3, 2, 8), 2, 2, *tables, **kw)
+
+
+def rotary_embedding_pack(i, tables, **kw):
+    return Sample(*[i.normal(2, i.size, heads, 8) for heads in (4, 2, 2)], *tables, **kw)
+
+
 def rotary_embedding_backward(i, tables, **kw):
     shapes = [(2, i.size, 4, 8), (2, i.size, 2, 8)]
     return Sample([i.normal(*s) for s in shapes], [i.normal(*s) for s in shapes], *tables, **kw)
@@ -162,6 +180,12 @@ def attention_backward(i, **kw):
 CASES = {
     "rotary_embedding": rotary(rotary_embedding) + on_axes(rotary_embedding),
     "rotary_embedding_qk": rotary(rotary_embedding_qk) + on_axes(rotary_embedding_qk),
+    "rotary_embedding_": rotary(rotary_embedding) + on_axes(rotary_embedding),
+    "rotary_embedding_qk_": rotary(rotary_embedding_qk) + on_axes(rotary_embedding_qk),
+    "rotary_embedding_qkv": rotary(rotary_embedding_qkv)
+    + on_axes(rotary_embedding_qkv)
+    + rotary(rotary_embedding_qkv_stacked),
+    "rotary_embedding_pack": rotary(rotary_embedding_pack) + on_axes(rotary_embedding_pack),
     "rotary_embedding_backward": rotary(rotary_embedding_backward) + on_axes(rotary_embedding_backward),
     "rotary_embedding_tables_backward": rotary(rotary_embedding_tables_backward)
     + on_axes(rotary_embedding_tables_backward),
@@ -281,7 +305,7 @@ class Operators:
         self.check_differences(torch.autograd.gradgradcheck, size=3, names=sorted(set(CASES) - ONCE))
 
     def expect_compiled_is_eager(self, name, case, sizes, **options):
-        op = operator(name)
+        op = functional(operator(name))
         compiled = None
         torch._dynamo.reset()
         for size in sizes:
@@ -290,7 +314,7 @@ class Operators:
 
             def call(*flat):
                 args, kwargs = pytree.tree_unflatten(list(flat), spec)
-                return called(op, args, kwargs)
+                return op(*args, **kwargs)
 
             compiled = compiled or torch.compile(call, fullgraph=True, **options)
             expected, actual = call(*flat), compiled(*flat)

@@ -41,7 +41,8 @@ struct POSENC_API RotaryEmbeddingOptions {
   /// multi-head latent attention), the base (`rope_theta`), the part that is rotated (`partial_rotary_factor`,
   /// `rotary_pct`, `rotary_dim`), the pairing (`rope_interleave`, else by `model_type`: GPT-J, Cohere, GLM, Llama 4,
   /// DeepSeek and others interleave), and the plan (`rope_parameters` or `rope_scaling`: default, linear, dynamic,
-  /// yarn, llama3, longrope and its old name su, proportional, mrope). The text model of a `text_config` is taken.
+  /// yarn, llama3, longrope and its old name su, proportional, mrope with `mrope_section` and `mrope_interleaved`). The
+  /// text model of a `text_config` is taken.
   /// Where a file leaves out what its `model_type` implies, the defaults of transformers apply; a missing `rope_theta`
   /// is 10000.
   ///
