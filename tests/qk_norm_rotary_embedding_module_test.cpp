@@ -128,7 +128,7 @@ TEST_P(QKNormRotaryEmbeddingModule, ForwardIsTheOperatorWithItsTables) {
   for (const bool converted : {false, true}) {
     for (const bool other : {false, true}) {
       const auto rotary = RotaryEmbeddingOptions(kHeadDim).rotary_dim(8).base(500).interleaved(other);
-      const auto module = make(QKNormRotaryEmbeddingOptions(rotary).eps(1e-3).unit_offset(other), converted);
+      auto module = make(QKNormRotaryEmbeddingOptions(rotary).eps(1e-3).unit_offset(other), converted);
       const at::Tensor q = random({2, 5, 4, kHeadDim});
       const at::Tensor k = random({2, 5, 2, kHeadDim});
       const auto [q_out, k_out] = module->forward(q, k);
@@ -159,7 +159,7 @@ TEST_P(QKNormRotaryEmbeddingModule, LayoutsAreViewsOfOneAnother) {
 }
 
 TEST_P(QKNormRotaryEmbeddingModule, PositionsChooseTheRowsOfTheTables) {
-  const auto module = make(kHeadDim);
+  auto module = make(kHeadDim);
   const at::Tensor q = random({1, 3, 2, kHeadDim});
   const at::Tensor k = random({1, 3, 1, kHeadDim});
   QKNormInputs in = arguments_of(module, q, k);
@@ -171,7 +171,7 @@ TEST_P(QKNormRotaryEmbeddingModule, PositionsChooseTheRowsOfTheTables) {
 }
 
 TEST_P(QKNormRotaryEmbeddingModule, SeqLenReachesTheTables) {
-  const auto module = make(RotaryEmbeddingOptions(kHeadDim).max_position_embeddings(4));
+  auto module = make(RotaryEmbeddingOptions(kHeadDim).max_position_embeddings(4));
   const at::Tensor q = random({1, 1, 2, kHeadDim});
   const at::Tensor position = at::tensor({99}, at::kLong).to(device());
   const at::Tensor q_out = std::get<0>(module->forward(q, q, position, /*seq_len=*/100));
@@ -179,7 +179,7 @@ TEST_P(QKNormRotaryEmbeddingModule, SeqLenReachesTheTables) {
 }
 
 TEST_P(QKNormRotaryEmbeddingModule, GradientsReachTheWeights) {
-  const auto module = make(kHeadDim);
+  auto module = make(kHeadDim);
   const at::Tensor q = random({2, 5, 4, kHeadDim}).requires_grad_();
   const at::Tensor k = random({2, 5, 2, kHeadDim});
   const at::Tensor q_out = std::get<0>(module->forward(q, k));
