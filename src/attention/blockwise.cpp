@@ -190,9 +190,15 @@ Tensor row_shift(const Blocks& blocks, const Tensor& grad_out, const Tensor& gra
   return grad_lse.defined() ? shift - grad_lse : shift;
 }
 
-/// Terms of the gradient of the slopes, summed in float64.
-void add_slope_terms(const Tensor& total, const Tensor& ds, const Block& block) {
-  total.sub_((ds * block.distances).sum({0, 2, 3}, /*keepdim=*/false, at::kDouble));
+/// Terms of the gradient of the slopes, summed in float64. dS of a row sums up to the gradient of its lse, but for the
+/// rounding of `out`, which is half where q is: times a distance of thousands it would be larger than the gradient. So
+/// distances are counted from their mean, which takes it out.
+void add_slope_terms(const Tensor& total, const BlockGradient& gradient, const Tensor& grad_lse, const Block& block) {
+  const Tensor means = (gradient.p * block.distances).sum(-1, /*keepdim=*/true);
+  total.sub_((gradient.ds * (block.distances - means)).sum({0, 2, 3}, /*keepdim=*/false, at::kDouble));
+  if (grad_lse.defined()) {
+    total.sub_((Blocks::column_of(grad_lse, block) * means).sum({0, 2, 3}, /*keepdim=*/false, at::kDouble));
+  }
 }
 
 Tensor zero_slopes(const Padded& call) {
@@ -232,14 +238,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> blockwise_backward(
   blocks.for_each([&](const Block& block) {
     const Tensor q = blocks.rows_of(call.q, block);
     const Tensor grad = blocks.rows_of(grad_out, block);
-    const auto [p, ds] = block_gradient(blocks, block, q, grad, sums, shift);
+    const BlockGradient gradient = block_gradient(blocks, block, q, grad, sums, shift);
     if (slopes_grad) {
-      add_slope_terms(grad_slopes, ds, block);
+      add_slope_terms(grad_slopes, gradient, grad_lse, block);
     }
-    const Tensor weights = blocks.as_matrices(ds, block);
+    const Tensor weights = blocks.as_matrices(gradient.ds, block);
     blocks.put_rows(at::bmm(weights, blocks.k_of(block)).mul_(call.scale), block, grad_q);
     grad_k.narrow(1, 0, block.keys).baddbmm_(weights.transpose(1, 2), q, /*beta=*/1, /*alpha=*/call.scale);
-    grad_v.narrow(1, 0, block.keys).baddbmm_(blocks.as_matrices(p, block).transpose(1, 2), grad);
+    grad_v.narrow(1, 0, block.keys).baddbmm_(blocks.as_matrices(gradient.p, block).transpose(1, 2), grad);
   });
   return {
       grad_q, blocks.like_keys(grad_k, call.k), blocks.like_keys(grad_v, call.v),

@@ -64,7 +64,7 @@ void launch_slopes(int64_t head_dim, const cuda::AlibiAttentionSlopesProblem& pr
 }
 
 /// The gradient of the slopes of a call that cuDNN takes.
-Tensor slopes_backward(const attention::Padded& call, const Tensor& grad_out, const Tensor& out, const Tensor& lse) {
+Tensor slopes_backward(const attention::Padded& call, const Tensor& grad_out, const Tensor& lse) {
   const int64_t heads = call.q_heads();
   const dim3 grid(cuda::ceil_div(call.q_len(), cuda::kSlopesRows), heads, call.batch());
   const Tensor dense_lse = lse.contiguous();
@@ -79,7 +79,6 @@ Tensor slopes_backward(const attention::Padded& call, const Tensor& grad_out, co
       head_rows(call.q),
       head_rows(call.k),
       head_rows(call.v),
-      head_rows(out),
       head_rows(grad_out),
       dense_lse.const_data_ptr<float>(),
       slopes.const_data_ptr<float>(),
@@ -178,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> alibi_attention_backward_cuda(
       const Tensor result = cuda::readable_rows(padded, padded_out);
       return std::tuple_cat(
           cuda::cudnn_attention_backward(padded, grad, result, padded_lse),
-          std::tuple(slopes_grad ? slopes_backward(padded, grad, result, padded_lse) : Tensor()));
+          std::tuple(slopes_grad ? slopes_backward(padded, grad, padded_lse) : Tensor()));
     }
 #endif
     return attention::blockwise_backward(

@@ -9,11 +9,13 @@
 #include <cstdint>
 
 // The gradient of the slopes of attention, which cuDNN does not give: of its five matrix products two are done again,
-// S = q k^T and dP = dout v^T, tile by tile on tensor cores, and
+// S = q k^T and dP = dout v^T, tile by tile on tensor cores, and summed up on the way:
 //
-//     dslopes[h] = -sum of exp(S - lse) (dP - delta) |distance|,    delta = rowsum(dout out)
+//     dslopes[h] = -sum over rows of E[dP d] - E[dP] E[d],    E[x] = sum over keys of P x,    P = exp(S - lse),
 //
-// is summed up on the way. Nothing of the size of the scores is stored. No torch.
+// with distances d counted from the nearest key of the row. The mean of dP is rowsum(dout out), but `out` is rounded to
+// half: times a distance of thousands that rounding is larger than the gradient. Nothing of the size of the scores is
+// stored. No torch.
 namespace posenc::cuda {
 
 /// A block takes 16 rows with each of its warps, and keys by the tile: two tiles of k and of v in shared memory, one in
@@ -30,10 +32,10 @@ struct HeadRows {
 };
 
 struct AlibiAttentionSlopesProblem {
-  HeadRows q, k, v, out, grad;  // 16-byte aligned rows
-  const float* lse;             // [B, Hq, Sq]
-  const float* slopes;          // [Hq]
-  const int64_t* seqlens_q;     // [B], or null
+  HeadRows q, k, v, grad;    // 16-byte aligned rows
+  const float* lse;          // [B, Hq, Sq]
+  const float* slopes;       // [Hq]
+  const int64_t* seqlens_q;  // [B], or null
   const int64_t* seqlens_k;
   double* sums;  // one of each block, [Hq, B, blocks]
   int32_t q_len, k_len;
@@ -79,12 +81,35 @@ __device__ inline void multiply(
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-__device__ inline float2 widen(__half /*type*/, uint32_t pair) {
-  return __half22float2(reinterpret_cast<const __half2&>(pair));
-}
-__device__ inline float2 widen(__nv_bfloat16 /*type*/, uint32_t pair) {
-  return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
-}
+/// Sums over the keys of one row.
+template <typename Real>
+struct RowSums {
+  Real p = 0, distance = 0, dp = 0, product = 0;  // of P, P d, P dP and P dP d
+
+  __device__ void add(Real weight, Real d, Real gradient) {
+    p += weight;
+    distance += weight * d;
+    dp += weight * gradient;
+    product += weight * gradient * d;
+  }
+  template <typename Other>
+  __device__ void add(const RowSums<Other>& other) {
+    p += other.p;
+    distance += other.distance;
+    dp += other.dp;
+    product += other.product;
+  }
+  /// The sums of the four lanes that share a row.
+  __device__ void reduce() {
+#pragma unroll
+    for (int offset = 1; offset <= 2; offset *= 2) {
+      p += __shfl_xor_sync(0xffffffffU, p, offset);
+      distance += __shfl_xor_sync(0xffffffffU, distance, offset);
+      dp += __shfl_xor_sync(0xffffffffU, dp, offset);
+      product += __shfl_xor_sync(0xffffffffU, product, offset);
+    }
+  }
+};
 
 /// Starts the copy of a tile of keys of one head; rows from `end` on are zeros.
 template <typename T, int D>
@@ -170,7 +195,6 @@ __global__ void __launch_bounds__(kSlopesThreads) alibi_attention_slopes_kernel(
   };
   uint32_t q[D / 16][4];
   uint32_t grad[D / 16][4];
-  float delta[2] = {0, 0};
 #pragma unroll
   for (int step = 0; step < D / 16; ++step) {
 #pragma unroll
@@ -179,16 +203,14 @@ __global__ void __launch_bounds__(kSlopesThreads) alibi_attention_slopes_kernel(
       const int column = step * 16 + i / 2 * 8 + lane % 4 * 2;
       q[step][i] = pair_of(problem.q, row, column);
       grad[step][i] = pair_of(problem.grad, row, column);
-      const float2 g = widen(T(), grad[step][i]);
-      const float2 o = widen(T(), pair_of(problem.out, row, column));
-      delta[i % 2] += g.x * o.x + g.y * o.y;
     }
   }
   float lse[2];
+  int nearest[2];  // distance of the nearest key
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    delta[i] += __shfl_xor_sync(0xffffffffU, delta[i], 1);
-    delta[i] += __shfl_xor_sync(0xffffffffU, delta[i], 2);
+    const int position = rows[i] + problem.query_offset;
+    nearest[i] = abs(position - max(0, min(position, k_end - 1)));
     const float of_row =
         rows[i] >= q_end ? -INFINITY : problem.lse[(batch * gridDim.y + head) * problem.q_len + rows[i]];
     // 2^(x - infinity) is 0: a row that sees nothing takes no part.
@@ -197,7 +219,7 @@ __global__ void __launch_bounds__(kSlopesThreads) alibi_attention_slopes_kernel(
 
   const float scale = problem.scale * kLog2E;
   const float slope = problem.slopes[head] * kLog2E;
-  double total = 0;
+  RowSums<double> sums[2];
   for (int tile = 0; tile < count; ++tile) {
     asm volatile("cp.async.wait_group 0;" ::: "memory");
     __syncthreads();  // the tile is there, and nobody reads the other one any more
@@ -209,20 +231,29 @@ __global__ void __launch_bounds__(kSlopesThreads) alibi_attention_slopes_kernel(
     float dp[kSlopesKeys / 8][4];
     tile_products<T, D>(scores, q, k_tile, lane);
     tile_products<T, D>(dp, grad, k_tile + kTile, lane);
-    float sum = 0;
+    RowSums<float> of_tile[2];
 #pragma unroll
     for (int n = 0; n < kSlopesKeys / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int key = tile * kSlopesKeys + n * 8 + lane % 4 * 2 + i % 2;
         const int ahead = key - (rows[i / 2] + problem.query_offset);
-        const auto distance = static_cast<float>(abs(ahead));
+        const int distance = abs(ahead);
         const bool hidden = key >= keys || (problem.causal && ahead > 0);
-        const float p = hidden ? 0.0F : exp2f(scores[n][i] * scale - slope * distance - lse[i / 2]);
-        sum += p * (dp[n][i] - delta[i / 2]) * distance;
+        const float p = hidden ? 0.0F : exp2f(scores[n][i] * scale - slope * static_cast<float>(distance) - lse[i / 2]);
+        of_tile[i / 2].add(p, static_cast<float>(distance - nearest[i / 2]), dp[n][i]);
       }
     }
-    total += static_cast<double>(sum);
+    sums[0].add(of_tile[0]);
+    sums[1].add(of_tile[1]);
+  }
+  double total = 0;
+#pragma unroll
+  for (RowSums<double>& row : sums) {
+    row.reduce();
+    if (lane % 4 == 0 && row.p != 0) {  // NaN is not 0
+      total += row.product - row.dp * row.distance / row.p;
+    }
   }
   total = sum_of_block(total, scratch);
   if (threadIdx.x == 0) {
