@@ -61,7 +61,7 @@ std::vector<RotaryCase> cases() {
     c.tokens = 40;
     c.spare_rows = -39;
   });
-  for (const PairAxes pair_axes : {PairAxes::chunked, PairAxes::interleaved}) {
+  for (const PairAxes pair_axes : {PairAxes::chunked, PairAxes::cycled}) {
     add("SeveralAxes", [&](RotaryCase& c) {
       c.positions = PositionShape::per_batch;
       c.axes = 3;

@@ -26,8 +26,13 @@ class RotaryEmbeddingInPlace : public TargetTest {
   RotaryInputs inputs(const RotaryCase& c = RotaryCase()) const { return make_inputs(c, GetParam()); }
 
   static std::vector<RotaryCase> cases() {
-    std::vector<RotaryCase> cases(1);
-    const auto add = [&cases](const std::function<void(RotaryCase&)>& change) { change(cases.emplace_back()); };
+    std::vector<RotaryCase> cases;
+    const auto add = [&cases](const std::function<void(RotaryCase&)>& change) {
+      RotaryCase c;
+      change(c);
+      cases.push_back(c);
+    };
+    add([](RotaryCase& /*c*/) {});
     add([](RotaryCase& c) { c.interleaved = true; });
     add([](RotaryCase& c) { c.head_dim = 24, c.conjugate = true; });
     add([](RotaryCase& c) { c.head_dim = 19, c.rotary_dim = 6, c.interleaved = true; });
