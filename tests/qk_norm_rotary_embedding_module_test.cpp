@@ -175,7 +175,7 @@ TEST_P(QKNormRotaryEmbeddingModule, SectionsChooseTheAxesOfThePositions) {
   const at::Tensor q = random({1, 3, 2, kHeadDim});
   const at::Tensor k = random({1, 3, 1, kHeadDim});
   QKNormInputs in = arguments_of(module, q, k);
-  in.rotary.positions = at::tensor({2, 0, 1, 1, 1, 0, 0, 2, 2}, at::kLong).view({3, 3}).to(device());
+  in.rotary.positions = at::tensor({2, 0, 1, 1, 1, 0, 0, 2, 2}, at::kLong).view({3, 1, 3}).to(device());
   in.rotary.pair_axes = {0, 0, 0, 0, 1, 1, 2, 2};
   const auto [q_out, k_out] = module->forward(q, k, in.rotary.positions);
   const auto [expected_q, expected_k] = qk_norm_rotate(in);
