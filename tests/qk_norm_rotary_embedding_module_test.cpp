@@ -170,6 +170,19 @@ TEST_P(QKNormRotaryEmbeddingModule, PositionsChooseTheRowsOfTheTables) {
   expect_same_bits(k_out, expected_k);
 }
 
+TEST_P(QKNormRotaryEmbeddingModule, SectionsChooseTheAxesOfThePositions) {
+  auto module = make(RotaryEmbeddingOptions(kHeadDim).sections({4, 2, 2}));
+  const at::Tensor q = random({1, 3, 2, kHeadDim});
+  const at::Tensor k = random({1, 3, 1, kHeadDim});
+  QKNormInputs in = arguments_of(module, q, k);
+  in.rotary.positions = at::tensor({2, 0, 1, 1, 1, 0, 0, 2, 2}, at::kLong).view({3, 1, 3}).to(device());
+  in.rotary.pair_axes = {0, 0, 0, 0, 1, 1, 2, 2};
+  const auto [q_out, k_out] = module->forward(q, k, in.rotary.positions);
+  const auto [expected_q, expected_k] = qk_norm_rotate(in);
+  expect_same_bits(q_out, expected_q);
+  expect_same_bits(k_out, expected_k);
+}
+
 TEST_P(QKNormRotaryEmbeddingModule, SeqLenReachesTheTables) {
   auto module = make(RotaryEmbeddingOptions(kHeadDim).max_position_embeddings(4));
   const at::Tensor q = random({1, 1, 2, kHeadDim});

@@ -181,6 +181,9 @@ class POSENC_API RotaryEmbeddingImpl : public detail::KeepsDtype<RotaryEmbedding
       const std::optional<torch::Tensor>& positions = std::nullopt,
       std::optional<int64_t> seq_len = std::nullopt);
 
+  /// The axis of `positions` that each pair reads, the `pair_axes` of the operators: none where these have one.
+  torch::IntArrayRef axes_for(const std::optional<torch::Tensor>& positions) const;
+
   /// Makes sure that tables for positions 0 to `length - 1` exist on `device`. Call it before a CUDA graph is
   /// captured, and where positions on a GPU go beyond `max_position_embeddings`. Where frequencies depend on the length,
   /// the tables are those of sequences of this `length`.
@@ -206,8 +209,6 @@ class POSENC_API RotaryEmbeddingImpl : public detail::KeepsDtype<RotaryEmbedding
       {3, torch::nn::AnyValue(std::optional<int64_t>())})
 
  private:
-  /// The axes that pairs read of `positions`: none where these have one.
-  torch::IntArrayRef axes_for(const std::optional<torch::Tensor>& positions) const;
 
   std::vector<int64_t> pair_axes_;                    // of the sections
   std::shared_ptr<detail::RotaryTableCache> tables_;  // where frequencies are fixed

@@ -181,10 +181,7 @@ struct ChunkTables {
     for (int axis = 0; axis < kMaxAxes; ++axis) {
       int64_t position = -1;
       if (axis < positions.num_axes) {
-        const int64_t index =
-            axis * positions.stride_axis + batch * positions.stride_batch + seq * positions.stride_seq;
-        position = positions.is_int64 ? static_cast<const int64_t*>(positions.data)[index]
-                                      : static_cast<const int32_t*>(positions.data)[index];
+        position = load_position(positions, axis, batch, seq);
       }
       rows[axis] = position < problem.table_rows ? static_cast<int32_t>(max(position, int64_t{-1})) : -1;
     }
