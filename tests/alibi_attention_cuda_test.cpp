@@ -235,7 +235,8 @@ class AlibiAttentionCuda : public ::testing::Test {
 
 TEST_F(AlibiAttentionCuda, ForwardPassIsOneKernel) {
   const AttentionInputs in = inputs(training());
-  EXPECT_EQ(recorded_nodes([&] { attend(in); }), (NodeCounts{{cudaGraphNodeTypeKernel, 1}}));
+  // cuDNN may clear its workspace besides.
+  EXPECT_EQ(recorded_nodes([&] { attend(in); })[cudaGraphNodeTypeKernel], 1);
 }
 
 TEST_F(AlibiAttentionCuda, NeverBuildsAPlanTwice) {
