@@ -10,7 +10,6 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include <limits>
 #include <mutex>
 
 namespace posenc {
@@ -41,10 +40,16 @@ bool has_copies(const RotaryProblem& problem) {
   return has_tail(problem) || problem.num_operands == 3;
 }
 
-/// Whether rows of both tables start at one offset of 31 bits, four of which a thread can hold.
-bool has_short_rows(const RotaryProblem& problem) {
-  return problem.cos.stride_row == problem.sin.stride_row &&
-      problem.table_rows * problem.cos.stride_row + problem.num_pairs <= std::numeric_limits<int32_t>::max();
+/// Whether some vector of V elements has pairs of different axes.
+template <int V, bool Interleaved>
+bool mixes_axes(const RotaryProblem& problem) {
+  constexpr int64_t kPairs = Interleaved && V > 1 ? V / 2 : V;
+  for (int64_t pair = 0; pair < problem.num_pairs; ++pair) {
+    if (problem.pair_axes.axis(pair) != problem.pair_axes.axis(pair - pair % kPairs)) {
+      return true;
+    }
+  }
+  return false;
 }
 
 template <typename T, typename Policy>
@@ -76,7 +81,8 @@ void launch(const RotaryProblem& problem) {
   }
   const cuda::RotaryGrid grid{
       cuda::Divider(static_cast<uint32_t>(tokens_first ? token_groups : head_groups)),
-      cuda::Divider(static_cast<uint32_t>(problem.seq_len)), static_cast<int32_t>(num_chunks), tokens_first};
+      cuda::Divider(static_cast<uint32_t>(problem.seq_len)), static_cast<int32_t>(num_chunks), tokens_first,
+      Policy::kAxes && mixes_axes<Policy::kVectorWidth, Policy::kInterleaved>(problem)};
   const dim3 blocks(token_groups * head_groups, chunk_groups);
   const dim3 threads(chunks, heads, tokens);
   cuda::rotary_embedding_kernel<T, Policy><<<blocks, threads, 0, c10::cuda::getCurrentCUDAStream()>>>(problem, grid);
@@ -122,8 +128,7 @@ void launch_widest(const RotaryProblem& problem) {
 template <typename T, bool Interleaved>
 void launch_with_axes(const RotaryProblem& problem) {
   constexpr int V = cuda::kMaxVectorBytes / sizeof(T);
-  if (cuda::divides(V, problem.num_pairs, problem.head_dim) && has_short_rows(problem) &&
-      allows<T, V, Interleaved, false>(problem)) {
+  if (cuda::divides(V, problem.num_pairs, problem.head_dim) && allows<T, V, Interleaved, false>(problem)) {
     cuda::for_bool(has_copies(problem), [&](auto copying) {
       launch<T, cuda::RotaryPolicy<V, Interleaved, false, decltype(copying)::value, true>>(problem);
     });

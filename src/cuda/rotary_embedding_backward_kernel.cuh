@@ -39,17 +39,6 @@ struct RotaryBackwardGrid {
   int32_t num_chunks;  // of one head
 };
 
-/// Where the i-th pair of a chunk is in a row of the tables.
-template <typename Policy>
-POSENC_HOST_DEVICE int pair_of_chunk(int chunk, int i, int num_pairs) {
-  constexpr int V = Policy::kVectorWidth;
-  if constexpr (Policy::kInterleaved && V > 1) {
-    return i < V / 2 ? chunk * V / 2 + i : (num_pairs + chunk * V) / 2 + i - V / 2;
-  } else {
-    return chunk * V + i;
-  }
-}
-
 /// One head of one token: the gradient of its output, its input, and the gradient of its input.
 template <typename T>
 struct BackwardPlace {

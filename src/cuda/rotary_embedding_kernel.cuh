@@ -3,13 +3,14 @@
 #include <contract/rotary_problem.h>
 #include <cuda/detail/launch.h>
 #include <cuda/detail/rotary_chunk.cuh>
+#include <cuda/detail/rotary_stage.cuh>
 
 // Rotates one or two tensors, and copies a third, in one launch; forward and backward are the same kernel. As a thread
 // loads its whole chunk before it stores, outputs may be the inputs.
 //
 // A thread owns one chunk (rotary_chunk.cuh) of one head of one token. Threads along x are the chunks of a head,
-// along y the heads (all of q, then all of k, then all of v), along z tokens. Blocks go through the heads of a token first, and
-// so through memory in its order (4 % for float32, measured on an H200).
+// along y the heads (all of q, then all of k, then all of v), along z tokens. Blocks go through the heads of a token
+// first, and so through memory in its order (4 % for float32, measured on an H200).
 namespace posenc::cuda {
 
 /// What a launch knows beforehand. Each removes code, and registers with it, from the kernel.
@@ -28,12 +29,12 @@ struct RotaryGrid {
   Divider seq_len;
   int32_t num_chunks;  // of one head
   bool tokens_first;
+  bool mixes_axes;  // some vector has pairs of different axes
 };
 
-/// Blocks that an SM holds at least. With two vectors of pairs that choose their axes, and a branch that copies, 40
-/// registers spill.
+/// Blocks that an SM holds at least. What waits at the barrier of rotary_stage.cuh does not fit into 40 registers.
 template <typename Policy>
-constexpr int kMinBlocksOf = Policy::kAxes && Policy::kCopies && Policy::kInterleaved ? 10 : kMinBlocks;
+constexpr int kMinBlocksOf = Policy::kAxes && Policy::kVectorWidth > 1 ? 10 : kMinBlocks;
 
 template <typename T, typename Policy>
 __global__ void __launch_bounds__(kMaxThreads, kMinBlocksOf<Policy>)
@@ -48,7 +49,9 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocksOf<Policy>)
   const auto k_heads = static_cast<uint32_t>(problem.operands[1].num_heads);
   const auto v_heads = Policy::kCopies ? static_cast<uint32_t>(problem.operands[2].num_heads) : 0;
   const uint32_t batch = grid.seq_len.quotient(token);
-  if (batch >= problem.batch || head_of_all >= q_heads + k_heads + v_heads) {
+  const bool has_token = batch < problem.batch;
+  const bool live = has_token && head_of_all < q_heads + k_heads + v_heads;
+  if (!Policy::kAxes && !live) {
     return;
   }
   const uint32_t seq = token - batch * grid.seq_len.divisor;
@@ -68,7 +71,13 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocksOf<Policy>)
       is_v};
 
   const int chunk = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x);
-  if (chunk < grid.num_chunks) {
+  if constexpr (Policy::kAxes && Policy::kVectorWidth > 1) {
+    if (grid.mixes_axes) {
+      rotate_chunk_by_stage<Policy>(problem, place, chunk, has_token, live && chunk < grid.num_chunks);
+      return;
+    }
+  }
+  if (live && chunk < grid.num_chunks) {
     rotate_chunk<Policy>(problem, place, chunk);
   }
 }

@@ -137,68 +137,8 @@ __device__ void rotate_and_store(
   store_channels<V>(place.out, second, place.out_stride, b);
 }
 
-/// The axes of N neighbouring pairs, the first of which is a multiple of N: two bits each, in order.
-template <int N>
-__device__ uint32_t axes_of_pairs(const PairAxes& axes, int pair) {
-  static_assert(PairAxes::kPairsPerWord % N == 0, "pairs must not straddle words");
-  const uint32_t word = axes.words[pair / PairAxes::kPairsPerWord] >> (2 * (pair % PairAxes::kPairsPerWord));
-  return word & (0xffffffffU >> (32 - 2 * N));
-}
-
-/// Offsets of the rows that one token reads by each axis, and a bit for each axis whose row does not exist. One offset
-/// of 31 bits serves both tables, or four of them would not fit into the registers of a thread.
-struct AxisRows {
-  int32_t offsets[kMaxAxes];
-  uint32_t outside;
-
-  __device__ int32_t of(uint32_t axis) const {
-    const int32_t low = (axis & 1U) != 0 ? offsets[1] : offsets[0];
-    const int32_t high = (axis & 1U) != 0 ? offsets[3] : offsets[2];
-    return (axis & 2U) != 0 ? high : low;
-  }
-};
-
-__device__ inline AxisRows axis_rows(const RotaryProblem& problem, int64_t batch, int64_t seq) {
-  AxisRows rows;
-  rows.outside = 0;
-#pragma unroll
-  for (int axis = 0; axis < kMaxAxes; ++axis) {
-    const int64_t position = axis < problem.positions.num_axes ? load_position(problem.positions, axis, batch, seq) : 0;
-    const bool exists = position >= 0 && position < problem.table_rows;
-    rows.offsets[axis] = exists ? static_cast<int32_t>(position) * static_cast<int32_t>(problem.cos.stride_row) : 0;
-    rows.outside |= exists ? 0U : 1U << axis;
-  }
-  return rows;
-}
-
-/// Entries of N neighbouring pairs that read rows of their own.
-template <int N, typename Real>
-struct AxisEntries {
-  Vector<Real, N> cos, sin;
-
-  __device__ AxisEntries(const RotaryProblem& problem, const AxisRows& rows, uint32_t axes, int pair) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const int32_t entry = rows.of(axes >> (2 * i)) + pair + i;
-      cos[i] = static_cast<const Real*>(problem.cos.data)[entry];
-      sin[i] = static_cast<const Real*>(problem.sin.data)[entry];
-    }
-  }
-
-  /// Makes a sine NaN where the row does not exist: after all loads are under way.
-  __device__ void mark(uint32_t outside, uint32_t axes) {
-    if (outside != 0) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        sin[i] = (outside >> (axes >> (2 * i) & 3U) & 1U) != 0 ? static_cast<Real>(NAN) : sin[i];
-      }
-    }
-  }
-};
-
-/// Rotates a chunk whose pairs choose among the axes of the positions. Where all pairs of a vector read one, as in the
-/// sections of Qwen2-VL, the tables are read in vectors; else, as in the cycles of Qwen3-VL, entry by entry. Which of
-/// the two is the same for all heads. Tables of one entry a vector have nothing to choose.
+/// Rotates a chunk whose pairs choose among the axes of the positions, all of a vector the same one, as in the sections
+/// of Qwen2-VL. Vectors that mix axes are for rotary_stage.cuh.
 template <typename Policy, typename T>
 __device__ void rotate_chunk_by_axes(
     const RotaryProblem& problem,
@@ -211,45 +151,26 @@ __device__ void rotate_chunk_by_axes(
     int pair_b) {
   using Real = arithmetic_t<T>;
   constexpr int V = Policy::kVectorWidth;
-  constexpr bool kTwo = Policy::kInterleaved && V > 1;  // vectors with pairs, and so axes, of their own
+  constexpr bool kTwo = Policy::kInterleaved && V > 1;  // vectors with pairs, and so an axis, of their own
   constexpr int kPairs = kTwo ? V / 2 : V;
-  constexpr uint32_t kEach = 0x55555555U >> (32 - 2 * kPairs);
-  const uint32_t axes_a = axes_of_pairs<kPairs>(problem.pair_axes, pair_a);
-  const uint32_t axes_b = kTwo ? axes_of_pairs<kPairs>(problem.pair_axes, pair_b) : axes_a;
-  const uint32_t axis_a = axes_a & 3U;
-  const uint32_t axis_b = axes_b & 3U;
-  if (kPairs == 1 || (axes_a == axis_a * kEach && axes_b == axis_b * kEach)) {
-    const TableRow<Real> row_a = table_row<Real>(problem, place.batch, place.seq, axis_a);
-    const TableRow<Real> row_b = kTwo ? table_row<Real>(problem, place.batch, place.seq, axis_b) : row_a;
-    const auto load_from = [&](const RotaryTable& table, int64_t row, int pair) {
-      return load_entries<kPairs, V == 1>(static_cast<const Real*>(table.data) + row, pair, table.stride_pair);
-    };
-    const auto cos_a = load_from(problem.cos, row_a.cos, pair_a);
-    const auto sin_a = load_from(problem.sin, row_a.sin, pair_a);
-    const auto cos_b = kTwo ? load_from(problem.cos, row_b.cos, pair_b) : cos_a;
-    const auto sin_b = kTwo ? load_from(problem.sin, row_b.sin, pair_b) : sin_a;
-    rotate_and_store<Policy>(place, first, second, a, b, cos_a, sin_a, row_a.sign, cos_b, sin_b, row_b.sign);
-    return;
-  }
-  if constexpr (kPairs > 1) {
-    const AxisRows rows = axis_rows(problem, place.batch, place.seq);
-    const Real sign = problem.conjugate ? Real(-1) : Real(1);
-    AxisEntries<kPairs, Real> of_a(problem, rows, axes_a, pair_a);
-    if constexpr (kTwo) {
-      AxisEntries<kPairs, Real> of_b(problem, rows, axes_b, pair_b);
-      of_a.mark(rows.outside, axes_a);
-      of_b.mark(rows.outside, axes_b);
-      rotate_and_store<Policy>(place, first, second, a, b, of_a.cos, of_a.sin, sign, of_b.cos, of_b.sin, sign);
-    } else {
-      of_a.mark(rows.outside, axes_a);
-      rotate_and_store<Policy>(place, first, second, a, b, of_a.cos, of_a.sin, sign, of_a.cos, of_a.sin, sign);
-    }
-  }
+  const auto row_of = [&](int pair) {
+    return table_row<Real>(problem, place.batch, place.seq, problem.pair_axes.axis(pair));
+  };
+  const auto load_from = [&](const RotaryTable& table, int64_t row, int pair) {
+    return load_entries<kPairs, V == 1>(static_cast<const Real*>(table.data) + row, pair, table.stride_pair);
+  };
+  const TableRow<Real> row_a = row_of(pair_a);
+  const TableRow<Real> row_b = kTwo ? row_of(pair_b) : row_a;
+  const auto cos_a = load_from(problem.cos, row_a.cos, pair_a);
+  const auto sin_a = load_from(problem.sin, row_a.sin, pair_a);
+  const auto cos_b = kTwo ? load_from(problem.cos, row_b.cos, pair_b) : cos_a;
+  const auto sin_b = kTwo ? load_from(problem.sin, row_b.sin, pair_b) : sin_a;
+  rotate_and_store<Policy>(place, first, second, a, b, cos_a, sin_a, row_a.sign, cos_b, sin_b, row_b.sign);
 }
 
-/// Rotates one chunk, or copies it where it lies behind the rotary width or its tensor is only copied. All loads come before the first use of
-/// any, so that a thread waits for memory once. Where the token
-/// has no row in the tables, all of it becomes NaN.
+/// Rotates one chunk, or copies it where it lies behind the rotary width or its tensor is only copied. All loads come
+/// before the first use of any, so that a thread waits for memory once. Where the token has no row in the tables, all of
+/// it becomes NaN.
 template <typename Policy, typename T>
 __device__ void rotate_chunk(const RotaryProblem& problem, const Place<T>& place, int chunk) {
   using Real = arithmetic_t<T>;

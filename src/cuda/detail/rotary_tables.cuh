@@ -43,6 +43,17 @@ __device__ constexpr int second_of_pair(int pair) {
   return Policy::kInterleaved ? 2 * pair + 1 : Policy::kVectorWidth + pair;
 }
 
+/// Where the i-th pair of a chunk is in a row of the tables.
+template <typename Policy>
+POSENC_HOST_DEVICE int pair_of_chunk(int chunk, int i, int num_pairs) {
+  constexpr int V = Policy::kVectorWidth;
+  if constexpr (Policy::kInterleaved && V > 1) {
+    return i < V / 2 ? chunk * V / 2 + i : (num_pairs + chunk * V) / 2 + i - V / 2;
+  } else {
+    return chunk * V + i;
+  }
+}
+
 /// The elements of a chunk of one head, each once.
 template <typename T, typename Policy>
 struct HeadChunk {
