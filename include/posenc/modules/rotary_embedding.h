@@ -89,10 +89,10 @@ struct POSENC_API RotaryEmbeddingOptions {
 
 /// Rotary position embedding (RoFormer, Su et al. 2021, https://arxiv.org/abs/2104.09864) for queries and keys.
 ///
-/// The module has no parameters (but see below) and no buffers: its tables are float32 (float64 for float64 inputs) whatever
-/// dtype the model is converted to, are built on the device of the input when they are first needed, grow by
-/// doubling, and stay allocated as long as the module or a clone of it lives, so that kernels in flight and captured CUDA
-/// graphs never lose them. Clones share them. `forward` may be called from several threads.
+/// The module has no parameters (but see below) and no buffers: its tables are float32 (float64 for float64 inputs)
+/// whatever dtype the model is converted to, are built on the device of the input when they are first needed, grow by
+/// doubling, and stay allocated as long as the module or a clone of it lives, so that kernels in flight and captured
+/// CUDA graphs never lose them. Clones share them. `forward` may be called from several threads.
 ///
 /// Dynamic NTK and LongRoPE have other frequencies for longer sequences. The length is `seq_len` where it is given, else
 /// that of the input or what positions on a CPU say; it is never read from a device. LongRoPE has two sets of tables.
@@ -101,8 +101,8 @@ struct POSENC_API RotaryEmbeddingOptions {
 /// step.
 ///
 /// With `learnable_frequencies` the inverse frequencies are the parameter `inv_freq`, which starts with those of the
-/// options, of a plan that does not depend on the length, and stays float32 under `to(dtype)`. Tables are then computed from it in every call, with angles of float64,
-/// by `rotary_tables`, and gradients flow to it, the same bits every time.
+/// options, of a plan that does not depend on the length, and stays float32 under `to(dtype)`. Tables are then computed
+/// from it in every call, with angles of float64, by `rotary_tables`, and gradients flow to it, the same bits every time.
 ///
 /// Example:
 /// ```
@@ -209,7 +209,6 @@ class POSENC_API RotaryEmbeddingImpl : public detail::KeepsDtype<RotaryEmbedding
       {3, torch::nn::AnyValue(std::optional<int64_t>())})
 
  private:
-
   std::vector<int64_t> pair_axes_;                    // of the sections
   std::shared_ptr<detail::RotaryTableCache> tables_;  // where frequencies are fixed
   double attention_factor_ = 1.0;                     // where they are learnable
