@@ -81,8 +81,7 @@ void launch(const RotaryProblem& problem) {
   }
   const cuda::RotaryGrid grid{
       cuda::Divider(static_cast<uint32_t>(tokens_first ? token_groups : head_groups)),
-      cuda::Divider(static_cast<uint32_t>(problem.seq_len)), static_cast<int32_t>(num_chunks), tokens_first,
-      Policy::kAxes && mixes_axes<Policy::kVectorWidth, Policy::kInterleaved>(problem)};
+      cuda::Divider(static_cast<uint32_t>(problem.seq_len)), static_cast<int32_t>(num_chunks), tokens_first};
   const dim3 blocks(token_groups * head_groups, chunk_groups);
   const dim3 threads(chunks, heads, tokens);
   cuda::rotary_embedding_kernel<T, Policy><<<blocks, threads, 0, c10::cuda::getCurrentCUDAStream()>>>(problem, grid);
@@ -130,7 +129,10 @@ void launch_with_axes(const RotaryProblem& problem) {
   constexpr int V = cuda::kMaxVectorBytes / sizeof(T);
   if (cuda::divides(V, problem.num_pairs, problem.head_dim) && allows<T, V, Interleaved, false>(problem)) {
     cuda::for_bool(has_copies(problem), [&](auto copying) {
-      launch<T, cuda::RotaryPolicy<V, Interleaved, false, decltype(copying)::value, true>>(problem);
+      cuda::for_bool(mixes_axes<V, Interleaved>(problem), [&](auto mixing) {
+        launch<T, cuda::RotaryPolicy<V, Interleaved, false, decltype(copying)::value, true, decltype(mixing)::value>>(
+            problem);
+      });
     });
   } else {
     warn_of_narrow_vectors();

@@ -14,13 +14,20 @@
 namespace posenc::cuda {
 
 /// What a launch knows beforehand. Each removes code, and registers with it, from the kernel.
-template <int VectorWidth, bool IsInterleaved, bool IsSplat, bool HasCopies, bool HasAxes = false>
+template <
+    int VectorWidth,
+    bool IsInterleaved,
+    bool IsSplat,
+    bool HasCopies,
+    bool HasAxes = false,
+    bool DoesMixAxes = false>
 struct RotaryPolicy {
   static constexpr int kVectorWidth = VectorWidth;
   static constexpr bool kInterleaved = IsInterleaved;
-  static constexpr bool kSplat = IsSplat;     // one value for all channels of a head
-  static constexpr bool kCopies = HasCopies;  // channels behind the rotary width, or a tensor that is only copied
-  static constexpr bool kAxes = HasAxes;      // pairs choose among the axes of the positions
+  static constexpr bool kSplat = IsSplat;          // one value for all channels of a head
+  static constexpr bool kCopies = HasCopies;       // channels behind the rotary width, or a tensor that is only copied
+  static constexpr bool kAxes = HasAxes;           // pairs choose among the axes of the positions
+  static constexpr bool kMixesAxes = DoesMixAxes;  // and not all pairs of a vector choose the same
 };
 
 /// How blocks are laid over the tensors. `groups` counts those along whichever of heads and tokens comes first.
@@ -29,12 +36,11 @@ struct RotaryGrid {
   Divider seq_len;
   int32_t num_chunks;  // of one head
   bool tokens_first;
-  bool mixes_axes;  // some vector has pairs of different axes
 };
 
 /// Blocks that an SM holds at least. What waits at the barrier of rotary_stage.cuh does not fit into 40 registers.
 template <typename Policy>
-constexpr int kMinBlocksOf = Policy::kAxes && Policy::kVectorWidth > 1 ? 10 : kMinBlocks;
+constexpr int kMinBlocksOf = Policy::kMixesAxes ? 10 : kMinBlocks;
 
 template <typename T, typename Policy>
 __global__ void __launch_bounds__(kMaxThreads, kMinBlocksOf<Policy>)
@@ -51,7 +57,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocksOf<Policy>)
   const uint32_t batch = grid.seq_len.quotient(token);
   const bool has_token = batch < problem.batch;
   const bool live = has_token && head_of_all < q_heads + k_heads + v_heads;
-  if (!Policy::kAxes && !live) {
+  if (!Policy::kMixesAxes && !live) {
     return;
   }
   const uint32_t seq = token - batch * grid.seq_len.divisor;
@@ -71,13 +77,10 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocksOf<Policy>)
       is_v};
 
   const int chunk = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x);
-  if constexpr (Policy::kAxes && Policy::kVectorWidth > 1) {
-    if (grid.mixes_axes) {
-      rotate_chunk_by_stage<Policy>(problem, place, chunk, has_token, live && chunk < grid.num_chunks);
-      return;
-    }
-  }
-  if (live && chunk < grid.num_chunks) {
+  const bool exists = live && chunk < grid.num_chunks;
+  if constexpr (Policy::kMixesAxes) {
+    rotate_chunk_by_stage<Policy>(problem, place, chunk, has_token, exists);
+  } else if (exists) {
     rotate_chunk<Policy>(problem, place, chunk);
   }
 }

@@ -4,8 +4,9 @@
 #include <cuda/detail/rotary_tables.cuh>
 
 // Rotation where the pairs of a vector read rows of different axes, as in the cycles of Qwen3-VL. Entry by entry a thread
-// would fetch 2 V single numbers (1.32 times the copy, measured on an H100). Instead the threads of a token fetch each
-// number once, and all heads of a block take them from shared memory in vectors. No torch.
+// would fetch 2 V single numbers. Instead the threads of a token fetch each number once, and all heads of a block take
+// them from shared memory in vectors: 1.23 times the copy instead of 1.32, measured on an H100 with bfloat16, 4 x 8192
+// tokens, 32 and 8 heads of 128. No torch.
 namespace posenc::cuda {
 
 /// Rotates one chunk, or copies it. All threads of a block take part: `has_token` says whether there is a token to fetch
