@@ -40,6 +40,15 @@ cuda::HeadOrder order_of(const RotaryProblem& problem, const RotaryProblem::Oper
       static_cast<uint32_t>(problem.batch * problem.seq_len * operand.num_heads), tokens_first};
 }
 
+/// See `NormGrid::mix`. The second kernel of the backward pass wants the sums of each operand one after the other.
+uint32_t mix_of(int64_t blocks_of_first, int64_t num_blocks, bool sums) {
+  const int64_t blocks_of_second = num_blocks - blocks_of_first;
+  if (sums || blocks_of_first == 0 || blocks_of_second == 0) {
+    return 0;
+  }
+  return static_cast<uint32_t>(cuda::ceil_div(blocks_of_second << 32, num_blocks));
+}
+
 /// `sums`: every block forms a sum for the weights.
 LaunchPlan plan_launch(const char* op, const RotaryProblem& problem, int vector_width, bool sums) {
   const int64_t num_chunks = cuda::num_chunks(vector_width, problem.num_pairs, problem.head_dim);
@@ -76,7 +85,8 @@ LaunchPlan plan_launch(const char* op, const RotaryProblem& problem, int vector_
       {{order_of(problem, problem.operands[0]), order_of(problem, problem.operands[1])},
        static_cast<uint32_t>(blocks_of_first),
        static_cast<int32_t>(num_chunks),
-       static_cast<int32_t>(in_turn)},
+       static_cast<int32_t>(in_turn),
+       mix_of(blocks_of_first, num_blocks, sums)},
       dim3(num_blocks),
       dim3(lanes, rows)};
 }
@@ -161,9 +171,15 @@ void run_typed(const QKNormRotaryProblem& problem) {
     launch<T, SinglePolicy<T, Interleaved>>(problem);
     return;
   }
-  cuda::for_bool(rotary.positions.num_axes > 0, [&](auto axes) {
-    launch<T, cuda::NormPolicy<V, Interleaved, false, decltype(axes)::value, W>>(problem);
-  });
+  const int64_t num_chunks = cuda::num_chunks(V, rotary.num_pairs, rotary.head_dim);
+  const bool whole = 2 * rotary.num_pairs == rotary.head_dim && (num_chunks & (num_chunks - 1)) == 0;
+  if (rotary.positions.num_axes > 0) {
+    launch<T, cuda::NormPolicy<V, Interleaved, false, true, W>>(problem);
+  } else {
+    cuda::for_bool(whole, [&](auto is_whole) {
+      launch<T, cuda::NormPolicy<V, Interleaved, false, false, W, decltype(is_whole)::value>>(problem);
+    });
+  }
 }
 
 void run(const QKNormRotaryProblem& problem, const Tensor& like) {
