@@ -342,9 +342,10 @@ def problems(device):
 
 
 def commit():
+    """As posenc_bench prints it; POSENC_COMMIT names it where the checkout has no history of its own."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or os.environ.get("POSENC_COMMIT", "unknown")
+    return os.environ.get("POSENC_COMMIT") or found.stdout.strip() or "unknown"
 
 
 def heading(device):
