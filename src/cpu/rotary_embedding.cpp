@@ -1,6 +1,7 @@
 #include <contract/rotary_embedding.h>
 #include <cpu/detail/clones.h>
 #include <cpu/detail/dispatch.h>
+#include <cpu/detail/lanes.h>
 #include <cpu/detail/rotate.h>
 
 #include <ATen/Parallel.h>
@@ -16,9 +17,6 @@ namespace posenc {
 namespace {
 
 using cpu::arithmetic_t;
-
-/// Elements that make it worth handing work to another thread: some ten microseconds of it.
-constexpr int64_t kGrainElements = 32768;
 
 /// The heads of one token in one tensor.
 template <typename T>
@@ -145,7 +143,7 @@ template <typename T>
 void run_typed(const RotaryProblem& problem) {
   using Real = arithmetic_t<T>;
   const int64_t num_heads = problem.num_heads();
-  const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, num_heads * problem.head_dim));
+  const int64_t grain = std::max<int64_t>(1, cpu::kGrainElements / std::max<int64_t>(1, num_heads * problem.head_dim));
   const bool has_axes = problem.positions.num_axes > 0;
   at::parallel_for(0, problem.batch * problem.seq_len, grain, [&](int64_t begin, int64_t end) {
     std::optional<GatheredTables<Real>> gathered;

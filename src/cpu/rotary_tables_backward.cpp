@@ -1,5 +1,6 @@
 #include <contract/rotary_frequencies.h>
 #include <cpu/detail/clones.h>
+#include <cpu/detail/lanes.h>
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/zeros.h>
@@ -11,9 +12,6 @@ namespace posenc {
 namespace {
 
 using at::Tensor;
-
-/// Elements that make it worth handing work to another thread: some ten microseconds of it.
-constexpr int64_t kGrainElements = 32768;
 
 /// One row of each table from one pair on.
 template <typename T>
@@ -40,7 +38,7 @@ POSENC_CPU_CLONES void add_row(const Row<T>& row, double position, int64_t count
 /// Every pair is summed by one thread, in the order of positions.
 template <typename T>
 void run(const FrequenciesBackwardProblem& problem, double* sums) {
-  const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, problem.length));
+  const int64_t grain = std::max<int64_t>(1, cpu::kGrainElements / std::max<int64_t>(1, problem.length));
   const bool dense = problem.grad_cos.stride_pair == 1 && problem.grad_sin.stride_pair == 1 &&
       problem.cos.stride_pair == 1 && problem.sin.stride_pair == 1;
   const auto add = dense ? add_row<T, true> : add_row<T, false>;
