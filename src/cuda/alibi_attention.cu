@@ -2,14 +2,8 @@
 #include <ops/alibi_attention.h>
 #include <posenc/logging.h>
 #if POSENC_CUDNN
+#include <cuda/detail/attention_slopes.h>
 #include <cuda/detail/cudnn_attention.h>
-#include <cuda/detail/dispatch.h>
-#include <cuda/detail/launch.h>
-#include <cuda/alibi_attention_slopes_kernel.cuh>
-
-#include <ATen/ops/empty.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAStream.h>
 #endif
 
 #include <c10/cuda/CUDAGuard.h>
@@ -26,82 +20,6 @@ using at::Tensor;
 
 #if POSENC_CUDNN
 using cuda::why_not_cudnn;
-
-cuda::HeadRows head_rows(const Tensor& x) {
-  return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
-}
-
-template <typename T, int D>
-void launch_slopes(const cuda::AlibiAttentionSlopesProblem& problem, const dim3& grid) {
-  const auto kernel = cuda::alibi_attention_slopes_kernel<T, D>;
-  constexpr int kShared = cuda::kSlopesShared<D>;
-  C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
-  kernel<<<grid, cuda::kSlopesThreads, kShared, c10::cuda::getCurrentCUDAStream()>>>(problem);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
-template <typename T>
-void launch_slopes(int64_t head_dim, const cuda::AlibiAttentionSlopesProblem& problem, const dim3& grid) {
-  // The head sizes that cuDNN is asked for.
-  switch (head_dim) {
-    case 32:
-      return launch_slopes<T, 32>(problem, grid);
-    case 64:
-      return launch_slopes<T, 64>(problem, grid);
-    case 80:
-      return launch_slopes<T, 80>(problem, grid);
-    case 96:
-      return launch_slopes<T, 96>(problem, grid);
-    case 128:
-      return launch_slopes<T, 128>(problem, grid);
-    case 192:
-      return launch_slopes<T, 192>(problem, grid);
-    case 256:
-      return launch_slopes<T, 256>(problem, grid);
-    default:
-      TORCH_INTERNAL_ASSERT(false, "cuDNN is not asked for heads of ", head_dim);
-  }
-}
-
-/// The gradient of the slopes of a call that cuDNN takes.
-Tensor slopes_backward(const attention::Padded& call, const Tensor& grad_out, const Tensor& lse) {
-  const int64_t heads = call.q_heads();
-  const dim3 grid(cuda::ceil_div(call.q_len(), cuda::kSlopesRows), heads, call.batch());
-  const Tensor dense_lse = lse.contiguous();
-  const Tensor slopes = call.slopes.contiguous();
-  const Tensor sums = at::empty({heads, call.batch(), grid.x}, call.q.options().dtype(at::kDouble));
-  const auto lengths = [](const Tensor& seqlens) {
-    return seqlens.defined() ? seqlens.const_data_ptr<int64_t>() : nullptr;
-  };
-  const Tensor seqlens_q = call.seqlens_q.defined() ? call.seqlens_q.contiguous() : Tensor();
-  const Tensor seqlens_k = call.seqlens_k.defined() ? call.seqlens_k.contiguous() : Tensor();
-  const cuda::AlibiAttentionSlopesProblem problem{
-      head_rows(call.q),
-      head_rows(call.k),
-      head_rows(call.v),
-      head_rows(grad_out),
-      dense_lse.const_data_ptr<float>(),
-      slopes.const_data_ptr<float>(),
-      lengths(seqlens_q),
-      lengths(seqlens_k),
-      sums.mutable_data_ptr<double>(),
-      static_cast<int32_t>(call.q_len()),
-      static_cast<int32_t>(call.k_len()),
-      static_cast<int32_t>(call.query_offset.value()),
-      static_cast<int32_t>(heads / call.k_heads()),
-      static_cast<float>(call.scale),
-      call.causal};
-  if (call.q.scalar_type() == at::kHalf) {
-    launch_slopes<__half>(call.head_dim(), problem, grid);
-  } else {
-    launch_slopes<__nv_bfloat16>(call.head_dim(), problem, grid);
-  }
-  Tensor result = at::empty({heads}, call.q.options().dtype(at::kFloat));
-  cuda::sum_of_heads_kernel<float><<<dim3(heads), cuda::kHeadSumThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-      problem.sums, call.batch() * grid.x, result.mutable_data_ptr<float>());
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return result;
-}
 #else
 std::string why_not_cudnn(const attention::Padded& /*call*/) {
   return "the library was built without cuDNN (POSENC_CUDNN)";
@@ -177,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> alibi_attention_backward_cuda(
       const Tensor result = cuda::readable_rows(padded, padded_out);
       return std::tuple_cat(
           cuda::cudnn_attention_backward(padded, grad, result, padded_lse),
-          std::tuple(slopes_grad ? slopes_backward(padded, grad, padded_lse) : Tensor()));
+          std::tuple(slopes_grad ? cuda::attention_slopes_backward(padded, grad, padded_lse) : Tensor()));
     }
 #endif
     return attention::blockwise_backward(
