@@ -155,7 +155,7 @@ ModelDefaults defaults_of(const std::string& model_type) {
   const auto with_base = [](const char* name, double rope_theta) {
     return ModelDefaults{name, std::nullopt, rope_theta};
   };
-  static const std::vector<ModelDefaults> kDefaults = {
+  static const std::vector<ModelDefaults> defaults = {
       ModelDefaults{"codegen", std::nullopt, 10000.0, 1.0, 64},
       with_base("cohere", 500000.0),
       with_head("ernie4_5", 128, 500000.0),
@@ -184,10 +184,10 @@ ModelDefaults defaults_of(const std::string& model_type) {
       with_head("qwen3_vl_text", 128, 500000.0),
       with_part("stablelm", 0.25),
   };
-  const auto found = std::find_if(kDefaults.begin(), kDefaults.end(), [&](const ModelDefaults& defaults) {
-    return defaults.model_type == model_type;
+  const auto found = std::find_if(defaults.begin(), defaults.end(), [&](const ModelDefaults& one) {
+    return one.model_type == model_type;
   });
-  return found == kDefaults.end() ? ModelDefaults() : *found;
+  return found == defaults.end() ? ModelDefaults() : *found;
 }
 
 /// Models whose pairs are channels (2i, 2i + 1), where the file has no `rope_interleave`.

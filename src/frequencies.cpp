@@ -366,7 +366,8 @@ Tensor rotary_xpos_scales(int64_t rotary_dim, int64_t length, double scale_base)
   const auto float64 = at::TensorOptions().dtype(at::kDouble);
   const auto dim = static_cast<double>(rotary_dim);
   const Tensor z = at::arange(rotary_dim / 2, float64).mul(2.0).add(0.4 * dim).div(1.4 * dim);
-  const Tensor exponent = at::arange(length, float64).sub(static_cast<double>(length / 2)).div(scale_base);
+  const int64_t middle = length / 2;
+  const Tensor exponent = at::arange(length, float64).sub(static_cast<double>(middle)).div(scale_base);
   return at::pow(z, exponent.unsqueeze(-1));
 }
 

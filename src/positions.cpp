@@ -204,7 +204,7 @@ Tensor packed_positions(const Tensor& cu_seqlens, int64_t num_tokens, const std:
         cu_seqlens.scalar_type(), ", got ", offsets->scalar_type());
     check_device(op, "offsets", *offsets, "cu_seqlens", cu_seqlens);
   }
-  const Tensor tokens = count_to(num_tokens, cu_seqlens.scalar_type(), cu_seqlens.device());
+  Tensor tokens = count_to(num_tokens, cu_seqlens.scalar_type(), cu_seqlens.device());
   if (cu_seqlens.size(0) == 1) {
     return tokens;
   }
