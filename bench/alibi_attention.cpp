@@ -4,11 +4,19 @@
 #include <posenc/alibi.h>
 #include <posenc/alibi_attention.h>
 
+#ifdef POSENC_CUDNN
+#include <cuda/detail/cudnn_attention.h>
+#include <cuda/detail/cudnn_graph.h>
+#endif
+
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/autograd.h>
 
-#include <limits>
+#include <cmath>
+#include <optional>
 #include <sstream>
+#include <tuple>
 #include <utility>
 
 namespace posenc::bench {
@@ -110,45 +118,61 @@ Call make_without_bias(const Configuration& c, const at::Tensor& /*slopes*/) {
       };
 }
 
-/// Random q, k and v of one configuration, the published slopes, and the call to make with them.
+/// Random q, k and v of one configuration, the gradient of the result, and the published slopes.
 struct Problem {
-  Problem(const Configuration& c, c10::Device device, CallFactory factory)
-      : slopes(alibi_slopes(c.heads).to(device).requires_grad_(c.learnable)), call(factory(c, slopes.detach())) {
+  Problem(const Configuration& c, c10::Device device)
+      : slopes(alibi_slopes(c.heads).to(device).requires_grad_(c.learnable)) {
     const auto options = at::TensorOptions().dtype(c.dtype).device(device);
-    for (at::Tensor* tensor : {&q, &k, &v}) {
-      *tensor = at::randn({c.batch, c.sequence, c.heads, c.head_dim}, options).requires_grad_();
+    for (at::Tensor* tensor : {&q, &k, &v, &gradient}) {
+      *tensor = at::randn({c.batch, c.sequence, c.heads, c.head_dim}, options);
+    }
+    for (const at::Tensor& tensor : {q, k, v}) {
+      tensor.requires_grad_();
     }
   }
 
-  at::Tensor run() const { return call(q, k, v, slopes); }
+  at::Tensor run(const Call& call) const { return call(q, k, v, slopes); }
 
   std::vector<at::Tensor> leaves() const {
     return slopes.requires_grad() ? std::vector<at::Tensor>{q, k, v, slopes} : std::vector<at::Tensor>{q, k, v};
   }
 
-  at::Tensor q, k, v, slopes;
-  Call call;
+  void differentiate(const at::Tensor& output) const {
+    torch::autograd::grad(
+        {output}, leaves(), {gradient}, /*retain_graph=*/true, /*create_graph=*/false, /*allow_unused=*/true);
+  }
+
+  at::Tensor q, k, v, slopes, gradient;
 };
 
-Timing time_kernel(Device& device, const Problem& problem, Pass pass) {
+Timing time_kernel(Device& device, const Problem& problem, const Call& call, Pass pass) {
   if (pass == Pass::forward) {
-    return measure([&] { return device.time([&] { problem.run(); }); });
+    return measure([&] { return device.time([&] { problem.run(call); }); });
   }
-  const at::Tensor output = problem.run();
-  const std::vector<at::Tensor> inputs = problem.leaves();
-  const at::Tensor gradient = at::randn_like(output);
-  return measure([&] {
-    return device.time([&] {
-      torch::autograd::grad(
-          {output}, inputs, {gradient}, /*retain_graph=*/true, /*create_graph=*/false, /*allow_unused=*/true);
-    });
+  const at::Tensor output = problem.run(call);
+  return measure([&] { return device.time([&] { problem.differentiate(output); }); });
+}
+
+/// With what the call keeps for all times, a stored bias.
+std::optional<int64_t> peak_memory(
+    Device& device,
+    const Configuration& c,
+    const Problem& problem,
+    CallFactory factory,
+    Pass pass) {
+  return device.peak_memory([&] {
+    const Call call = factory(c, problem.slopes.detach());
+    const at::Tensor output = problem.run(call);
+    if (pass == Pass::backward) {
+      problem.differentiate(output);
+    }
   });
 }
 
-Timing time_wall(Device& device, const Problem& problem, Pass pass) {
+Timing time_wall(Device& device, const Problem& problem, const Call& call, Pass pass) {
   at::Tensor output;
   Step step;
-  step.forward = [&] { output = problem.run(); };
+  step.forward = [&] { output = problem.run(call); };
   step.backward = [&] { output.sum().backward(); };
   step.clear = [&] {
     output.reset();
@@ -159,6 +183,45 @@ Timing time_wall(Device& device, const Problem& problem, Pass pass) {
   return time_step(device, step, pass);
 }
 
+#ifdef POSENC_CUDNN
+
+/// Whether posenc has cuDNN compute a configuration.
+bool is_fused(const Configuration& c, c10::Device device) {
+  attention::Padded call{};
+  call.q = at::empty({1, c.sequence, c.heads, c.head_dim}, at::TensorOptions().dtype(c.dtype).device(device));
+  call.k = call.v = call.q;
+  call.query_offset = 0;
+  call.causal = c.causal;
+  return cuda::why_not_cudnn(call).empty();
+}
+
+/// The graph that posenc asks cuDNN for, with no operator around it.
+Timing time_bare_cudnn(Device& device, const Configuration& c, Pass pass) {
+  device.release_memory();
+  const at::NoGradGuard no_grad;
+  const Problem problem(c, device.torch_device());
+  const cuda::CudnnGraph graph{
+      problem.q,
+      problem.k,
+      problem.v,
+      problem.slopes,
+      /*key_limits=*/{},
+      c.causal ? cuda::CudnnBias::ramp : cuda::CudnnBias::distance,
+      c.causal ? cuda::CudnnMask::causal : cuda::CudnnMask::none,
+      /*offset=*/0,
+      /*scale=*/1 / std::sqrt(static_cast<double>(c.head_dim))};
+  if (pass == Pass::forward) {
+    return measure([&] { return device.time([&] { cuda::run_cudnn_forward(graph); }); });
+  }
+  const std::tuple<at::Tensor, at::Tensor> results = cuda::run_cudnn_forward(graph);
+  return measure([&] {
+    return device.time(
+        [&] { cuda::run_cudnn_backward(graph, problem.gradient, std::get<0>(results), std::get<1>(results)); });
+  });
+}
+
+#endif  // POSENC_CUDNN
+
 }  // namespace
 
 void add_alibi_attention(Suite& suite, Device& device, Protocol protocol) {
@@ -168,16 +231,30 @@ void add_alibi_attention(Suite& suite, Device& device, Protocol protocol) {
       ? std::vector<Pass>{Pass::forward, Pass::backward}
       : std::vector<Pass>{Pass::forward, Pass::backward, Pass::total};
   for (const Configuration& c : configurations(device.torch_device())) {
+    const auto add = [&](Pass pass, const char* name, const Suite::Body& body) {
+      Case described{"ALiBi attention", label(c), title(c), pass, name, /*bytes=*/0};
+      described.operations = operations(c, pass);
+      suite.add(described, body);
+    };
     for (const Pass pass : passes) {
       for (const auto& [name, factory] : implementations) {
-        Case described{"ALiBi attention", label(c), title(c), pass, name, /*bytes=*/0};
-        described.operations = operations(c, pass);
-        suite.add(described, [&device, protocol, c = c, pass, factory = factory] {
+        add(pass, name, [&device, protocol, c = c, pass, factory = factory] {
           device.release_memory();
-          const Problem problem(c, device.torch_device(), factory);
-          return protocol == Protocol::kernel ? time_kernel(device, problem, pass) : time_wall(device, problem, pass);
+          const Problem problem(c, device.torch_device());
+          if (protocol == Protocol::wall) {
+            return time_wall(device, problem, factory(c, problem.slopes.detach()), pass);
+          }
+          const std::optional<int64_t> peak = peak_memory(device, c, problem, factory, pass);
+          Timing timing = time_kernel(device, problem, factory(c, problem.slopes.detach()), pass);
+          timing.peak_bytes = peak;
+          return timing;
         });
       }
+#ifdef POSENC_CUDNN
+      if (protocol == Protocol::kernel && !c.learnable && is_fused(c, device.torch_device())) {
+        add(pass, kBareCudnn, [&device, c = c, pass] { return time_bare_cudnn(device, c, pass); });
+      }
+#endif
     }
   }
 }

@@ -68,6 +68,8 @@ class CpuDevice final : public Device {
     return now() - start;
   }
 
+  std::optional<int64_t> peak_memory(const Work& /*work*/) override { return std::nullopt; }
+
   // The copy allocates its result, as the operators do.
   Work make_copy(int64_t bytes) override {
     return [source = random_bytes(bytes, torch_device())] { source.clone(); };
@@ -209,6 +211,20 @@ class CudaDevice final : public Device {
       }
     }
     TORCH_CHECK(false, "the work could not be enqueued before the device reached it: does it wait for the device?");
+  }
+
+  std::optional<int64_t> peak_memory(const Work& work) override {
+    namespace allocator = c10::cuda::CUDACachingAllocator;
+    work();  // libraries allocate in their first call what they keep for all
+    const auto device = static_cast<c10::DeviceIndex>(index_);
+    const auto allocated = [device] {
+      return allocator::getDeviceStats(device)
+          .allocated_bytes[static_cast<std::size_t>(c10::CachingAllocator::StatType::AGGREGATE)];
+    };
+    const int64_t before = allocated().current;
+    allocator::resetPeakStats(device);
+    work();
+    return allocated().peak - before;
   }
 
   Work make_copy(int64_t bytes) override {

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 
 // Where the benchmark runs and how time is taken there. The only place of the benchmark that knows CUDA.
@@ -33,6 +34,10 @@ class Device {
 
   /// Seconds that the device spends on `work`, starting with cold caches where the device can be made to.
   virtual double time(const Work& work) = 0;
+
+  /// Most bytes of the device's memory that `work` holds at one time beyond what is held before it; nothing where that
+  /// cannot be told. Where it can, the work is done twice.
+  virtual std::optional<int64_t> peak_memory(const Work& work) = 0;
 
   /// One contiguous copy of `bytes` bytes from one buffer to another, both on the device: the speed that no operator
   /// which reads and writes as much can be expected to exceed.

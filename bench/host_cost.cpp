@@ -1,12 +1,14 @@
 #include "cases.h"
 
+#include <posenc/alibi.h>
+#include <posenc/alibi_attention.h>
 #include <posenc/frequencies.h>
 #include <posenc/modules/rotary_embedding.h>
 #include <posenc/rotary_embedding.h>
 
 #include <ATen/ATen.h>
+#include <torch/csrc/autograd/autograd.h>
 
-#include <memory>
 #include <tuple>
 
 namespace posenc::bench {
@@ -14,6 +16,8 @@ namespace {
 
 /// q, k and their tables, too small for the device to fall behind the host.
 struct TinyProblem {
+  static constexpr int kCallsPerBatch = 400;
+
   explicit TinyProblem(c10::Device device) {
     constexpr int64_t kSequence = 8;
     constexpr int64_t kHeadDim = 64;
@@ -42,30 +46,95 @@ struct TinyProblem {
   RotaryEmbedding rope{nullptr};
 };
 
+/// Of attention, the smallest that is fused on a GPU.
+struct TinyAttention {
+  // A forward and backward pass are some eight kernels.
+  static constexpr int kCallsPerBatch = 100;
+
+  explicit TinyAttention(c10::Device device) {
+    constexpr int64_t kSequence = 64;
+    constexpr int64_t kHeads = 2;
+    constexpr int64_t kHeadDim = 64;
+    const auto dtype = device.is_cuda() ? at::kBFloat16 : at::kFloat;
+    const auto options = at::TensorOptions().dtype(dtype).device(device);
+    for (at::Tensor* tensor : {&q, &k, &v, &gradient}) {
+      *tensor = at::randn({1, kSequence, kHeads, kHeadDim}, options);
+    }
+    q_leaf = q.clone().requires_grad_();
+    k_leaf = k.clone().requires_grad_();
+    v_leaf = v.clone().requires_grad_();
+    slopes = alibi_slopes(kHeads).to(device);
+  }
+
+  at::Tensor attend() const { return alibi_attention(q, k, v, slopes, causal); }
+
+  at::Tensor attend_autograd() const { return alibi_attention(q_leaf, k_leaf, v_leaf, slopes, causal); }
+
+  /// LibTorch's attention, which knows no positions.
+  at::Tensor library_autograd() const {
+    return at::scaled_dot_product_attention(
+               q_leaf.transpose(1, 2), k_leaf.transpose(1, 2), v_leaf.transpose(1, 2), /*attn_mask=*/{},
+               /*dropout_p=*/0, /*is_causal=*/true)
+        .transpose(1, 2);
+  }
+
+  void differentiate(const at::Tensor& output) const {
+    torch::autograd::grad({output}, {q_leaf, k_leaf, v_leaf}, {gradient});
+  }
+
+  at::Tensor q, k, v, gradient, slopes;
+  /// The same with gradients required.
+  at::Tensor q_leaf, k_leaf, v_leaf;
+  ALiBiAttentionOptions causal = ALiBiAttentionOptions().causal(true);
+};
+
 /// Host seconds of one call. Results and their graphs die within the call, as most of a training step's do soon after.
-Timing time_call(Device& device, const Work& call) {
-  // Long against the clock's resolution, and with a kernel a call or two still shorter than a stream's queue, so that
-  // the host never waits for room in it.
-  constexpr int kCallsPerBatch = 400;
+/// @param calls_per_batch  so many that the clock's resolution does not count, and so few that their kernels have room
+///   in a stream's queue of about a thousand: the host never waits.
+Timing time_call(Device& device, int calls_per_batch, const Work& call) {
   return measure([&] {
     device.synchronize();
     const double start = now();
-    for (int i = 0; i < kCallsPerBatch; ++i) {
+    for (int i = 0; i < calls_per_batch; ++i) {
       call();
     }
-    return (now() - start) / kCallsPerBatch;
+    return (now() - start) / calls_per_batch;
   });
+}
+
+template <typename Problem>
+void add_call(Suite& suite, Device& device, const HostCall& described, void (*call)(Problem&)) {
+  suite.add(described, [&device, call] {
+    Problem problem(device.torch_device());
+    return time_call(device, Problem::kCallsPerBatch, [&] { call(problem); });
+  });
+}
+
+void add_attention(Suite& suite, Device& device) {
+  const auto add = [&](const char* id, const char* title, void (*call)(TinyAttention&)) {
+    add_call(suite, device, {id, title}, call);
+  };
+  add("attention_autograd", "`at::scaled_dot_product_attention`, autograd",
+      [](TinyAttention& p) { p.library_autograd(); });
+  add("attention_step", "`at::scaled_dot_product_attention`, forward and backward",
+      [](TinyAttention& p) { p.differentiate(p.library_autograd()); });
+  add("alibi_attention", "`alibi_attention`", [](TinyAttention& p) { p.attend(); });
+  add("alibi_attention_autograd", "`alibi_attention`, autograd", [](TinyAttention& p) { p.attend_autograd(); });
+  add("alibi_attention_step", "`alibi_attention`, forward and backward",
+      [](TinyAttention& p) { p.differentiate(p.attend_autograd()); });
+  suite.add(HostDifference{
+      "backward of `at::scaled_dot_product_attention`, with the hand-over to the thread of the device",
+      "attention_step", "attention_autograd"});
+  suite.add(HostDifference{
+      "backward of `alibi_attention`, with the hand-over to the thread of the device", "alibi_attention_step",
+      "alibi_attention_autograd"});
 }
 
 }  // namespace
 
 void add_host_cost(Suite& suite, Device& device) {
-  using Call = void (*)(TinyProblem&);
-  const auto add = [&](const char* id, const char* title, Call call) {
-    suite.add(HostCall{id, title}, [&device, call] {
-      TinyProblem problem(device.torch_device());
-      return time_call(device, [&] { call(problem); });
-    });
+  const auto add = [&](const char* id, const char* title, void (*call)(TinyProblem&)) {
+    add_call(suite, device, {id, title}, call);
   };
   add("mul", "`at::mul`", [](TinyProblem& p) { at::mul(p.q, p.factor); });
   add("mul_autograd", "`at::mul`, autograd", [](TinyProblem& p) { at::mul(p.q_leaf, p.factor); });
@@ -84,6 +153,9 @@ void add_host_cost(Suite& suite, Device& device) {
   suite.add(HostDifference{
       "`RotaryEmbedding::forward` minus `rotary_embedding_qk`, autograd", "RotaryEmbedding_autograd",
       "rotary_embedding_qk_autograd"});
+  if (device.torch_device().is_cuda()) {
+    add_attention(suite, device);  // a CPU computes within the call
+  }
 }
 
 }  // namespace posenc::bench

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """posenc beside what is installed for Python: ./dev peers
 
-Prints a table per configuration: eager tensor operations and what torch.compile makes of them always; Liger,
-flash-attn, TransformerEngine, FlashInfer and transformers where they can be imported. Every implementation is held
-against float64 before it is timed; one that fails prints its error as its row. The protocol is `kernel` of README.md:
-device time between CUDA events, the L2 cache flushed and the host ahead of the device, gradients given, median.
+Prints a table per configuration: eager tensor operations and what torch.compile makes of them always, FlexAttention
+and LibTorch's own attention beside ours; Liger, flash-attn, TransformerEngine, FlashInfer and transformers where they
+can be imported. Every implementation is held against float64 before it is timed; one that fails prints its error as its
+row. The protocol is `kernel` of README.md: device time between CUDA events, the L2 cache flushed and the host ahead of
+the device, gradients given, median.
 """
 
 import argparse
@@ -67,6 +68,16 @@ class Clock:
 # A problem has its inputs, of which some require gradients, gradients of its outputs, and the expected outputs.
 
 
+class Problem:
+    def compared(self, outputs):
+        """What of the outputs `exact` gives."""
+        return outputs
+
+    def operations(self):
+        """Floating point operations forward and backward, where they are what limits them."""
+        return None
+
+
 def angles(seq_len, device, dtype=torch.float64):
     inv_freq = 10000.0 ** (-torch.arange(0, HEAD_DIM, 2, dtype=torch.float64, device=device) / HEAD_DIM)
     return torch.outer(torch.arange(seq_len, dtype=torch.float64, device=device), inv_freq).to(dtype)
@@ -82,7 +93,7 @@ def rotated(x, cos, sin):
     return x * cos + rotate_half(x) * sin
 
 
-class Rotary:
+class Rotary(Problem):
     """q and k, [1, S, H, 128] each; tables of posenc and of the usual formulation."""
 
     encoding = "RoPE"
@@ -124,7 +135,7 @@ def rms_norm(x, weight):
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * weight
 
 
-class AlibiSoftmax:
+class AlibiSoftmax(Problem):
     """Softmax over scaled scores [1, H, S, S] and the causal bias."""
 
     encoding = "ALiBi softmax"
@@ -146,6 +157,45 @@ def alibi_softmax(scores, slopes):
     distance = token[:, None] - token
     bias = (-slopes[:, None, None] * distance).masked_fill(distance < 0, -float("inf"))
     return torch.softmax(scores.to(bias.dtype) / HEAD_DIM**0.5 + bias, -1).to(scores.dtype)
+
+
+class AlibiAttention(Problem):
+    """Attention of q, k and v [B, S, H, 128] with the bias inside. Some rows of one sequence are compared: the scores
+    of all of them in float64 would not fit."""
+
+    encoding = "ALiBi attention"
+    ROWS = 256
+
+    def __init__(self, device, dtype, batch, seq_len, heads, causal, learnable=False):
+        self.title = (
+            f"ALiBi attention: {name_of(dtype)}, batch {batch}, sequence {seq_len}, {heads} heads of {HEAD_DIM}, "
+            f"{'causal' if causal else 'symmetric'}{', learnable slopes' if learnable else ''}"
+        )
+        self.dtype, self.device, self.causal, self.learnable = dtype, device, causal, learnable
+        self.batch, self.seq_len, self.heads = batch, seq_len, heads
+        shape = (batch, seq_len, heads, HEAD_DIM)
+        self.slopes = torch.ops.posenc.alibi_slopes(heads).to(device)
+        self.inputs = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+        self.inputs += [self.slopes.clone().requires_grad_()] if learnable else []
+        self.grads = [torch.randn(shape, device=device, dtype=dtype)]
+        self.rows = torch.randint(seq_len, (self.ROWS,), device=device)
+
+    def exact(self, q, k, v, slopes=None):
+        q, k, v = q[-1, self.rows].double(), k[-1].double(), v[-1].double()
+        distance = self.rows[:, None] - torch.arange(self.seq_len, device=self.device)
+        scores = torch.einsum("ihd,jhd->hij", q, k) / HEAD_DIM**0.5
+        scores -= self.slopes.double()[:, None, None] * distance.abs()
+        if self.causal:
+            scores.masked_fill_(distance < 0, -float("inf"))
+        return (torch.einsum("hij,jhd->ihd", scores.softmax(-1), v),)
+
+    def compared(self, outputs):
+        return (outputs[0][-1, self.rows],)
+
+    def operations(self):
+        # Matrix products: two forward, five backward, of all scores or of the half that causality leaves.
+        product = 2 * self.batch * self.heads * self.seq_len**2 * HEAD_DIM / (2 if self.causal else 1)
+        return 2 * product, 5 * product
 
 
 # --- Implementations --------------------------------------------------------------------------------------------------
@@ -237,6 +287,49 @@ def eager_alibi(p):
     return lambda scores: (alibi_softmax(scores, p.slopes),)
 
 
+def posenc_attention(p):
+    return lambda q, k, v, slopes=p.slopes: torch.ops.posenc.alibi_attention(q, k, v, slopes, causal=p.causal)[:1]
+
+
+def flex_attention(p):
+    from torch.nn.attention import flex_attention as flex
+
+    # Made once: a model keeps it.
+    visible = None
+    if p.causal:
+        visible = flex.create_block_mask(lambda b, h, i, j: i >= j, None, None, p.seq_len, p.seq_len, device=p.device)
+
+    def call(q, k, v, slopes=p.slopes):
+        def biased(score, b, h, i, j):
+            return score + slopes[h] * (j - i if p.causal else -(i - j).abs())
+
+        if p.device == "cpu":
+            q, k, v, slopes = (x.detach() for x in (q, k, v, slopes))  # it has no backward pass there
+        out = flex.flex_attention(*(x.transpose(1, 2) for x in (q, k, v)), score_mod=biased, block_mask=visible)
+        return (out.transpose(1, 2),)
+
+    return call
+
+
+def library_attention(q, k, v, **options):
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    return (torch.nn.functional.scaled_dot_product_attention(*heads_first, **options).transpose(1, 2),)
+
+
+def stored_bias_attention(p):
+    def bias_of(slopes):
+        return torch.ops.posenc.alibi_bias(slopes, p.seq_len, p.seq_len, causal=p.causal, dtype=p.dtype)[None]
+
+    if p.learnable:
+        return lambda q, k, v, slopes: library_attention(q, k, v, attn_mask=bias_of(slopes))
+    bias = bias_of(p.slopes)
+    return lambda q, k, v: library_attention(q, k, v, attn_mask=bias)
+
+
+def attention_without_bias(p):
+    return lambda q, k, v, slopes=None: library_attention(q, k, v, is_causal=p.causal)
+
+
 IMPLEMENTATIONS = {
     Rotary: {
         "posenc": posenc_rotary,
@@ -258,7 +351,16 @@ IMPLEMENTATIONS = {
         "eager": eager_alibi,
         "torch.compile": compiled(eager_alibi),
     },
+    AlibiAttention: {
+        "posenc": posenc_attention,
+        "FlexAttention": compiled(flex_attention),
+        "SDPA, bias stored": stored_bias_attention,
+        "SDPA without bias": attention_without_bias,
+    },
 }
+
+# What knows no positions and is no competitor, but what no bias can be expected to beat.
+YARDSTICKS = [attention_without_bias]
 
 
 # --- Runs -------------------------------------------------------------------------------------------------------------
@@ -270,7 +372,7 @@ def check(problem, call):
     with torch.no_grad():
         expected = problem.exact(*problem.inputs)
     # A copy that is no leaf, for those that do.
-    actual = call(*[x * 1 for x in copies])
+    actual = problem.compared(call(*[x * 1 for x in copies]))
     for a, e in zip(actual, expected, strict=True):
         worst = (a.double() - e).abs().max().item()
         bound = 8 * torch.finfo(problem.dtype).eps * e.abs().max().item()
@@ -281,7 +383,8 @@ def check(problem, call):
 def measure(problem, make, clock):
     """Times of the forward and backward pass; the second is None where there is none."""
     call = make(problem)
-    check(problem, call)
+    if make not in YARDSTICKS:
+        check(problem, call)
     inputs = problem.inputs
     if any(x.requires_grad for x in call(*[x * 1 for x in inputs])):
         inputs = [x * 1 for x in inputs]  # no leaves: Liger writes to its inputs
@@ -289,34 +392,46 @@ def measure(problem, make, clock):
     outputs = call(*inputs)
     if not outputs[0].requires_grad:
         return forward, None
-    backward = clock(lambda: torch.autograd.grad(outputs, inputs, problem.grads, retain_graph=True))
+    backward = clock(
+        lambda: torch.autograd.grad(outputs, inputs, problem.grads, retain_graph=True, allow_unused=True)
+    )
     return forward, backward
+
+
+def row(*cells):
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def table(problem, clock):
     print(f"#### {problem.title}\n")
-    print("| Implementation | Forward (ms) | Backward (ms) | Total (ms) | posenc is faster by |")
-    print("|---|---:|---:|---:|---:|")
+    passes = ["Forward", "Backward"]
+    operations = problem.operations()
+    columns = [f"{name} (ms)" for name in (*passes, "Total")]
+    columns += [f"{name} (TFLOP/s)" for name in passes] if operations else []
+    columns += [f"posenc is faster by: {name}" for name in ("forward", "backward", "total")]
+    row("Implementation", *columns)
+    print("|---|" + "---:|" * len(columns))
     own = None
     for name, make in IMPLEMENTATIONS[type(problem)].items():
         try:
-            forward, backward = measure(problem, make, clock)
+            times = measure(problem, make, clock)
         except ImportError:
-            print(f"| {name} | not installed | | | |")
+            row(name, "not installed", *[""] * (len(columns) - 1))
             continue
         except Exception as error:  # a row of its own: the others are still worth knowing
             reason = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:120].replace("|", "/")
-            print(f"| {name} | {reason} | | | |")
+            row(name, reason, *[""] * (len(columns) - 1))
             continue
-        if backward is None:
-            faster = f"{forward / own[0]:.2f}x (forward)" if own else ""
-            print(f"| {name} | {forward:.4f} | none | | {faster} |")
-            continue
-        total = forward + backward
-        faster = f"{total / sum(own):.2f}x" if own else ""
-        print(f"| {name} | {forward:.4f} | {backward:.4f} | {total:.4f} | {faster} |", flush=True)
+        # None where there is no backward pass, and so no total.
+        times = [*times, None if None in times else sum(times)]
+        cells = ["none" if ms is None else f"{ms:.4f}" for ms in times]
+        if operations:
+            rates = [ms and 1e-9 * count / ms for ms, count in zip(times, operations)]
+            cells += ["" if rate is None else f"{rate:.{0 if rate >= 10 else 3}f}" for rate in rates]
+        cells += [f"{ms / ours:.2f}x" if ms and ours else "" for ms, ours in zip(times, own or [None] * 3)]
+        row(name, *cells)
         if name == "posenc":
-            own = forward, backward
+            own = times
     print(flush=True)
 
 
@@ -335,10 +450,17 @@ def problems(device):
                 yield QkNormRotary, torch.bfloat16, seq_len, heads
         yield AlibiSoftmax, torch.bfloat16, 2048, 32
         yield AlibiSoftmax, torch.bfloat16, 4096, 40
+        for causal in (True, False):
+            for batch, seq_len in ((8, 2048), (4, 4096), (1, 16384)):
+                yield AlibiAttention, torch.bfloat16, batch, seq_len, 16, causal
+            yield AlibiAttention, torch.bfloat16, 4, 4096, 16, causal, True
     else:
         yield Rotary, torch.float32, 512, 8
         yield QkNormRotary, torch.float32, 512, 8
         yield AlibiSoftmax, torch.float32, 512, 8
+        for causal in (True, False):
+            for learnable in (False, True):
+                yield AlibiAttention, torch.float32, 1, 512, 4, causal, learnable
 
 
 def commit():
@@ -378,8 +500,8 @@ def main():
     torch._functorch.config.donated_buffer = False  # backward passes are run again and again
     heading(device)
     clock = Clock(device, arguments.samples)
-    for make, dtype, seq_len, heads in problems(device):
-        problem = make(device, dtype, seq_len, heads)
+    for make, *parameters in problems(device):
+        problem = make(device, *parameters)
         if re.search(arguments.filter, problem.title):
             table(problem, clock)
         torch._dynamo.reset()

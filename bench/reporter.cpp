@@ -24,7 +24,7 @@ const char* row_title(Pass pass) {
 
 bool is_formulation(const std::string& implementation) {
   return implementation != kPosenc && implementation != kCopy && implementation != kFill &&
-      implementation != kWithoutBias;
+      implementation != kWithoutBias && implementation != kBareCudnn;
 }
 
 std::string fixed(double value, int decimals) {
@@ -70,24 +70,25 @@ void print_row(std::ostream& out, const std::vector<std::string>& cells) {
   out << "|\n";
 }
 
-/// The medians that the cases measured: several with --benchmark_repetitions, and with --benchmark_*_aggregates_only
-/// only Google Benchmark's median of them. Empty where the case failed.
-std::vector<double> measured_seconds(const std::vector<benchmark::BenchmarkReporter::Run>& runs) {
+/// The median of what a counter says: it was read several times with --benchmark_repetitions, and of these
+/// --benchmark_*_aggregates_only leaves only Google Benchmark's own median. Nothing where the case failed.
+std::optional<double> median_of(const std::vector<benchmark::BenchmarkReporter::Run>& runs, const char* name) {
   using Run = benchmark::BenchmarkReporter::Run;
-  std::vector<double> seconds;
+  std::vector<double> values;
   std::vector<double> aggregates;
   for (const auto& run : runs) {
-    const auto counter = run.counters.find("median_s");
+    const auto counter = run.counters.find(name);
     if (counter == run.counters.end()) {
       continue;
     }
     if (run.run_type == Run::RT_Iteration) {
-      seconds.push_back(counter->second);
+      values.push_back(counter->second);
     } else if (run.aggregate_name == "median") {
       aggregates.push_back(counter->second);
     }
   }
-  return seconds.empty() ? aggregates : seconds;
+  values = values.empty() ? aggregates : values;
+  return values.empty() ? std::nullopt : std::optional(median(values));
 }
 
 /// A header of which the first column is text and the others are numbers.
@@ -126,15 +127,15 @@ void MarkdownReporter::ReportRuns(const std::vector<Run>& runs) {
     return;
   }
   const std::string& name = runs.front().run_name.function_name;
-  const std::vector<double> seconds = measured_seconds(runs);
-  if (seconds.empty()) {
+  const std::optional<double> seconds = median_of(runs, "median_s");
+  if (!seconds) {
     failed_ = true;
     return;
   }
   if (const Case* benchmark_case = suite_.find_case(name)) {
-    record(*benchmark_case, median(seconds));
+    record(*benchmark_case, *seconds, median_of(runs, "peak_bytes"));
   } else if (const HostCall* call = suite_.find_host_call(name)) {
-    host_costs_.emplace_back(*call, median(seconds));
+    host_costs_.emplace_back(*call, *seconds);
   }
 }
 
@@ -145,15 +146,18 @@ void MarkdownReporter::Finalize() {
   GetOutputStream() << std::flush;
 }
 
-void MarkdownReporter::record(const Case& benchmark_case, double seconds) {
+void MarkdownReporter::record(const Case& benchmark_case, double seconds, std::optional<double> peak_bytes) {
   const auto& [encoding, label, title, pass, implementation, bytes, trivial, operations] = benchmark_case;
   if (current_ && (current_->encoding != encoding || current_->label != label)) {
     report_configuration();
   }
   if (!current_) {
-    current_ = Configuration{encoding, label, title, {}, {}, {}, {}};
+    current_ = Configuration{encoding, label, title, {}, {}, {}, {}, {}};
   }
   entry(current_->measured, implementation)[index(pass)] = seconds;
+  if (peak_bytes) {
+    entry(current_->peak_bytes, implementation)[index(pass)] = peak_bytes;
+  }
   current_->trivial[index(pass)] = trivial;
   if (bytes > 0) {
     current_->bytes[index(pass)] = static_cast<double>(bytes);
@@ -217,7 +221,9 @@ void MarkdownReporter::print_table(const Configuration& configuration, const Sec
   print_ratios(posenc, copy, kCopy);
   print_ratios(posenc, fill, kFill);
   print_ratios(posenc, find(configuration, kWithoutBias), "attention without bias");
+  print_ratios(posenc, find(configuration, kBareCudnn), "bare cuDNN graph");
   print_operations(configuration);
+  print_memory(configuration);
 }
 
 void MarkdownReporter::print_operations(const Configuration& configuration) {
@@ -234,6 +240,19 @@ void MarkdownReporter::print_operations(const Configuration& configuration) {
     if (rates.tellp() > 0) {
       GetOutputStream() << "\nTFLOP/s of `" << name << "`: " << rates.str() << ".\n";
     }
+  }
+}
+
+void MarkdownReporter::print_memory(const Configuration& configuration) {
+  for (const auto& [name, bytes] : configuration.peak_bytes) {
+    std::ostringstream peaks;
+    for (const Pass pass : kPasses) {
+      if (const auto& peak = bytes[index(pass)]) {
+        peaks << (peaks.tellp() > 0 ? ", with the " : "") << to_string(pass) << " pass " << fixed(*peak * 0x1p-20, 1)
+              << " MiB";
+      }
+    }
+    GetOutputStream() << "\nPeak memory of `" << name << "` beyond its inputs: " << peaks.str() << ".\n";
   }
 }
 

@@ -42,6 +42,7 @@ class MarkdownReporter final : public benchmark::BenchmarkReporter {
     std::string title;
     /// By implementation, in the order of the runs.
     std::vector<std::pair<std::string, Seconds>> measured;
+    std::vector<std::pair<std::string, PerPass<double>>> peak_bytes;
     PerPass<double> bytes;
     PerPass<double> operations;
     std::array<bool, 3> trivial{};
@@ -50,11 +51,13 @@ class MarkdownReporter final : public benchmark::BenchmarkReporter {
   /// Speedups of all configurations of an encoding so far.
   using Speedups = std::array<std::vector<double>, 3>;
 
-  void record(const Case& benchmark_case, double seconds);
+  void record(const Case& benchmark_case, double seconds, std::optional<double> peak_bytes);
   void report_configuration();
   void print_table(const Configuration& configuration, const Seconds& libtorch);
   /// Operations a second of each implementation that they were given for.
   void print_operations(const Configuration& configuration);
+  /// Peak memory of each implementation that it was measured of.
+  void print_memory(const Configuration& configuration);
   /// How many times as long as `yardstick`, a copy or a fill or another, the passes take that it was measured for.
   void print_ratios(const Seconds& posenc, const Seconds& measured, const char* yardstick);
   void report_host_costs();

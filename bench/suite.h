@@ -22,6 +22,7 @@ inline constexpr const char* kPosenc = "posenc";
 inline constexpr const char* kCopy = "copy";
 inline constexpr const char* kFill = "fill";
 inline constexpr const char* kWithoutBias = "without_bias";
+inline constexpr const char* kBareCudnn = "bare_cudnn";
 
 /// One implementation of one pass of an encoding at one configuration.
 struct Case {
@@ -32,7 +33,7 @@ struct Case {
   /// The configuration in words, for the heading of its table.
   std::string title;
   Pass pass;
-  /// `kPosenc`, `kCopy`, `kFill` or `kWithoutBias`, or the name of a formulation in LibTorch's tensor operations; of these the tables show the
+  /// One of the names above, or that of a formulation in LibTorch's tensor operations; of these the tables show the
   /// fastest.
   std::string implementation;
   /// Fewest bytes that any implementation of the pass must read and write; 0 where a rate would say nothing.

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <vector>
 
 // Repetition and statistics: how many samples a measurement takes and what is made of them.
@@ -31,6 +32,9 @@ struct Timing {
   double median;
   double minimum;
   int64_t samples;
+  /// Most bytes held at one time beyond the inputs, where that was asked for and can be told; of a backward pass with the
+  /// forward pass before it.
+  std::optional<int64_t> peak_bytes = std::nullopt;
 };
 
 /// How often a measurement is repeated.

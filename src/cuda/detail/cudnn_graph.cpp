@@ -13,6 +13,8 @@
 #define CUDNN_FRONTEND_SKIP_JSON_LIB
 #include <cudnn_frontend.h>
 
+#include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstring>
 #include <list>
@@ -35,7 +37,6 @@ using at::Tensor;
 using Attributes = std::shared_ptr<fe::graph::Tensor_attributes>;
 using Graph = std::shared_ptr<fe::graph::Graph>;
 using Mode = fe::PointwiseMode_t;
-using Pointers = std::unordered_map<int64_t, void*>;
 
 constexpr auto kInt = fe::DataType_t::INT32;
 constexpr auto kReal = fe::DataType_t::FLOAT;
@@ -47,13 +48,17 @@ constexpr size_t kOldestCudnn = 91900;
 constexpr size_t kMaxPlans = 128;
 
 /// What names a tensor in a graph.
-enum Uid : int64_t { kQ = 1, kK, kV, kOut, kLse, kGradOut, kGradQ, kGradK, kGradV, kSlopes, kKeyLimits };
+enum Uid : int64_t { kQ = 1, kK, kV, kOut, kLse, kGradOut, kGradQ, kGradK, kGradV, kSlopes, kKeyLimits, kUids };
+
+/// By `Uid`: a map would be an allocation for each tensor of each call.
+using Pointers = std::array<void*, kUids>;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Plans
 
 struct Plan {
   fe::graph::Graph graph;
+  std::vector<int64_t> uids;  // in the order in which the graph takes its tensors
   int64_t workspace = 0;
   std::mutex mutex;  // a graph is executed by one thread at a time
 };
@@ -111,7 +116,7 @@ PlanKey key_of(
     std::initializer_list<std::reference_wrapper<const Tensor>> tensors) {
   int64_t scale_bits = 0;
   std::memcpy(&scale_bits, &call.scale, sizeof(scale_bits));
-  PlanKey key{
+  const std::array<int64_t, 9> rest{
       c10::cuda::current_device(),
       static_cast<int64_t>(call.q.scalar_type()),
       static_cast<int64_t>(call.bias),
@@ -121,6 +126,10 @@ PlanKey key_of(
       scale_bits,
       static_cast<int64_t>(direction),
       deterministic ? 1 : 0};
+  constexpr size_t kPerTensor = 8;  // sizes and strides of four dimensions
+  PlanKey key;
+  key.reserve(rest.size() + kPerTensor * tensors.size());
+  key.insert(key.end(), rest.begin(), rest.end());
   for (const Tensor& tensor : tensors) {
     key.insert(key.end(), tensor.sizes().begin(), tensor.sizes().end());
     key.insert(key.end(), tensor.strides().begin(), tensor.strides().end());
@@ -265,6 +274,10 @@ std::shared_ptr<Plan> build(const CudnnGraph& call, Direction direction, const A
   add_nodes(plan->graph);
   check(plan->graph.build(at::native::getCudnnHandle(), {fe::HeurMode_t::A}), direction);
   check(plan->graph.get_workspace_size(plan->workspace), direction);
+  plan->uids = plan->graph.get_variant_pack_uids_sorted();
+  for (const int64_t uid : plan->uids) {
+    TORCH_INTERNAL_ASSERT(uid >= kQ && uid < kUids, "a tensor of no name, ", uid);
+  }
   const std::chrono::duration<double, std::milli> took = std::chrono::steady_clock::now() - start;
   log(LogLevel::debug,
       c10::str(
@@ -279,17 +292,26 @@ void* pointer(const Tensor& tensor) {
   return const_cast<void*>(tensor.const_data_ptr());  // NOLINT(cppcoreguidelines-pro-type-const-cast)
 }
 
+/// @param pointers  of what the passes do not share.
 void execute(Plan& plan, const CudnnGraph& call, Direction direction, Pointers pointers) {
-  pointers.emplace(kQ, pointer(call.q));
-  pointers.emplace(kK, pointer(call.k));
-  pointers.emplace(kV, pointer(call.v));
-  pointers.emplace(kSlopes, pointer(call.slopes));
+  pointers[kQ] = pointer(call.q);
+  pointers[kK] = pointer(call.k);
+  pointers[kV] = pointer(call.v);
+  pointers[kSlopes] = pointer(call.slopes);
   if (call.key_limits.defined()) {
-    pointers.emplace(kKeyLimits, pointer(call.key_limits));
+    pointers[kKeyLimits] = pointer(call.key_limits);
   }
+  Pointers sorted{};
+  std::transform(plan.uids.begin(), plan.uids.end(), sorted.begin(), [&](int64_t uid) {
+    return pointers[static_cast<size_t>(uid)];
+  });
   const Tensor workspace = at::empty({plan.workspace}, call.q.options().dtype(at::kByte));
   const std::lock_guard<std::mutex> lock(plan.mutex);
-  check(plan.graph.execute(at::native::getCudnnHandle(), pointers, workspace.mutable_data_ptr()), direction);
+  check(
+      plan.graph.execute(
+          at::native::getCudnnHandle(), sorted.data(), static_cast<int>(plan.uids.size()),
+          workspace.mutable_data_ptr()),
+      direction);
 }
 
 }  // namespace
@@ -320,7 +342,10 @@ std::tuple<Tensor, Tensor> run_cudnn_forward(const CudnnGraph& call) {
           output(stats, kLse, of_rows(call, call.q.size(2)), kReal);
         });
       });
-  execute(*plan, call, Direction::forward, {{kOut, out.mutable_data_ptr()}, {kLse, lse.mutable_data_ptr()}});
+  Pointers pointers{};
+  pointers[kOut] = out.mutable_data_ptr();
+  pointers[kLse] = lse.mutable_data_ptr();
+  execute(*plan, call, Direction::forward, pointers);
   return {out, lse};
 }
 
@@ -352,14 +377,14 @@ std::tuple<Tensor, Tensor, Tensor> run_cudnn_backward(
           output(dv, kGradV, grad_v);
         });
       });
-  execute(
-      *plan, call, Direction::backward,
-      {{kOut, pointer(out)},
-       {kLse, pointer(lse)},
-       {kGradOut, pointer(grad_out)},
-       {kGradQ, grad_q.mutable_data_ptr()},
-       {kGradK, grad_k.mutable_data_ptr()},
-       {kGradV, grad_v.mutable_data_ptr()}});
+  Pointers pointers{};
+  pointers[kOut] = pointer(out);
+  pointers[kLse] = pointer(lse);
+  pointers[kGradOut] = pointer(grad_out);
+  pointers[kGradQ] = grad_q.mutable_data_ptr();
+  pointers[kGradK] = grad_k.mutable_data_ptr();
+  pointers[kGradV] = grad_v.mutable_data_ptr();
+  execute(*plan, call, Direction::backward, pointers);
   return {grad_q, grad_k, grad_v};
 }
 
