@@ -4,6 +4,7 @@
 #include <posenc/context_parallel_alibi_attention.h>
 
 #include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #ifdef USE_DISTRIBUTED
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
@@ -22,6 +23,14 @@ AttentionCase shard() {
 }
 
 const ContextParallelALiBiAttentionOptions kCausal = ContextParallelALiBiAttentionOptions().causal(true);
+
+TEST(ContextParallelAlibiAttention, SchemaIsThePublicOne) {
+  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("posenc::context_parallel_alibi_attention", "");
+  EXPECT_EQ(
+      c10::str(op.schema()),
+      "posenc::context_parallel_alibi_attention(Tensor q, Tensor k, Tensor v, Tensor slopes, str group_name, *, "
+      "float? scale=None, bool causal=False) -> (Tensor out, Tensor lse)");
+}
 
 #ifdef USE_DISTRIBUTED
 

@@ -13,6 +13,9 @@
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include <algorithm>
+#include <array>
+#include <cstdlib>
 #include <vector>
 
 namespace posenc::context_parallel {
@@ -43,6 +46,10 @@ struct Shard {
 struct Pair {
   int64_t q_half, k_half;
   ALiBiAttentionOptions options;
+  // What all distances are longer than those of the call. Chunks further apart than neighbours are computed as
+  // neighbours: their scores are less by slope * beyond, all of a row alike. The fused kernels are built for an offset,
+  // and so there are three of them, not one for each pair of ranks.
+  int64_t beyond;
 };
 
 /// Those of the queries here and the keys of rank `source` that see each other.
@@ -55,13 +62,15 @@ std::vector<Pair> visible_pairs(const Shard& shard, int64_t source) {
       if (shard.call.causal && ahead < 0) {
         continue;
       }
+      const int64_t as_computed = std::clamp<int64_t>(ahead, -1, 1);
       // Of chunks before the queries' own, the mask hides nothing.
       pairs.push_back(
           {q_half, k_half,
            ALiBiAttentionOptions()
                .scale(shard.call.scale)
                .causal(shard.call.causal && ahead == 0)
-               .query_offset(ahead * shard.half_len())});
+               .query_offset(as_computed * shard.half_len()),
+           std::abs(ahead - as_computed) * shard.half_len()});
     }
   }
   return pairs;
@@ -81,6 +90,25 @@ void around(const Shard& shard, const Tensor& k, const Tensor& v, const Body& bo
       block.depart();
     }
     body(step, here.select(0, 0), here.select(0, 1));
+  }
+}
+
+/// `[B, Hq, S]` of rows as the call of a pair has it, from that of the whole sequence.
+Tensor lse_of_call(const Tensor& lse, const Tensor& slopes, const Pair& pair) {
+  return pair.beyond == 0 ? lse : lse + slopes.to(lse.scalar_type()).unsqueeze(-1) * pair.beyond;
+}
+
+/// And back.
+Tensor lse_of_whole(const Tensor& lse, const Tensor& slopes, const Pair& pair) {
+  return pair.beyond == 0 ? lse : lse - slopes.to(lse.scalar_type()).unsqueeze(-1) * pair.beyond;
+}
+
+/// Adds what a pair contributes to `alibi_attention_slope_sums` of the whole sequence.
+void add_slope_sums(const Tensor& total, const Tensor& of_call, const Pair& pair) {
+  total.add_(of_call);
+  if (pair.beyond != 0) {
+    total.select(0, 1).add_(of_call.select(0, 0), pair.beyond);
+    total.select(0, 3).add_(of_call.select(0, 2), pair.beyond);
   }
 }
 
@@ -120,7 +148,7 @@ std::tuple<Tensor, Tensor> alibi_attention(
       const auto [part, part_lse] = alibi_attention_with_lse(
           shard.half(q, pair.q_half), shard.half(k_block, pair.k_half), shard.half(v_block, pair.k_half), slopes,
           pair.options);
-      halves[pair.q_half].add(part, part_lse);
+      halves[pair.q_half].add(part, lse_of_whole(part_lse, slopes, pair));
     }
   });
   for (int64_t half = 0; half < 2; ++half) {
@@ -165,7 +193,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> alibi_attention_backward(
         const Tensor q_part = shard.half(q, pair.q_half);
         const Tensor k_part = shard.half(k_block, pair.k_half);
         const Tensor v_part = shard.half(v_block, pair.k_half);
-        const Tensor lse_part = shard.half_of_rows(lse, pair.q_half);
+        const Tensor lse_part = lse_of_call(shard.half_of_rows(lse, pair.q_half), slopes, pair);
         if (q_grad || kv_grad) {
           // With output and log-sum-exp over all keys, a part of the keys gives its part of the gradients.
           const auto [dq, dk, dv, none] = posenc::alibi_attention_backward(
@@ -184,10 +212,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> alibi_attention_backward(
           }
         }
         if (slopes_grad) {
-          shard.half_of_rows(sums_of_slopes, pair.q_half)
-              .add_(alibi_attention_slope_sums(
+          add_slope_sums(
+              shard.half_of_rows(sums_of_slopes, pair.q_half),
+              alibi_attention_slope_sums(
                   grad_part, q_part, k_part, v_part, slopes, lse_part, pair.options.scale(), pair.options.causal(),
-                  pair.options.query_offset()));
+                  pair.options.query_offset()),
+              pair);
         }
       }
       if (kv_grad) {
