@@ -470,9 +470,12 @@ def commit():
     return os.environ.get("POSENC_COMMIT") or found.stdout.strip() or "unknown"
 
 
-def heading(device):
+def posenc_version():
     version_header = (ROOT / "include/posenc/version.h").read_text()
-    version = ".".join(re.findall(r"#define POSENC_VERSION_(?:MAJOR|MINOR|PATCH) (\d+)", version_header))
+    return ".".join(re.findall(r"#define POSENC_VERSION_(?:MAJOR|MINOR|PATCH) (\d+)", version_header))
+
+
+def heading(device):
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         print(f"{properties.name}, CUDA run time {torch.version.cuda}  ")
@@ -485,7 +488,7 @@ def heading(device):
             packages.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             pass
-    print(f"posenc {version} ({commit()}), {', '.join(packages)}\n", flush=True)
+    print(f"posenc {posenc_version()} ({commit()}), {', '.join(packages)}\n", flush=True)
 
 
 def main():

@@ -4,6 +4,7 @@
 
 #include <posenc/alibi.h>
 #include <posenc/alibi_attention.h>
+#include <posenc/context_parallel_alibi_attention.h>
 #include <posenc/frequencies.h>
 #include <posenc/logging.h>
 #include <posenc/modules/alibi_bias.h>

@@ -1,4 +1,5 @@
 #include <attention/blockwise.h>
+#include <attention/merge.h>
 #include <contract/alibi.h>
 
 #include <ATen/TensorOperators.h>
@@ -159,17 +160,12 @@ class Blocks {
   Tensor k_, v_, slopes_, keys_, rows_, positions_;
 };
 
-/// Of rows that see nothing, so that exp(-inf - lse) is 0 and not NaN.
-Tensor finite(const Tensor& lse) {
-  return lse.masked_fill(lse == -kInfinity, 0);
-}
-
 /// Probabilities and the gradient of the logits of one block.
 struct BlockGradient {
   Tensor p, ds;
 };
 
-/// What the backward passes have in common. `shift` is `[B, Hq, S]`: what is subtracted of dP in each row.
+/// What the backward passes have in common. `shift` is `[B, Hq, S]`, what is subtracted of dP in each row; or undefined.
 BlockGradient block_gradient(
     const Blocks& blocks,
     const Block& block,
@@ -179,9 +175,11 @@ BlockGradient block_gradient(
     const Tensor& shift) {
   BlockGradient result;
   result.p = blocks.logits(q, block).sub_(Blocks::column_of(lse, block)).exp_();
-  result.ds = blocks.as_scores(at::bmm(grad, blocks.v_of(block).transpose(1, 2)), block)
-                  .sub_(Blocks::column_of(shift, block))
-                  .mul_(result.p);
+  result.ds = blocks.as_scores(at::bmm(grad, blocks.v_of(block).transpose(1, 2)), block);
+  if (shift.defined()) {
+    result.ds.sub_(Blocks::column_of(shift, block));
+  }
+  result.ds.mul_(result.p);
   return result;
 }
 
@@ -250,6 +248,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> blockwise_backward(
   return {
       grad_q, blocks.like_keys(grad_k, call.k), blocks.like_keys(grad_v, call.v),
       slopes_grad ? grad_slopes.to(blocks.dtype()) : Tensor()};
+}
+
+Tensor blockwise_slope_sums(const Padded& call, const Tensor& grad_out, const Tensor& lse) {
+  const Blocks blocks(call);
+  const Tensor sums = finite(lse);
+  const Tensor result = at::zeros({4, call.batch(), call.q_heads(), call.q_len()}, call.q.options().dtype(at::kDouble));
+  blocks.for_each([&](const Block& block) {
+    const BlockGradient gradient = block_gradient(
+        blocks, block, blocks.rows_of(call.q, block), blocks.rows_of(grad_out, block), sums, /*shift=*/Tensor());
+    const Tensor rows = result.narrow(-1, block.begin, block.rows());
+    const auto put = [&rows](int64_t sum, const Tensor& terms) {
+      rows.select(0, sum).copy_(terms.sum(-1, /*keepdim=*/false, at::kDouble));
+    };
+    put(0, gradient.p);
+    put(1, gradient.p * block.distances);
+    put(2, gradient.ds);
+    put(3, gradient.ds * block.distances);
+  });
+  return result;
 }
 
 }  // namespace posenc::attention

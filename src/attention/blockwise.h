@@ -22,4 +22,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> blockwise_backward(
     const at::Tensor& lse,
     bool slopes_grad);
 
+/// `alibi_attention_slope_sums`.
+at::Tensor blockwise_slope_sums(const Padded& call, const at::Tensor& grad_out, const at::Tensor& lse);
+
 }  // namespace posenc::attention

@@ -131,15 +131,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> alibi_attention_backward_autograd(
     const ALiBiAttentionOptions& options,
     bool slopes_grad) {
   const std::array<Tensor, 8> inputs{grad_out, grad_lse.value_or(Tensor()), q, k, v, slopes, out, lse};
-  for (const Tensor& input : inputs) {
-    autograd::check_no_tangent("posenc::alibi_attention_backward", input);
-  }
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      !autograd::any_requires_grad(inputs),
-      "posenc::alibi_attention_backward: expected a call without gradients of its own, got an argument that requires "
-      "grad: differentiate alibi_attention with create_graph");
+  autograd::check_no_gradients(
+      "posenc::alibi_attention_backward", inputs, "differentiate alibi_attention with create_graph");
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   return alibi_attention_backward(grad_out, grad_lse, q, k, v, slopes, out, lse, options, slopes_grad);
+}
+
+Tensor alibi_attention_slope_sums_autograd(
+    const Tensor& grad_out,
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& v,
+    const Tensor& slopes,
+    const Tensor& lse,
+    std::optional<double> scale,
+    bool causal,
+    std::optional<int64_t> query_offset) {
+  autograd::check_no_gradients(
+      "posenc::alibi_attention_slope_sums", std::array<Tensor, 6>{grad_out, q, k, v, slopes, lse},
+      "differentiate alibi_attention with create_graph");
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return alibi_attention_slope_sums(grad_out, q, k, v, slopes, lse, scale, causal, query_offset);
 }
 
 }  // namespace
@@ -147,6 +159,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> alibi_attention_backward_autograd(
 TORCH_LIBRARY_IMPL(posenc, Autograd, m) {
   m.impl("alibi_attention", alibi_attention_kernel<alibi_attention_autograd>);
   m.impl("alibi_attention_backward", alibi_attention_backward_kernel<alibi_attention_backward_autograd>);
+  m.impl("alibi_attention_slope_sums", alibi_attention_slope_sums_autograd);
 }
 
 }  // namespace posenc

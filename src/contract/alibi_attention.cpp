@@ -234,4 +234,22 @@ AlibiAttention alibi_attention_backward(
   return call;
 }
 
+AlibiAttention alibi_attention_slope_sums(
+    const char* op,
+    const Tensor& grad_out,
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& v,
+    const Tensor& slopes,
+    const Tensor& lse,
+    std::optional<double> scale,
+    bool causal,
+    std::optional<int64_t> query_offset) {
+  check_defined(op, "q", q);
+  TORCH_CHECK(q.dim() == 4, op, ": expected q of shape [B, Sq, Hq, D], got ", q.sizes());
+  return alibi_attention_backward(
+      op, grad_out, /*grad_lse=*/std::nullopt, q, k, v, slopes, /*out=*/grad_out, lse,
+      ALiBiAttentionOptions().scale(scale).causal(causal).query_offset(query_offset));
+}
+
 }  // namespace posenc::contract

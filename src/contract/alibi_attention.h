@@ -49,4 +49,17 @@ AlibiAttention alibi_attention_backward(
     const at::Tensor& lse,
     const ALiBiAttentionOptions& options);
 
+/// Checks a call of `alibi_attention_slope_sums`.
+AlibiAttention alibi_attention_slope_sums(
+    const char* op,
+    const at::Tensor& grad_out,
+    const at::Tensor& q,
+    const at::Tensor& k,
+    const at::Tensor& v,
+    const at::Tensor& slopes,
+    const at::Tensor& lse,
+    std::optional<double> scale,
+    bool causal,
+    std::optional<int64_t> query_offset);
+
 }  // namespace posenc::contract

@@ -42,11 +42,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> alibi_attention_backward_cpu(
   return {call.unpad_q(grad_q), call.unpad_k(grad_k), call.unpad_k(grad_v), grad_slopes};
 }
 
+Tensor alibi_attention_slope_sums_cpu(
+    const Tensor& grad_out,
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& v,
+    const Tensor& slopes,
+    const Tensor& lse,
+    std::optional<double> scale,
+    bool causal,
+    std::optional<int64_t> query_offset) {
+  const auto checked = contract::alibi_attention_slope_sums(
+      "posenc::alibi_attention_slope_sums", grad_out, q, k, v, slopes, lse, scale, causal, query_offset);
+  const attention::PaddedCall call(checked, q, k, v, slopes);
+  return attention::blockwise_slope_sums(call.padded(), grad_out, lse);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, CPU, m) {
   m.impl("alibi_attention", alibi_attention_kernel<alibi_attention_cpu>);
   m.impl("alibi_attention_backward", alibi_attention_backward_kernel<alibi_attention_backward_cpu>);
+  m.impl("alibi_attention_slope_sums", alibi_attention_slope_sums_cpu);
 }
 
 }  // namespace posenc

@@ -105,11 +105,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> alibi_attention_backward_cuda(
   return {call.unpad_q(grad_q), call.unpad_k(grad_k), call.unpad_k(grad_v), grad_slopes};
 }
 
+Tensor alibi_attention_slope_sums_cuda(
+    const Tensor& grad_out,
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& v,
+    const Tensor& slopes,
+    const Tensor& lse,
+    std::optional<double> scale,
+    bool causal,
+    std::optional<int64_t> query_offset) {
+  const auto checked = contract::alibi_attention_slope_sums(
+      "posenc::alibi_attention_slope_sums", grad_out, q, k, v, slopes, lse, scale, causal, query_offset);
+  const c10::cuda::CUDAGuard device(q.device());
+  const attention::PaddedCall call(checked, q, k, v, slopes);
+  return attention::blockwise_slope_sums(call.padded(), grad_out, lse);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, CUDA, m) {
   m.impl("alibi_attention", alibi_attention_kernel<alibi_attention_cuda>);
   m.impl("alibi_attention_backward", alibi_attention_backward_kernel<alibi_attention_backward_cuda>);
+  m.impl("alibi_attention_slope_sums", alibi_attention_slope_sums_cuda);
 }
 
 }  // namespace posenc

@@ -13,11 +13,8 @@ namespace posenc {
 namespace {
 
 using at::Tensor;
+using meta::any_symbolic;
 using meta::has_symbolic_sizes;
-
-bool any_symbolic(std::initializer_list<std::reference_wrapper<const Tensor>> tensors) {
-  return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& tensor) { return has_symbolic_sizes(tensor); });
-}
 
 bool any_symbolic(const ALiBiAttentionOptions& o) {
   const std::optional<Tensor> tensors[] = {o.seqlens_q(), o.seqlens_k(), o.cu_seqlens_q(), o.cu_seqlens_k()};
@@ -40,6 +37,23 @@ std::tuple<Tensor, Tensor> alibi_attention_meta(
   Tensor lse = q.dim() == 3 ? at::empty_symint({q.sym_size(0), q.sym_size(1)}, wide).t()
                             : at::empty_symint({q.sym_size(0), q.sym_size(2), q.sym_size(1)}, wide);
   return {at::empty_like(q), lse};
+}
+
+Tensor alibi_attention_slope_sums_meta(
+    const Tensor& grad_out,
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& v,
+    const Tensor& slopes,
+    const Tensor& lse,
+    std::optional<double> scale,
+    bool causal,
+    std::optional<int64_t> query_offset) {
+  if (!any_symbolic({grad_out, q, k, v, slopes, lse})) {
+    contract::alibi_attention_slope_sums(
+        "posenc::alibi_attention_slope_sums", grad_out, q, k, v, slopes, lse, scale, causal, query_offset);
+  }
+  return at::empty_symint({4, q.sym_size(0), q.sym_size(2), q.sym_size(1)}, q.options().dtype(at::kDouble));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> alibi_attention_backward_meta(
@@ -70,6 +84,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> alibi_attention_backward_meta(
 TORCH_LIBRARY_IMPL(posenc, Meta, m) {
   m.impl("alibi_attention", alibi_attention_kernel<alibi_attention_meta>);
   m.impl("alibi_attention_backward", alibi_attention_backward_kernel<alibi_attention_backward_meta>);
+  m.impl("alibi_attention_slope_sums", alibi_attention_slope_sums_meta);
 }
 
 }  // namespace posenc

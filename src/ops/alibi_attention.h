@@ -31,6 +31,28 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> alibi_attention_backw
     const ALiBiAttentionOptions& options,
     bool slopes_grad);
 
+/// What a call contributes to the gradient of the slopes, where it is of some of the keys of each row: of four quantities
+/// x, the sums of P x over the keys of the call, with P = exp(S - lse) and the lse of all keys:
+///
+///     1,   |distance|,   dP,   dP |distance|,        dP = dout V^T.
+///
+/// Sums over all keys give the gradient: dslopes[h] = -sum over b, i of E[dP d] - E[dP] E[d], with E[x] = (sum of P x) /
+/// (sum of P). Nothing less will do, because the mean of dP is known from `out` only as far as that is not rounded, and
+/// times a distance of thousands the rounding is larger than the gradient.
+///
+/// @param lse  `[B, Hq, Sq]`, as for `alibi_attention_backward`.
+/// @return float64 `[4, B, Hq, Sq]`.
+at::Tensor alibi_attention_slope_sums(
+    const at::Tensor& grad_out,
+    const at::Tensor& q,
+    const at::Tensor& k,
+    const at::Tensor& v,
+    const at::Tensor& slopes,
+    const at::Tensor& lse,
+    std::optional<double> scale,
+    bool causal,
+    std::optional<int64_t> query_offset);
+
 // The dispatcher knows no structs: options travel through it one by one. These make kernels for it of functions that
 // take them together.
 

@@ -16,6 +16,7 @@ import warnings
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 import torch
+import torch.distributed
 from torch.utils import _pytree as pytree
 
 ALL_SKIPPED = 77  # what ctest is told to take for "skipped"
@@ -186,6 +187,37 @@ def attention_backward(i, **kw):
     return Sample(torch.ones_like(out), torch.ones_like(lse), q, k, v, slopes, out, lse, **kw)
 
 
+def attention_slope_sums(i, **kw):
+    forward = attention(i, **kw)
+    q, k, v, slopes = (x.detach() for x in forward.args)
+    out, lse = torch.ops.posenc.alibi_attention(q, k, v, slopes, **kw)
+    return Sample(torch.ones_like(out), q, k, v, slopes, lse, **kw)
+
+
+def group_of_one():
+    """The name of a group that needs no communication; tests/python/context_parallel_test.py has larger ones."""
+    if not torch.distributed.is_initialized():
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    return torch.distributed.group.WORLD.group_name
+
+
+def even(i):
+    """Inputs of an even number of tokens, the two chunks of a rank."""
+    return Inputs(i.device, 2 * (i.size // 2), i.grad)
+
+
+def context_parallel_attention(i, **kw):
+    return Sample(*attention(even(i)).args, group_of_one(), **kw)
+
+
+def context_parallel_attention_backward(i, grad_mask=(True, True, True, True), **kw):
+    q, k, v, slopes = (x.detach() for x in attention(even(i)).args)
+    out, lse = torch.ops.posenc.context_parallel_alibi_attention(q, k, v, slopes, group_of_one(), **kw)
+    grads = torch.ones_like(out), torch.ones_like(lse)
+    return Sample(*grads, q, k, v, slopes, out, lse, group_of_one(), grad_mask=list(grad_mask), **kw)
+
+
 CASES = {
     "rotary_embedding": rotary(rotary_embedding) + on_axes(rotary_embedding),
     "rotary_embedding_qk": rotary(rotary_embedding_qk) + on_axes(rotary_embedding_qk),
@@ -252,10 +284,22 @@ CASES = {
         lambda i: attention_backward(i),
         lambda i: attention_backward(i, scale=0.5, causal=True, query_offset=1),
     ],
+    "alibi_attention_slope_sums": [
+        lambda i: attention_slope_sums(i),
+        lambda i: attention_slope_sums(i, scale=0.5, causal=True, query_offset=1),
+    ],
+    "context_parallel_alibi_attention": [
+        lambda i: context_parallel_attention(i),
+        lambda i: context_parallel_attention(i, scale=0.5, causal=True),
+    ],
+    "context_parallel_alibi_attention_backward": [
+        lambda i: context_parallel_attention_backward(i, causal=True),
+        lambda i: context_parallel_attention_backward(i, grad_mask=(True, False, True, False)),
+    ],
 }
 
 # Operators without a second derivative of their own: the gradients of attention say so when they are differentiated.
-ONCE = {"alibi_attention"}
+ONCE = {"alibi_attention", "context_parallel_alibi_attention"}
 
 
 def registered():

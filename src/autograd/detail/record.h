@@ -40,6 +40,17 @@ inline void check_no_tangent(const char* op, const at::Tensor& tensor) {
       ": expected no forward-mode tangents, which it does not carry on, got some: differentiate in backward mode");
 }
 
+/// Refuses gradients through an operator that has none of its own. `advice` says what to do instead.
+template <typename Tensors>
+void check_no_gradients(const char* op, const Tensors& inputs, const char* advice) {
+  for (const at::Tensor& input : inputs) {
+    check_no_tangent(op, input);
+  }
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !any_requires_grad(inputs), op,
+      ": expected a call without gradients of its own, got an argument that requires grad: ", advice);
+}
+
 /// `positions` as it was before it was saved.
 inline std::optional<at::Tensor> optional_tensor(at::Tensor unpacked) {
   return unpacked.defined() ? std::optional<at::Tensor>(std::move(unpacked)) : std::nullopt;

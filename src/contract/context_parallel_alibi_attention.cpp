@@ -1,0 +1,65 @@
+#include <contract/context_parallel_alibi_attention.h>
+#include <contract/tensor.h>
+
+#include <limits>
+
+namespace posenc::contract {
+namespace {
+
+using at::Tensor;
+
+ALiBiAttentionOptions options_of_one(const ContextParallelALiBiAttentionOptions& options) {
+  return ALiBiAttentionOptions().scale(options.scale()).causal(options.causal());
+}
+
+void check_shard(const char* op, const Tensor& q) {
+  check_defined(op, "q", q);
+  TORCH_CHECK(q.dim() == 4, op, ": expected q of shape [B, S / C, Hq, D], got ", q.sizes());
+  TORCH_CHECK(
+      q.size(1) % 2 == 0, op, ": expected q of an even number of tokens, two chunks of the sequence, got ", q.sizes());
+}
+
+/// Of a call that is right but for the other ranks.
+AlibiAttention checked(const char* op, const AlibiAttention& call, int64_t world_size) {
+  TORCH_CHECK(
+      call.k_len == call.q_len, op, ": expected k and v of as many tokens as q, ", call.q_len, ", got ", call.k_len);
+  constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
+  TORCH_CHECK(
+      call.q_len <= kMax / world_size, op, ": expected at most ", kMax, " tokens of all ranks, got ", call.q_len,
+      " on each of ", world_size);
+  return call;
+}
+
+}  // namespace
+
+AlibiAttention context_parallel_alibi_attention(
+    const char* op,
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& v,
+    const Tensor& slopes,
+    const ContextParallelALiBiAttentionOptions& options,
+    int64_t world_size) {
+  check_shard(op, q);
+  return checked(op, alibi_attention(op, q, k, v, slopes, options_of_one(options)), world_size);
+}
+
+AlibiAttention context_parallel_alibi_attention_backward(
+    const char* op,
+    const Tensor& grad_out,
+    const std::optional<Tensor>& grad_lse,
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& v,
+    const Tensor& slopes,
+    const Tensor& out,
+    const Tensor& lse,
+    const ContextParallelALiBiAttentionOptions& options,
+    int64_t world_size) {
+  check_shard(op, q);
+  return checked(
+      op, alibi_attention_backward(op, grad_out, grad_lse, q, k, v, slopes, out, lse, options_of_one(options)),
+      world_size);
+}
+
+}  // namespace posenc::contract
