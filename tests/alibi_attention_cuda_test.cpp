@@ -295,6 +295,42 @@ TEST_F(AlibiAttentionCuda, GraphsReplayForwardAndBackward) {
   expect_same_bits(recorded.back(), out);
 }
 
+/// Of a call that knows a part of the keys: those of the same values in float64, in blocks of matrix products.
+TEST_F(AlibiAttentionCuda, SumsForTheSlopesAreThoseOfFloat64) {
+  AttentionCase c;
+  c.q_len = c.k_len = 448;
+  for (const int64_t head_dim : {64, 128, 256}) {
+    for (const int64_t offset : {0, 448, -448, 100'000}) {
+      for (const bool causal : {false, true}) {
+        if (causal && offset < 0) {
+          continue;  // nothing is seen
+        }
+        SCOPED_TRACE(c10::str("D ", head_dim, ", offset ", offset, causal ? ", causal" : ""));
+        c.head_dim = head_dim;
+        c.causal = causal;
+        c.query_offset = offset;
+        c.largest_slope = offset == 100'000 ? 0x1p-12 : 0.5;
+        const AttentionInputs in = inputs(c);
+        AttentionInputs wide = in;
+        for (at::Tensor* tensor : {&wide.q, &wide.k, &wide.v, &wide.slopes}) {
+          *tensor = tensor->to(at::kDouble);
+        }
+        const at::Tensor lse = std::get<1>(attend_with_lse(wide)).add(1);  // of more keys than these
+        const at::Tensor grad = at::randn(in.q.sizes(), at::kFloat).to(in.q.options());
+        at::Tensor actual;
+        const std::string text = logged([&] { actual = slope_sums(in, grad, lse.to(at::kFloat)); });
+        EXPECT_EQ(text.find(kNotFused), std::string::npos);
+        const at::Tensor expected = slope_sums(wide, grad.to(at::kDouble), lse);
+        // The exponent carries the rounding of products and of slope * distance in float32.
+        const double largest = c.largest_slope * static_cast<double>(std::abs(offset) + c.q_len);
+        for (int64_t sum = 0; sum < 4; ++sum) {
+          EXPECT_LE(relative_error(actual[sum], expected[sum]), (64 + 4 * largest) * unit_roundoff(at::kFloat)) << sum;
+        }
+      }
+    }
+  }
+}
+
 TEST_F(AlibiAttentionCuda, DeterministicAlgorithmsGiveTheSameBits) {
   for (const bool causal : {false, true}) {
     AttentionCase c = training();

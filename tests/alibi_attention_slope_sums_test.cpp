@@ -1,21 +1,11 @@
 #include "alibi_attention_support.h"
 
 #include <ATen/ATen.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 
 #include <cmath>
 
 namespace posenc::test {
 namespace {
-
-/// The operator, which the library keeps to itself, as Python calls it.
-at::Tensor slope_sums(const AttentionInputs& in, const at::Tensor& grad, const at::Tensor& lse) {
-  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("posenc::alibi_attention_slope_sums", "");
-  std::vector<c10::IValue> stack{
-      grad, in.q, in.k, in.v, in.slopes, lse, in.options.scale(), in.options.causal(), in.options.query_offset()};
-  op.callBoxed(stack);
-  return stack.at(0).toTensor();
-}
 
 /// `[4, B, Hq, Sq]` by a loop over scalars, and the sums of magnitudes that bound the rounding of each.
 struct ScalarSums {

@@ -1,6 +1,7 @@
 #include "alibi_attention_support.h"
 
 #include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 
 #include <cmath>
 #include <limits>
@@ -78,6 +79,14 @@ at::Tensor attend(const AttentionInputs& in) {
 
 std::tuple<at::Tensor, at::Tensor> attend_with_lse(const AttentionInputs& in) {
   return posenc::alibi_attention_with_lse(in.q, in.k, in.v, in.slopes, in.options);
+}
+
+at::Tensor slope_sums(const AttentionInputs& in, const at::Tensor& grad, const at::Tensor& lse) {
+  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("posenc::alibi_attention_slope_sums", "");
+  std::vector<c10::IValue> stack{
+      grad, in.q, in.k, in.v, in.slopes, lse, in.options.scale(), in.options.causal(), in.options.query_offset()};
+  op.callBoxed(stack);
+  return stack.at(0).toTensor();
 }
 
 namespace {

@@ -48,6 +48,9 @@ AttentionInputs attention_leaves(const AttentionInputs& in);
 at::Tensor attend(const AttentionInputs& in);
 std::tuple<at::Tensor, at::Tensor> attend_with_lse(const AttentionInputs& in);
 
+/// `alibi_attention_slope_sums`, which the library keeps to itself, as Python calls it.
+at::Tensor slope_sums(const AttentionInputs& in, const at::Tensor& grad, const at::Tensor& lse);
+
 /// Results, or bounds of their errors, float64 on the CPU.
 struct AttentionResults {
   at::Tensor out, lse, dq, dk, dv, dslopes;

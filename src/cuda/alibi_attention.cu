@@ -119,6 +119,11 @@ Tensor alibi_attention_slope_sums_cuda(
       "posenc::alibi_attention_slope_sums", grad_out, q, k, v, slopes, lse, scale, causal, query_offset);
   const c10::cuda::CUDAGuard device(q.device());
   const attention::PaddedCall call(checked, q, k, v, slopes);
+#if POSENC_CUDNN
+  if (takes_cudnn(call.padded())) {
+    return cuda::attention_slope_sums(call.padded(), cuda::readable_rows(call.padded(), grad_out), lse);
+  }
+#endif
   return attention::blockwise_slope_sums(call.padded(), grad_out, lse);
 }
 
