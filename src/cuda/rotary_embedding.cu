@@ -60,8 +60,9 @@ void launch(const RotaryProblem& problem) {
   const int64_t num_chunks = cuda::num_chunks(Policy::kVectorWidth, problem.num_pairs, problem.head_dim);
   const int64_t num_heads = problem.num_heads();
   const int64_t num_tokens = problem.batch * problem.seq_len;
-  const auto [chunks, heads, tokens] = cuda::block_shape(max_threads, num_chunks, num_heads, num_tokens, tokens_first);
-  const int64_t head_groups = cuda::ceil_div(num_heads, heads);
+  const auto [chunks, heads, tokens] =
+      cuda::block_shape(max_threads, num_chunks, cuda::ceil_div(num_heads, Policy::kHeads), num_tokens, tokens_first);
+  const int64_t head_groups = cuda::ceil_div(num_heads, heads * Policy::kHeads);
   const int64_t token_groups = cuda::ceil_div(num_tokens, tokens);
   const int64_t chunk_groups = cuda::ceil_div(num_chunks, chunks);
   // Rounded up to whole blocks, tokens are numbered by 31 bits.
