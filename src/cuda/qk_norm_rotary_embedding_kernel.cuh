@@ -161,6 +161,7 @@ __device__ Real reciprocal_rms(const NormScalars<Real>& scalars, Real sign_of_to
 struct NormRows {
   int operand;
   uint32_t first, step;
+  uint32_t place;  // of this block's sums: those of operand 0 come first
 
   __device__ explicit NormRows(const NormGrid& grid) {
     uint32_t block;
@@ -174,8 +175,20 @@ struct NormRows {
     }
     step = blockDim.y;
     first = block * static_cast<uint32_t>(grid.heads_in_turn) * step + threadIdx.y;
+    place = (operand == 0 ? 0 : grid.blocks_of_first) + block;
   }
 };
+
+/// The chunk of a lane that holds one.
+template <typename Policy>
+__device__ ChunkChannels channels_of_lane(const RotaryProblem& problem, int lane) {
+  if constexpr (Policy::kWhole) {
+    constexpr int V = Policy::kVectorWidth;
+    return {lane * V, static_cast<int>(problem.num_pairs) + lane * V, true, true};
+  } else {
+    return channels_of_chunk<Policy>(problem, lane);
+  }
+}
 
 /// Normalises, weighs and rotates a chunk in place.
 template <typename T, typename Policy>
@@ -222,13 +235,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinNormBlocks<Policy>) qk_norm_r
 
   if constexpr (Policy::kHeld) {
     const bool exists = Policy::kWhole || lane < grid.num_chunks;
-    ChunkChannels channels{};
-    if constexpr (Policy::kWhole) {
-      constexpr int V = Policy::kVectorWidth;
-      channels = {lane * V, static_cast<int>(problem.rotary.num_pairs) + lane * V, true, true};
-    } else {
-      channels = channels_of_chunk<Policy>(problem.rotary, lane);
-    }
+    const ChunkChannels channels = channels_of_lane<Policy>(problem.rotary, lane);
     HeadChunk<T, Policy> x;
     if (exists) {
       x.template load<false>(in, in_stride, channels);
@@ -344,8 +351,8 @@ __global__ void __launch_bounds__(kMaxThreads, kMinNormBackwardBlocks<Policy>) q
   Real* const sums = reinterpret_cast<Real*>(norm_bytes) + threadIdx.y * head_dim;
 
   if constexpr (Policy::kHeld) {
-    const bool exists = lane < grid.num_chunks;
-    const ChunkChannels channels = channels_of_chunk<Policy>(rotary, lane);
+    const bool exists = Policy::kWhole || lane < grid.num_chunks;
+    const ChunkChannels channels = channels_of_lane<Policy>(rotary, lane);
     Real chunk_sums[2 * V] = {};
 #pragma unroll 1
     for (int turn = 0; turn < grid.heads_in_turn; ++turn) {
@@ -452,7 +459,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinNormBackwardBlocks<Policy>) q
     for (int y = 0; y < static_cast<int>(blockDim.y); ++y) {
       sum += all[y * head_dim + channel];
     }
-    partial_sums[int64_t{blockIdx.x} * head_dim + channel] = sum;
+    partial_sums[int64_t{rows.place} * head_dim + channel] = sum;
   }
 }
 
