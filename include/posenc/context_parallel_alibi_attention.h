@@ -44,7 +44,8 @@ struct POSENC_API ContextParallelALiBiAttentionOptions {
 /// All ranks call it, in the same order among the collectives of the group, with the same shapes, dtypes, options and
 /// tensors that require a gradient, and run its backward pass likewise. That cannot be seen from one rank: where it does
 /// not hold, ranks wait until the group's timeout. The host waits for nothing with NCCL; the collective is
-/// `alltoall_base`, so Gloo serves as well. Groups of one rank communicate nothing.
+/// `alltoall_base`, so Gloo serves as well. A group of one rank is `alibi_attention` itself. Results are the same bits
+/// every time where those of `alibi_attention` are.
 ///
 /// Gradients reach q, k, v and slopes, once: they cannot be differentiated again. That of the slopes, of which each rank
 /// has a copy, is what the queries of this rank contribute, as for every other parameter of the model: the sum over the
