@@ -48,8 +48,9 @@ struct POSENC_API ContextParallelALiBiAttentionOptions {
 /// every time where those of `alibi_attention` are.
 ///
 /// Gradients reach q, k, v and slopes, once: they cannot be differentiated again. That of the slopes, of which each rank
-/// has a copy, is what the queries of this rank contribute, as for every other parameter of the model: the sum over the
-/// ranks is that of the whole, which DDP, FSDP or an all-reduce over the group brings about.
+/// has a copy, is what the queries of this rank contribute, and the sum over the ranks is that of the whole sequence: so
+/// it is with every parameter of a model whose tokens are divided, and what reduces the others (DDP, FSDP or an
+/// all-reduce over the group) reduces this one.
 ///
 /// @param q  `[B, S / C, Hq, D]`: float16, bfloat16, float32 or float64, any strides. S / C is even.
 /// @param k,v  `[B, S / C, Hk, D]`, of the dtype and device of q; Hq is a multiple of Hk (GQA, MQA). With more than one
