@@ -74,8 +74,8 @@ std::vector<Pair> visible_pairs(const Shard& shard, int64_t source) {
   return pairs;
 }
 
-/// Calls, for more than one rank, `body(step, k, v)` with the keys and values of one rank after the other, its own first; those of the next are on
-/// their way meanwhile.
+/// Calls `body(step, k, v)` with the keys and values of one rank after the other, its own first; those of the next are on
+/// their way meanwhile. There is more than one rank.
 template <typename Body>
 void around(const Shard& shard, const Tensor& k, const Tensor& v, const Body& body) {
   TravellingBlock block(shard.group, at::stack({k, v}));
@@ -241,4 +241,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> alibi_attention_backward(
       q_grad ? sums_of_q.to(q.scalar_type()) : Tensor(), k_grad ? like(k, sums_of_kv.here().select(0, 0)) : Tensor(),
       v_grad ? like(v, sums_of_kv.here().select(0, 1)) : Tensor(), grad_slopes};
 }
+
 }  // namespace posenc::context_parallel
