@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """posenc::context_parallel_alibi_attention on two GPUs beside alibi_attention on one: ./dev context-parallel
 
-Prints one table: bf16, batch 1, 16 heads of 128, causal, gradients given. Every figure is the median of some calls, each
-between CUDA events after a barrier, with the host ahead of the device; of two GPUs the slower one counts. Results are
-held against those of one GPU. Where there are no two GPUs, two processes and small sizes on the CPU, by the host's
+Prints one table: bf16, batch 1, 16 heads of 128, causal, gradients given. Every figure is the median of some calls,
+each between CUDA events after a barrier, with the host ahead of the device; of two GPUs the slower one counts. Results
+are held against those of one GPU. Where there are no two GPUs, two processes and small sizes on the CPU, by the host's
 clock.
 """
 
@@ -148,7 +148,8 @@ def table(rank, device, dtype, group, seq_len, samples, slopes_grad):
     differences = ", ".join(f"{name} {error:.1e}" for name, error in zip(RESULTS, found))
     note = f"S {seq_len}: relative difference to one device: {differences}"
     if device.type == "cuda":
-        note += f"; peak memory of a rank beyond its inputs {(torch.cuda.max_memory_allocated() - before) / 2**30:.2f} GiB"
+        peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+        note += f"; peak memory of a rank beyond its inputs {peak:.2f} GiB"
     return note
 
 

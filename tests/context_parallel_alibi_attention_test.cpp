@@ -2,6 +2,7 @@
 #include "gradcheck.h"
 
 #include <posenc/context_parallel_alibi_attention.h>
+#include <posenc/positions.h>
 
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -10,10 +11,18 @@
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #endif
 
+#include <chrono>
+#include <condition_variable>
+#include <future>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <queue>
+
 namespace posenc::test {
 namespace {
 
-// Groups of one rank and errors, which need no communication. Larger groups: tests/python/context_parallel_test.py.
+// Errors, groups of one rank and rings of threads. Processes, with Gloo and NCCL: tests/python/context_parallel_test.py.
 
 AttentionCase shard() {
   AttentionCase c;
@@ -39,6 +48,87 @@ using Group = c10::intrusive_ptr<c10d::ProcessGroup>;
 /// A group without a backend.
 Group group_of(int size) {
   return c10::make_intrusive<c10d::ProcessGroup>(/*rank=*/0, size);
+}
+
+/// What travels between ranks that are threads of this process.
+class Mail {
+ public:
+  void send(int from, int to, at::Tensor message) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    messages_[{from, to}].push(std::move(message));
+    arrived_.notify_all();
+  }
+
+  at::Tensor receive(int from, int to) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    std::queue<at::Tensor>& messages = messages_[{from, to}];
+    arrived_.wait(lock, [&] { return !messages.empty(); });
+    at::Tensor message = std::move(messages.front());
+    messages.pop();
+    return message;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable arrived_;
+  std::map<std::pair<int, int>, std::queue<at::Tensor>> messages_;
+};
+
+/// The one collective that the operator needs.
+class ThreadsBackend : public c10d::Backend {
+ public:
+  ThreadsBackend(std::shared_ptr<Mail> mail, int rank, int size) : Backend(rank, size), mail_(std::move(mail)) {}
+
+  c10::intrusive_ptr<c10d::Work> alltoall_base(
+      at::Tensor& output,
+      at::Tensor& input,
+      std::vector<int64_t>& output_sizes,
+      std::vector<int64_t>& input_sizes,
+      const c10d::AllToAllOptions& /*options*/) override {
+    const std::vector<at::Tensor> sent = input.split_with_sizes(input_sizes);
+    for (int to = 0; to < getSize(); ++to) {
+      mail_->send(getRank(), to, sent[to].clone());
+    }
+    return c10::make_intrusive<Receipt>(mail_, getRank(), output.split_with_sizes(output_sizes));
+  }
+
+ private:
+  /// Nothing is there before it is waited for: not to wait would be seen.
+  class Receipt : public c10d::Work {
+   public:
+    Receipt(std::shared_ptr<Mail> mail, int rank, std::vector<at::Tensor> parts)
+        : mail_(std::move(mail)), rank_of_receiver_(rank), parts_(std::move(parts)) {}
+
+    bool wait(std::chrono::milliseconds /*timeout*/) override {
+      for (size_t from = 0; from < parts_.size(); ++from) {
+        parts_[from].copy_(mail_->receive(static_cast<int>(from), rank_of_receiver_));
+      }
+      return true;
+    }
+
+   private:
+    std::shared_ptr<Mail> mail_;
+    int rank_of_receiver_;
+    std::vector<at::Tensor> parts_;
+  };
+
+  std::shared_ptr<Mail> mail_;
+};
+
+/// Calls `body(group)` in a thread for each rank.
+void for_each_rank(int size, const std::function<void(const Group&)>& body) {
+  const auto mail = std::make_shared<Mail>();
+  std::vector<std::future<void>> ranks;
+  for (int rank = 0; rank < size; ++rank) {
+    auto group = c10::make_intrusive<c10d::ProcessGroup>(rank, size);
+    group->setBackend(
+        c10::kCPU, c10d::ProcessGroup::CUSTOM,
+        c10::intrusive_ptr<c10d::Backend>(c10::make_intrusive<ThreadsBackend>(mail, rank, size)));
+    ranks.push_back(std::async(std::launch::async, [&body, group] { body(group); }));
+  }
+  for (std::future<void>& rank : ranks) {
+    rank.get();
+  }
 }
 
 /// A name that a group has for the lifetime of the object.
@@ -98,6 +188,46 @@ TEST(ContextParallelAlibiAttention, TheGroupOutlivesTheCallersHandle) {
   const at::Tensor grad = at::randn_like(in.q);
   expect_equal(everything(in, out, grad), everything(in, attend(in), grad));
 }
+
+class ContextParallelRing : public ::testing::TestWithParam<std::tuple<int, bool>> {};
+
+TEST_P(ContextParallelRing, EqualsTheWhole) {
+  const auto [ranks, causal] = GetParam();
+  AttentionCase c;
+  c.q_len = c.k_len = 6 * ranks;
+  c.causal = causal;
+  AttentionInputs whole = make_attention_inputs(c, {at::kCPU, at::kDouble});
+  whole.slopes = whole.slopes.to(at::kDouble);  // so that its gradient is float64
+  whole = attention_leaves(whole);
+  const at::Tensor grad = at::randn_like(whole.q);
+  const TensorList expected = everything(whole, attend(whole), grad);
+  at::Tensor slopes_grad = at::zeros_like(whole.slopes);
+  std::mutex mutex;
+  const auto options = ContextParallelALiBiAttentionOptions().causal(causal);
+  for_each_rank(ranks, [&](const Group& group) {
+    const at::Tensor tokens = context_parallel_positions(c.q_len, group->getRank(), group->getSize());
+    const auto part = [&tokens](const at::Tensor& x) { return x.detach().index_select(1, tokens); };
+    AttentionInputs in = whole;
+    in.q = part(whole.q), in.k = part(whole.k), in.v = part(whole.v);
+    in = attention_leaves(in);
+    const at::Tensor out = context_parallel_alibi_attention(in.q, in.k, in.v, in.slopes, group, options);
+    const TensorList actual = everything(in, out, part(grad));
+    const std::lock_guard<std::mutex> lock(mutex);
+    expect_equal(
+        {actual.begin(), actual.begin() + 4},
+        {part(expected[0]), part(expected[1]), part(expected[2]), part(expected[3])});
+    slopes_grad += actual[4];
+  });
+  expect_equal({slopes_grad}, {expected[4]});
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    All,
+    ContextParallelRing,
+    ::testing::Combine(::testing::Values(2, 3, 5), ::testing::Bool()),
+    [](const auto& test) {
+      return std::to_string(std::get<0>(test.param)) + (std::get<1>(test.param) ? "RanksCausal" : "RanksSymmetric");
+    });
 
 TEST(ContextParallelAlibiAttention, RefusesAGroupThatIsNone) {
   const AttentionInputs in = make_attention_inputs(shard(), {at::kCPU, at::kFloat});

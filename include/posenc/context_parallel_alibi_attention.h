@@ -42,13 +42,15 @@ struct POSENC_API ContextParallelALiBiAttentionOptions {
 /// them: fused where half a shard meets its conditions.
 ///
 /// All ranks call it, in the same order among the collectives of the group, with the same shapes, dtypes, options and
-/// tensors that require a gradient, and run its backward pass likewise. That cannot be seen from one rank: where it does
-/// not hold, ranks wait until the group's timeout. The host waits for nothing with NCCL; the collective is
-/// `alltoall_base`, so Gloo serves as well. Groups of one rank communicate nothing.
+/// tensors that require a gradient, and run its backward pass likewise. That cannot be seen from one rank: where it
+/// does not hold, ranks wait until the group's timeout. The host waits for nothing with NCCL; the collective is
+/// `alltoall_base`, so Gloo serves as well. A group of one rank is `alibi_attention` itself. Results are the same bits
+/// every time where those of `alibi_attention` are.
 ///
-/// Gradients reach q, k, v and slopes, once: they cannot be differentiated again. That of the slopes, of which each rank
-/// has a copy, is what the queries of this rank contribute, as for every other parameter of the model: the sum over the
-/// ranks is that of the whole, which DDP, FSDP or an all-reduce over the group brings about.
+/// Gradients reach q, k, v and slopes, once: they cannot be differentiated again. That of the slopes, of which each
+/// rank has a copy, is what the queries of this rank contribute, and the sum over the ranks is that of the whole
+/// sequence: so it is with every parameter of a model whose tokens are divided, and what reduces the others (DDP, FSDP
+/// or an all-reduce over the group) reduces this one.
 ///
 /// @param q  `[B, S / C, Hq, D]`: float16, bfloat16, float32 or float64, any strides. S / C is even.
 /// @param k,v  `[B, S / C, Hk, D]`, of the dtype and device of q; Hq is a multiple of Hk (GQA, MQA). With more than one

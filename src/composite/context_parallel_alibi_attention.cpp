@@ -16,7 +16,9 @@ constexpr const char* kForward = "posenc::context_parallel_alibi_attention";
 constexpr const char* kBackward = "posenc::context_parallel_alibi_attention_backward";
 
 #ifndef USE_DISTRIBUTED
-[[noreturn]] void refuse(const char* op) {
+/// Takes the arguments, which nothing else does then.
+template <typename... Arguments>
+[[noreturn]] void refuse(const char* op, const Arguments&... /*arguments*/) {
   TORCH_CHECK(false, op, ": expected a LibTorch with process groups, got one that was built without c10d");
 }
 #endif
@@ -34,7 +36,7 @@ struct Composite {
     return context_parallel::alibi_attention(
         q, k, v, slopes, context_parallel::process_group(kForward, group), options);
 #else
-    refuse(kForward);
+    refuse(kForward, q, k, v, slopes, group, options);
 #endif
   }
 
@@ -55,7 +57,7 @@ struct Composite {
         grad_out, grad_lse, q, k, v, slopes, out, lse, context_parallel::process_group(kBackward, group), options,
         grad_mask);
 #else
-    refuse(kBackward);
+    refuse(kBackward, grad_out, grad_lse, q, k, v, slopes, out, lse, group, options, grad_mask);
 #endif
   }
 };

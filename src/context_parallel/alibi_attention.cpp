@@ -32,6 +32,7 @@ struct Shard {
 
   int64_t ranks() const { return group->getSize(); }
   int64_t half_len() const { return call.q_len / 2; }
+  ALiBiAttentionOptions options() const { return ALiBiAttentionOptions().scale(call.scale).causal(call.causal); }
   bool empty() const { return call.batch * call.q_len * call.q_heads == 0; }
 
   /// Dimension of tokens in tensors like q, and in those like lse.
@@ -66,10 +67,7 @@ std::vector<Pair> visible_pairs(const Shard& shard, int64_t source) {
       // Of chunks before the queries' own, the mask hides nothing.
       pairs.push_back(
           {q_half, k_half,
-           ALiBiAttentionOptions()
-               .scale(shard.call.scale)
-               .causal(shard.call.causal && ahead == 0)
-               .query_offset(as_computed * shard.half_len()),
+           shard.options().causal(shard.call.causal && ahead == 0).query_offset(as_computed * shard.half_len()),
            std::abs(ahead - as_computed) * shard.half_len()});
     }
   }
@@ -77,12 +75,9 @@ std::vector<Pair> visible_pairs(const Shard& shard, int64_t source) {
 }
 
 /// Calls `body(step, k, v)` with the keys and values of one rank after the other, its own first; those of the next are on
-/// their way meanwhile.
+/// their way meanwhile. There is more than one rank.
 template <typename Body>
 void around(const Shard& shard, const Tensor& k, const Tensor& v, const Body& body) {
-  if (shard.ranks() == 1) {
-    return body(0, k, v);
-  }
   TravellingBlock block(shard.group, at::stack({k, v}));
   for (int64_t step = 0; step < shard.ranks(); ++step) {
     const Tensor here = block.here();
@@ -136,6 +131,9 @@ std::tuple<Tensor, Tensor> alibi_attention(
       contract::context_parallel_alibi_attention(
           "posenc::context_parallel_alibi_attention", q, k, v, slopes, options, group->getSize()),
       group};
+  if (shard.ranks() == 1) {
+    return alibi_attention_with_lse(q, k, v, slopes, shard.options());
+  }
   const auto wide = q.options().dtype(contract::alibi_slopes_dtype(q.scalar_type()));
   Tensor out = at::empty_like(q);
   Tensor lse = at::empty({shard.call.batch, shard.call.q_heads, shard.call.q_len}, wide);
@@ -175,7 +173,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> alibi_attention_backward(
           "posenc::context_parallel_alibi_attention_backward", grad_out, grad_lse, q, k, v, slopes, out, lse, options,
           group->getSize()),
       group};
-  const auto [q_grad, k_grad, v_grad, slopes_grad] = grad_mask;
+  const bool q_grad = grad_mask[0];
+  const bool k_grad = grad_mask[1];
+  const bool v_grad = grad_mask[2];
+  const bool slopes_grad = grad_mask[3];
+  if (shard.ranks() == 1) {
+    const auto wanted = [](bool is_wanted, const Tensor& x) { return is_wanted ? x : Tensor(); };
+    const auto [dq, dk, dv, dslopes] =
+        posenc::alibi_attention_backward(grad_out, grad_lse, q, k, v, slopes, out, lse, shard.options(), slopes_grad);
+    return {wanted(q_grad, dq), wanted(k_grad, dk), wanted(v_grad, dv), dslopes};
+  }
   const bool kv_grad = k_grad || v_grad;
   const auto wide = q.options().dtype(contract::alibi_slopes_dtype(q.scalar_type()));
   Tensor sums_of_q = q_grad ? at::zeros_like(q, wide) : Tensor();
@@ -225,13 +232,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> alibi_attention_backward(
       }
     });
   }
-  const auto like = [](const Tensor& sums, const Tensor& x) { return at::empty_like(x).copy_(sums); };
+  const auto like = [](const Tensor& x, const Tensor& sums) { return at::empty_like(x).copy_(sums); };
   Tensor grad_slopes;
   if (slopes_grad) {
     grad_slopes = slopes_gradient(sums_of_slopes, grad_lse).to(wide.dtype());
   }
   return {
-      q_grad ? sums_of_q.to(q.scalar_type()) : Tensor(), k_grad ? like(sums_of_kv.here().select(0, 0), k) : Tensor(),
-      v_grad ? like(sums_of_kv.here().select(0, 1), v) : Tensor(), grad_slopes};
+      q_grad ? sums_of_q.to(q.scalar_type()) : Tensor(), k_grad ? like(k, sums_of_kv.here().select(0, 0)) : Tensor(),
+      v_grad ? like(v, sums_of_kv.here().select(0, 1)) : Tensor(), grad_slopes};
 }
+
 }  // namespace posenc::context_parallel

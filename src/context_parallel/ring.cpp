@@ -40,9 +40,6 @@ const Tensor& TravellingBlock::here() {
 void TravellingBlock::depart() {
   here();
   const int size = group_->getSize();
-  if (size == 1) {
-    return;
-  }
   if (!next_.defined()) {
     next_ = at::empty_like(here_);
   }

@@ -31,14 +31,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> alibi_attention_backw
     const ALiBiAttentionOptions& options,
     bool slopes_grad);
 
-/// What a call contributes to the gradient of the slopes, where it is of some of the keys of each row: of four quantities
-/// x, the sums of P x over the keys of the call, with P = exp(S - lse) and the lse of all keys:
+/// What a call contributes to the gradient of the slopes, where it is of some of the keys of each row: of four
+/// quantities x, the sums of P x over the keys of the call, with P = exp(S - lse) and the lse of all keys:
 ///
 ///     1,   |distance|,   dP,   dP |distance|,        dP = dout V^T.
 ///
-/// Sums over all keys give the gradient: dslopes[h] = -sum over b, i of E[dP d] - E[dP] E[d], with E[x] = (sum of P x) /
-/// (sum of P). Nothing less will do, because the mean of dP is known from `out` only as far as that is not rounded, and
-/// times a distance of thousands the rounding is larger than the gradient.
+/// Sums over all keys give the gradient: dslopes[h] = -sum over b, i of E[dP d] - E[dP] E[d], with E[x] the sum of P x
+/// over that of P. Nothing less will do, because the mean of dP is known from `out` only as far as that is not rounded,
+/// and times a distance of thousands the rounding is larger than the gradient.
 ///
 /// @param lse  `[B, Hq, Sq]`, as for `alibi_attention_backward`.
 /// @return float64 `[4, B, Hq, Sq]`.
