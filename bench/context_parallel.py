@@ -176,7 +176,13 @@ def run(rank, library, store, slopes_grad):
         device, backend, dtype = torch.device("cpu"), "gloo", torch.float32
         torch.set_num_threads(1)
         sizes = {512: 5, 1024: 5}
-    dist.init_process_group(backend, store=dist.FileStore(store, RANKS), rank=rank, world_size=RANKS)
+    dist.init_process_group(
+        backend,
+        store=dist.FileStore(store, RANKS),
+        rank=rank,
+        world_size=RANKS,
+        device_id=device if backend == "nccl" else None,
+    )
     if rank == 0:
         heading(device, slopes_grad)
     notes = [
