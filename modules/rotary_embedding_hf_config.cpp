@@ -184,9 +184,8 @@ ModelDefaults defaults_of(const std::string& model_type) {
       with_head("qwen3_vl_text", 128, 500000.0),
       with_part("stablelm", 0.25),
   };
-  const auto found = std::find_if(defaults.begin(), defaults.end(), [&](const ModelDefaults& one) {
-    return one.model_type == model_type;
-  });
+  const auto found = std::find_if(
+      defaults.begin(), defaults.end(), [&](const ModelDefaults& one) { return one.model_type == model_type; });
   return found == defaults.end() ? ModelDefaults() : *found;
 }
 
