@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdlib>
+#include <utility>
 #include <vector>
 
 namespace posenc::context_parallel {
@@ -32,7 +33,11 @@ struct Shard {
 
   int64_t ranks() const { return group->getSize(); }
   int64_t half_len() const { return call.q_len / 2; }
-  ALiBiAttentionOptions options() const { return ALiBiAttentionOptions().scale(call.scale).causal(call.causal); }
+  ALiBiAttentionOptions options() const {
+    ALiBiAttentionOptions result;
+    result.scale(call.scale).causal(call.causal);
+    return result;
+  }
   bool empty() const { return call.batch * call.q_len * call.q_heads == 0; }
 
   /// Dimension of tokens in tensors like q, and in those like lse.
@@ -64,11 +69,10 @@ std::vector<Pair> visible_pairs(const Shard& shard, int64_t source) {
         continue;
       }
       const int64_t as_computed = std::clamp<int64_t>(ahead, -1, 1);
+      Pair pair{q_half, k_half, shard.options(), std::abs(ahead - as_computed) * shard.half_len()};
       // Of chunks before the queries' own, the mask hides nothing.
-      pairs.push_back(
-          {q_half, k_half,
-           shard.options().causal(shard.call.causal && ahead == 0).query_offset(as_computed * shard.half_len()),
-           std::abs(ahead - as_computed) * shard.half_len()});
+      pair.options.causal(shard.call.causal && ahead == 0).query_offset(as_computed * shard.half_len());
+      pairs.push_back(std::move(pair));
     }
   }
   return pairs;
