@@ -1,75 +1,40 @@
-#include <autograd/detail/record.h>
+#include <autograd/detail/attention_node.h>
 #include <ops/alibi_attention.h>
 #include <posenc/reference.h>
 
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/zeros_like.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
-#include <torch/csrc/autograd/autograd.h>
-#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
 #include <array>
-#include <functional>
-#include <vector>
 
 namespace posenc {
 namespace {
 
 using at::Tensor;
-using torch::autograd::SavedVariable;
+using autograd::AttentionInputs;
 using torch::autograd::variable_list;
 
-/// q, k, v and slopes.
-using Inputs = std::array<Tensor, 4>;
-
-class AlibiAttentionBackward : public torch::autograd::Node {
+class AlibiAttentionBackward final : public autograd::AttentionNode {
  public:
-  AlibiAttentionBackward(const Inputs& inputs, const ALiBiAttentionOptions& options) : options_(options) {
-    for (size_t i = 0; i < inputs.size(); ++i) {
-      inputs_[i] = SavedVariable(inputs[i], /*is_output=*/false);
-    }
-  }
-
-  /// After the node has become the history of both.
-  void save(const Tensor& out, const Tensor& lse) {
-    out_ = SavedVariable(out, /*is_output=*/true);
-    lse_ = SavedVariable(lse, /*is_output=*/true);
-  }
-
-  variable_list apply(variable_list&& grads) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    // backward() may be called within an autocast region: gradients keep the dtypes of the forward pass.
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    if (!grads[0].defined() && !grads[1].defined()) {
-      return variable_list(4);
-    }
-    const Inputs inputs{inputs_[0].unpack(), inputs_[1].unpack(), inputs_[2].unpack(), inputs_[3].unpack()};
-    if (at::GradMode::is_enabled()) {
-      return differentiable(inputs, grads);
-    }
-    const auto& [q, k, v, slopes] = inputs;
-    const Tensor out = out_.unpack(getptr());
-    auto [grad_q, grad_k, grad_v, grad_slopes] = alibi_attention_backward(
-        grads[0].defined() ? grads[0] : at::zeros_like(out), autograd::optional_tensor(grads[1]), q, k, v, slopes, out,
-        lse_.unpack(getptr()), options_, /*slopes_grad=*/task_should_compute_output(3));
-    return {grad_q, grad_k, grad_v, grad_slopes};
-  }
-
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable& input : inputs_) {
-      input.reset_data();
-    }
-    out_.reset_data();
-    lse_.reset_data();
-  }
+  AlibiAttentionBackward(const AttentionInputs& inputs, const ALiBiAttentionOptions& options)
+      : AttentionNode(inputs), options_(options) {}
 
   std::string name() const override { return "AlibiAttentionBackward"; }
 
  private:
+  variable_list differentiate(const AttentionInputs& inputs, const variable_list& grads) override {
+    if (at::GradMode::is_enabled()) {
+      return differentiable(inputs, grads);
+    }
+    const auto& [q, k, v, slopes] = inputs;
+    const Tensor result = out();
+    auto [grad_q, grad_k, grad_v, grad_slopes] = alibi_attention_backward(
+        or_zeros(grads[0], result), autograd::optional_tensor(grads[1]), q, k, v, slopes, result, lse(), options_,
+        /*slopes_grad=*/task_should_compute_output(3));
+    return {grad_q, grad_k, grad_v, grad_slopes};
+  }
+
   /// Gradients that can be differentiated themselves: those of the reference version, with the scores in memory.
-  variable_list differentiable(const Inputs& inputs, const variable_list& grads) {
+  variable_list differentiable(const AttentionInputs& inputs, const variable_list& grads) {
     const auto [out, lse] = reference::alibi_attention(inputs[0], inputs[1], inputs[2], inputs[3], options_);
     variable_list wanted;
     for (size_t i = 0; i < inputs.size(); ++i) {
@@ -78,8 +43,7 @@ class AlibiAttentionBackward : public torch::autograd::Node {
       }
     }
     const variable_list found = torch::autograd::grad(
-        {out, lse}, wanted,
-        {grads[0].defined() ? grads[0] : at::zeros_like(out), grads[1].defined() ? grads[1] : at::zeros_like(lse)},
+        {out, lse}, wanted, {or_zeros(grads[0], out), or_zeros(grads[1], lse)},
         /*retain_graph=*/true, /*create_graph=*/true, /*allow_unused=*/true);
     variable_list result(inputs.size());
     size_t next = 0;
@@ -92,8 +56,6 @@ class AlibiAttentionBackward : public torch::autograd::Node {
   }
 
   ALiBiAttentionOptions options_;  // its tensors are integers: nothing of the graph
-  std::array<SavedVariable, 4> inputs_;
-  SavedVariable out_, lse_;
 };
 
 std::tuple<Tensor, Tensor> alibi_attention_autograd(
@@ -102,21 +64,9 @@ std::tuple<Tensor, Tensor> alibi_attention_autograd(
     const Tensor& v,
     const Tensor& slopes,
     const ALiBiAttentionOptions& options) {
-  const Inputs inputs{q, k, v, slopes};
-  for (const Tensor& input : inputs) {
-    autograd::check_no_tangent("posenc::alibi_attention", input);
-  }
-  auto outputs = [&] {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return alibi_attention_with_lse(q, k, v, slopes, options);
-  }();
-  if (autograd::any_requires_grad(inputs)) {
-    const auto node = autograd::make_node<AlibiAttentionBackward>(inputs, inputs, options);
-    torch::autograd::set_history(std::get<0>(outputs), node);
-    torch::autograd::set_history(std::get<1>(outputs), node);
-    static_cast<AlibiAttentionBackward&>(*node).save(std::get<0>(outputs), std::get<1>(outputs));
-  }
-  return outputs;
+  return autograd::record_attention<AlibiAttentionBackward>(
+      "posenc::alibi_attention", {q, k, v, slopes}, [&] { return alibi_attention_with_lse(q, k, v, slopes, options); },
+      options);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> alibi_attention_backward_autograd(
