@@ -34,9 +34,7 @@ template <typename T>
 __device__ arithmetic_t<T> exponential(arithmetic_t<T> x) {
   if constexpr (sizeof(T) == 2) {
     constexpr float kLog2E = 1.44269504F;
-    float power;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * kLog2E));
-    return power;
+    return approximate_exp2(x * kLog2E);
   } else if constexpr (sizeof(T) == 4) {
     return expf(x);
   } else {

@@ -2,6 +2,7 @@
 
 #include <cuda/detail/reduce.cuh>
 #include <cuda/detail/sm90.cuh>
+#include <cuda/detail/vector.cuh>
 
 #include <cmath>
 #include <cstdint>
@@ -233,8 +234,7 @@ __global__ void __launch_bounds__(kSlopesThreads)
     sm90::finish_products<1>(scores);
     for_each([&](int r, int n, int i, float column) {
       const float exponent = fmaf(scores[n][i], scale, fmaf(lines[r].bend, column, lines[r].base));
-      float p;
-      asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(p) : "f"(exponent));
+      float p = approximate_exp2(exponent);
       if constexpr (decltype(near)::value) {
         const int key = begin + n * 8 + lane % 4 * 2 + i % 2;
         p = key >= keys || (problem.causal && key > rows[r] + problem.query_offset) ? 0.0F : p;
