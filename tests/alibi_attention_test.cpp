@@ -390,117 +390,6 @@ TEST_P(AlibiAttention, OfEmptyTensorsIsEmptyOrZero) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Derivatives
-
-/// Small calls of each kind.
-std::vector<AttentionCase> small_cases() {
-  std::vector<AttentionCase> cases;
-  const auto add = [&cases](const std::string& name, const std::function<void(AttentionCase&)>& change) {
-    AttentionCase c;
-    c.name = name;
-    c.q_len = 3;
-    c.k_len = 4;
-    c.q_heads = 2;
-    c.k_heads = 1;
-    c.head_dim = 2;
-    change(c);
-    cases.push_back(c);
-  };
-  add("Plain", [](AttentionCase&) {});
-  add("Causal", [](AttentionCase& c) { c.causal = true; });
-  add("RowsWithNothingVisible", [](AttentionCase& c) { c.causal = true, c.query_offset = -1; });
-  add("Seqlens", [](AttentionCase& c) { c.seqlens_q = {2, 3}, c.seqlens_k = {4, 0}; });
-  add("Packed", [](AttentionCase& c) { c.q_len = c.k_len = 4, c.cu_seqlens_q = {0, 1, 1, 4}, c.causal = true; });
-  add("Strided", [](AttentionCase& c) { c.strides = Strides::reversed, c.every_other_slope = true; });
-  return cases;
-}
-
-class AlibiAttentionDifferences : public ::testing::TestWithParam<std::tuple<at::DeviceType, AttentionCase>> {
- protected:
-  void SetUp() override {
-    require_device(std::get<0>(GetParam()));
-    if (IsSkipped() || HasFatalFailure()) {
-      return;
-    }
-    AttentionInputs in = make_attention_inputs(std::get<1>(GetParam()), {std::get<0>(GetParam()), at::kDouble});
-    in.slopes = in.slopes.to(at::kDouble);
-    inputs_ = attention_leaves(in);
-  }
-
-  TensorList arguments() const { return {inputs_.q, inputs_.k, inputs_.v, inputs_.slopes}; }
-
-  Differentiable function(bool with_lse) const {
-    return [in = inputs_, with_lse](const TensorList& arguments) -> TensorList {
-      AttentionInputs moved = in;
-      moved.q = arguments[0];
-      moved.k = arguments[1];
-      moved.v = arguments[2];
-      moved.slopes = arguments[3];
-      const auto [out, lse] = attend_with_lse(moved);
-      // Minus infinity times a cotangent is no number.
-      return with_lse ? TensorList{out, lse.masked_fill(lse.detach().isinf(), 0)} : TensorList{out};
-    };
-  }
-
-  AttentionInputs inputs_;
-};
-
-TEST_P(AlibiAttentionDifferences, Gradients) {
-  gradcheck(function(/*with_lse=*/false), arguments(), kSmooth);
-}
-
-TEST_P(AlibiAttentionDifferences, GradientsThroughLse) {
-  gradcheck(function(/*with_lse=*/true), arguments(), kSmooth);
-}
-
-TEST_P(AlibiAttentionDifferences, SecondDerivatives) {
-  gradgradcheck(function(/*with_lse=*/true), arguments(), kSmooth);
-}
-
-std::string difference_name(const ::testing::TestParamInfo<std::tuple<at::DeviceType, AttentionCase>>& info) {
-  return std::get<1>(info.param).name;
-}
-
-INSTANTIATE_TEST_SUITE_P(
-    Cpu,
-    AlibiAttentionDifferences,
-    ::testing::Combine(::testing::Values(at::kCPU), ::testing::ValuesIn(small_cases())),
-    difference_name);
-INSTANTIATE_TEST_SUITE_P(
-    Cuda,
-    AlibiAttentionDifferences,
-    ::testing::Combine(::testing::Values(at::kCUDA), ::testing::ValuesIn(small_cases())),
-    difference_name);
-
-TEST_P(AlibiAttention, GradientsReachOnlyWhatRequiresThem) {
-  AttentionInputs in = inputs(AttentionCase());
-  in.v.requires_grad_();
-  const at::Tensor out = attend(in);
-  EXPECT_TRUE(out.requires_grad());
-  AttentionInputs all = attention_leaves(in);
-  const at::Tensor of_all = attend(all);
-  expect_same_bits(
-      gradients({out}, {in.v}, {at::ones_like(out)})[0], gradients({of_all}, {all.v}, {at::ones_like(out)})[0]);
-}
-
-TEST_P(AlibiAttention, NothingIsRecordedWhereNothingRequiresGrad) {
-  EXPECT_FALSE(attend(inputs(AttentionCase())).requires_grad());
-}
-
-TEST_P(AlibiAttention, ItsBackwardOperatorIsNotDifferentiable) {
-  const AttentionInputs in = inputs(AttentionCase());
-  const auto [out, lse] = attend_with_lse(in);
-  const at::Tensor grad = at::ones_like(out).requires_grad_();
-  std::vector<c10::IValue> stack{grad,          c10::IValue(), in.q,          in.k,          in.v,
-                                 in.slopes,     out,           lse,           c10::IValue(), false,
-                                 c10::IValue(), c10::IValue(), c10::IValue(), c10::IValue(), c10::IValue(),
-                                 c10::IValue(), c10::IValue(), true};
-  expect_error(
-      [&] { c10::Dispatcher::singleton().findSchemaOrThrow("posenc::alibi_attention_backward", "").callBoxed(stack); },
-      {"posenc::alibi_attention_backward: ", "create_graph"});
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
 // Autocast
 
 class AlibiAttentionAutocast : public DeviceTest {
@@ -548,8 +437,8 @@ TEST(AlibiAttentionDispatcher, SchemaIsThePublicOne) {
   EXPECT_EQ(
       c10::str(op.schema()),
       "posenc::alibi_attention(Tensor q, Tensor k, Tensor v, Tensor slopes, *, float? scale=None, bool causal=False, "
-      "int? query_offset=None, Tensor? seqlens_q=None, Tensor? seqlens_k=None, Tensor? cu_seqlens_q=None, "
-      "Tensor? cu_seqlens_k=None, int? max_seqlen_q=None, int? max_seqlen_k=None) -> (Tensor out, Tensor lse)");
+      "SymInt? query_offset=None, Tensor? seqlens_q=None, Tensor? seqlens_k=None, Tensor? cu_seqlens_q=None, "
+      "Tensor? cu_seqlens_k=None, SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None) -> (Tensor out, Tensor lse)");
 }
 
 TEST(AlibiAttentionDispatcher, MetaTensorsHaveTheShapesOfTheResults) {

@@ -10,23 +10,23 @@ using at::Tensor;
 
 template <c10::DeviceType Device>
 std::tuple<Tensor, Tensor> alibi_attention_autocast(
+    const SymbolicAttentionOptions& options,
     const Tensor& q,
     const Tensor& k,
     const Tensor& v,
-    const Tensor& slopes,
-    const ALiBiAttentionOptions& options) {
+    const Tensor& slopes) {
   const autocast::AttentionDtype<Device> cast;
-  return alibi_attention_with_lse(cast(q), cast(k), cast(v), slopes, options);
+  return alibi_attention_with_lse(options, cast(q), cast(k), cast(v), slopes);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, AutocastCPU, m) {
-  m.impl("alibi_attention", alibi_attention_kernel<alibi_attention_autocast<c10::kCPU>>);
+  m.impl("alibi_attention", AttentionKernel<alibi_attention_autocast<c10::kCPU>>::call);
 }
 
 TORCH_LIBRARY_IMPL(posenc, AutocastCUDA, m) {
-  m.impl("alibi_attention", alibi_attention_kernel<alibi_attention_autocast<c10::kCUDA>>);
+  m.impl("alibi_attention", AttentionKernel<alibi_attention_autocast<c10::kCUDA>>::call);
 }
 
 }  // namespace posenc

@@ -2,74 +2,248 @@
 #include <ops/alibi_attention.h>
 #include <posenc/reference.h>
 
+#include <ATen/ops/alias.h>
 #include <torch/library.h>
 
 #include <array>
+#include <utility>
 
 namespace posenc {
 namespace {
 
 using at::Tensor;
 using autograd::AttentionInputs;
+using autograd::optional_tensor;
+using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-class AlibiAttentionBackward final : public autograd::AttentionNode {
+/// The options of a call, with its tensors as saved variables: lengths that are refilled before the backward pass are
+/// noticed.
+class SavedOptions {
  public:
-  AlibiAttentionBackward(const AttentionInputs& inputs, const ALiBiAttentionOptions& options)
+  SavedOptions() = default;
+  explicit SavedOptions(const SymbolicAttentionOptions& options) : options_(options) {
+    size_t i = 0;
+    for (std::optional<Tensor>* tensor : tensors(options_)) {
+      lengths_[i++] = SavedVariable(tensor->value_or(Tensor()), /*is_output=*/false);
+      tensor->reset();
+    }
+  }
+
+  auto state() {
+    return std::tie(
+        options_.scale, options_.causal, options_.query_offset, options_.max_seqlen_q, options_.max_seqlen_k, lengths_);
+  }
+
+  SymbolicAttentionOptions unpack() const {
+    SymbolicAttentionOptions result = options_;
+    size_t i = 0;
+    for (std::optional<Tensor>* tensor : tensors(result)) {
+      *tensor = optional_tensor(lengths_[i++].unpack());
+    }
+    return result;
+  }
+
+ private:
+  static std::array<std::optional<Tensor>*, 4> tensors(SymbolicAttentionOptions& o) {
+    return {&o.seqlens_q, &o.seqlens_k, &o.cu_seqlens_q, &o.cu_seqlens_k};
+  }
+
+  SymbolicAttentionOptions options_;  // without tensors
+  std::array<SavedVariable, 4> lengths_;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// First derivative
+
+class AlibiAttentionBackward final : public autograd::AttentionNode<AlibiAttentionBackward> {
+ public:
+  AlibiAttentionBackward() = default;
+  AlibiAttentionBackward(const AttentionInputs& inputs, const SymbolicAttentionOptions& options)
       : AttentionNode(inputs), options_(options) {}
 
   std::string name() const override { return "AlibiAttentionBackward"; }
 
- private:
-  variable_list differentiate(const AttentionInputs& inputs, const variable_list& grads) override {
-    if (at::GradMode::is_enabled()) {
-      return differentiable(inputs, grads);
-    }
+  auto state() { return std::tuple_cat(attention_state(), options_.state()); }
+
+  variable_list gradients(const AttentionInputs& inputs, const variable_list& grads) {
     const auto& [q, k, v, slopes] = inputs;
     const Tensor result = out();
     auto [grad_q, grad_k, grad_v, grad_slopes] = alibi_attention_backward(
-        or_zeros(grads[0], result), autograd::optional_tensor(grads[1]), q, k, v, slopes, result, lse(), options_,
-        /*slopes_grad=*/task_should_compute_output(3));
+        options_.unpack(), or_zeros(grads[0], result), optional_tensor(grads[1]), q, k, v, slopes, result, lse(),
+        /*slopes_grad=*/wants(3));
     return {grad_q, grad_k, grad_v, grad_slopes};
   }
 
-  /// Gradients that can be differentiated themselves: those of the reference version, with the scores in memory.
-  variable_list differentiable(const AttentionInputs& inputs, const variable_list& grads) {
-    const auto [out, lse] = reference::alibi_attention(inputs[0], inputs[1], inputs[2], inputs[3], options_);
-    variable_list wanted;
-    for (size_t i = 0; i < inputs.size(); ++i) {
-      if (task_should_compute_output(i)) {
-        wanted.push_back(inputs[i]);
+ private:
+  SavedOptions options_;
+};
+
+std::tuple<Tensor, Tensor> alibi_attention_autograd(
+    const SymbolicAttentionOptions& options,
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& v,
+    const Tensor& slopes) {
+  return autograd::record_attention<AlibiAttentionBackward>(
+      "posenc::alibi_attention", {q, k, v, slopes}, [&] { return alibi_attention_with_lse(options, q, k, v, slopes); },
+      options);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Second and third derivative
+
+/// grad_out, grad_lse, q, k, v and slopes.
+using BackwardInputs = std::array<Tensor, 6>;
+
+/// Tensors that are saved together.
+template <size_t N>
+std::array<SavedVariable, N> saved(const std::array<Tensor, N>& tensors) {
+  std::array<SavedVariable, N> result;
+  for (size_t i = 0; i < N; ++i) {
+    result[i] = SavedVariable(tensors[i], /*is_output=*/false);
+  }
+  return result;
+}
+
+class AlibiAttentionDoubleBackward final : public autograd::Node<AlibiAttentionDoubleBackward> {
+ public:
+  AlibiAttentionDoubleBackward() = default;
+  AlibiAttentionDoubleBackward(const BackwardInputs& inputs, const SymbolicAttentionOptions& options)
+      : inputs_(saved(inputs)), options_(options) {}
+
+  std::string name() const override { return "AlibiAttentionDoubleBackward"; }
+
+  auto state() { return std::tuple_cat(std::tie(inputs_), options_.state()); }
+
+  variable_list differentiate(const variable_list& grads) {
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    if (std::none_of(grads.begin(), grads.end(), [](const Tensor& grad) { return grad.defined(); })) {
+      return variable_list(inputs_.size());
+    }
+    auto [grad_out, grad_lse, q, k, v, slopes] = alibi_attention_double_backward(
+        options_.unpack(), optional_tensor(grads[0]), optional_tensor(grads[1]), optional_tensor(grads[2]),
+        optional_tensor(grads[3]), unpack(inputs_[0]), unpack_optional(inputs_[1]), unpack(inputs_[2]),
+        unpack(inputs_[3]), unpack(inputs_[4]), unpack(inputs_[5]));
+    return {grad_out, grad_lse, q, k, v, slopes};
+  }
+
+ private:
+  std::array<SavedVariable, std::tuple_size_v<BackwardInputs>> inputs_;
+  SavedOptions options_;
+};
+
+/// The gradients of dq, dk, dv and dslopes, then the inputs of the backward pass.
+using DoubleBackwardInputs = std::array<Tensor, 10>;
+
+/// The third derivative and those after it: of the reference version, with the scores in memory.
+class AlibiAttentionTripleBackward final : public autograd::Node<AlibiAttentionTripleBackward> {
+ public:
+  AlibiAttentionTripleBackward() = default;
+  AlibiAttentionTripleBackward(const DoubleBackwardInputs& inputs, const SymbolicAttentionOptions& options)
+      : inputs_(saved(inputs)), options_(options) {}
+
+  std::string name() const override { return "AlibiAttentionTripleBackward"; }
+
+  auto state() { return std::tuple_cat(std::tie(inputs_), options_.state()); }
+
+  static constexpr bool kCompiledAutograd = false;  // it builds a graph of its own
+
+  variable_list differentiate(const variable_list& grads) {
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const bool create_graph = at::GradMode::is_enabled();
+    const at::AutoGradMode record(true);
+    // Aliases, or else an input that depends on another one, or is the same tensor, would get the gradient of both.
+    variable_list inputs;
+    for (const SavedVariable& input : inputs_) {
+      Tensor x = unpack(input);
+      if (x.defined()) {
+        x = create_graph ? at::alias(x) : x.detach();
+        x = x.requires_grad() ? x : x.detach().requires_grad_();
+      }
+      inputs.push_back(std::move(x));
+    }
+    const variable_list results = double_backward(inputs);
+    return defined_gradients(results, inputs, grads, create_graph);
+  }
+
+ private:
+  /// The gradients of the inputs of the backward pass, in tensor operations.
+  variable_list double_backward(const variable_list& inputs) {
+    const variable_list arguments(inputs.begin() + 6, inputs.end());
+    const SymbolicAttentionOptions o = options_.unpack();
+    ALiBiAttentionOptions options;
+    const auto guarded = [](const std::optional<c10::SymInt>& x) {
+      return x.has_value() ? std::optional<int64_t>(x->guard_int(__FILE__, __LINE__)) : std::nullopt;
+    };
+    options.scale(o.scale).causal(o.causal).query_offset(guarded(o.query_offset));
+    options.seqlens_q(o.seqlens_q).seqlens_k(o.seqlens_k).cu_seqlens_q(o.cu_seqlens_q).cu_seqlens_k(o.cu_seqlens_k);
+    const auto [out, lse] = reference::alibi_attention(arguments[0], arguments[1], arguments[2], arguments[3], options);
+    const variable_list first = defined_gradients({out, lse}, arguments, {inputs[4], inputs[5]}, /*create_graph=*/true);
+    const variable_list of(inputs.begin() + 4, inputs.end());
+    return defined_gradients(first, of, variable_list(inputs.begin(), inputs.begin() + 4), /*create_graph=*/true);
+  }
+
+  /// `torch::autograd::grad`, of which undefined gradients and arguments mean zero.
+  static variable_list defined_gradients(
+      const variable_list& results,
+      const variable_list& arguments,
+      const variable_list& grads,
+      bool create_graph) {
+    variable_list roots;
+    variable_list of_roots;
+    for (size_t i = 0; i < results.size(); ++i) {
+      if (grads[i].defined() && results[i].defined() && results[i].requires_grad()) {
+        roots.push_back(results[i]);
+        of_roots.push_back(grads[i].to(results[i].scalar_type()));
       }
     }
-    const variable_list found = torch::autograd::grad(
-        {out, lse}, wanted, {or_zeros(grads[0], out), or_zeros(grads[1], lse)},
-        /*retain_graph=*/true, /*create_graph=*/true, /*allow_unused=*/true);
-    variable_list result(inputs.size());
+    variable_list wanted;
+    for (const Tensor& argument : arguments) {
+      if (argument.defined()) {
+        wanted.push_back(argument);
+      }
+    }
+    variable_list result(arguments.size());
+    if (roots.empty()) {
+      return result;
+    }
+    const variable_list found =
+        torch::autograd::grad(roots, wanted, of_roots, /*retain_graph=*/true, create_graph, /*allow_unused=*/true);
     size_t next = 0;
-    for (size_t i = 0; i < inputs.size(); ++i) {
-      if (task_should_compute_output(i)) {
+    for (size_t i = 0; i < arguments.size(); ++i) {
+      if (arguments[i].defined()) {
         result[i] = found[next++];
       }
     }
     return result;
   }
 
-  ALiBiAttentionOptions options_;  // its tensors are integers: nothing of the graph
+  std::array<SavedVariable, std::tuple_size_v<DoubleBackwardInputs>> inputs_;
+  SavedOptions options_;
 };
 
-std::tuple<Tensor, Tensor> alibi_attention_autograd(
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& slopes,
-    const ALiBiAttentionOptions& options) {
-  return autograd::record_attention<AlibiAttentionBackward>(
-      "posenc::alibi_attention", {q, k, v, slopes}, [&] { return alibi_attention_with_lse(q, k, v, slopes, options); },
-      options);
+/// Makes a `Node` the history of those of `outputs` that are defined.
+template <typename Node, size_t N>
+void record(
+    const std::array<Tensor, N>& inputs,
+    const SymbolicAttentionOptions& options,
+    std::initializer_list<std::reference_wrapper<Tensor>> outputs) {
+  if (!autograd::any_requires_grad(inputs)) {
+    return;
+  }
+  const auto node = autograd::make_node<Node>(inputs, inputs, options);
+  for (Tensor& output : outputs) {
+    if (output.defined()) {
+      torch::autograd::set_history(output, node);
+    } else {
+      node->add_input_metadata(torch::autograd::Node::undefined_input());
+    }
+  }
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> alibi_attention_backward_autograd(
+    const SymbolicAttentionOptions& options,
     const Tensor& grad_out,
     const std::optional<Tensor>& grad_lse,
     const Tensor& q,
@@ -78,38 +252,77 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> alibi_attention_backward_autograd(
     const Tensor& slopes,
     const Tensor& out,
     const Tensor& lse,
-    const ALiBiAttentionOptions& options,
     bool slopes_grad) {
-  const std::array<Tensor, 8> inputs{grad_out, grad_lse.value_or(Tensor()), q, k, v, slopes, out, lse};
-  autograd::check_no_gradients(
-      "posenc::alibi_attention_backward", inputs, "differentiate alibi_attention with create_graph");
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return alibi_attention_backward(grad_out, grad_lse, q, k, v, slopes, out, lse, options, slopes_grad);
+  const BackwardInputs inputs{grad_out, grad_lse.value_or(Tensor()), q, k, v, slopes};
+  for (const Tensor& input : inputs) {
+    autograd::check_no_tangent("posenc::alibi_attention_backward", input);
+  }
+  auto [grad_q, grad_k, grad_v, grad_slopes] = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return alibi_attention_backward(options, grad_out, grad_lse, q, k, v, slopes, out, lse, slopes_grad);
+  }();
+  record<AlibiAttentionDoubleBackward>(inputs, options, {grad_q, grad_k, grad_v, grad_slopes});
+  return {grad_q, grad_k, grad_v, grad_slopes};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> alibi_attention_double_backward_autograd(
+    const SymbolicAttentionOptions& options,
+    const std::optional<Tensor>& grad_grad_q,
+    const std::optional<Tensor>& grad_grad_k,
+    const std::optional<Tensor>& grad_grad_v,
+    const std::optional<Tensor>& grad_grad_slopes,
+    const Tensor& grad_out,
+    const std::optional<Tensor>& grad_lse,
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& v,
+    const Tensor& slopes) {
+  const auto or_undefined = [](const std::optional<Tensor>& x) { return x.value_or(Tensor()); };
+  const DoubleBackwardInputs inputs{
+      or_undefined(grad_grad_q),
+      or_undefined(grad_grad_k),
+      or_undefined(grad_grad_v),
+      or_undefined(grad_grad_slopes),
+      grad_out,
+      or_undefined(grad_lse),
+      q,
+      k,
+      v,
+      slopes};
+  for (const Tensor& input : inputs) {
+    autograd::check_no_tangent("posenc::alibi_attention_double_backward", input);
+  }
+  auto [d_grad_out, d_grad_lse, d_q, d_k, d_v, d_slopes] = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return alibi_attention_double_backward(
+        options, grad_grad_q, grad_grad_k, grad_grad_v, grad_grad_slopes, grad_out, grad_lse, q, k, v, slopes);
+  }();
+  record<AlibiAttentionTripleBackward>(inputs, options, {d_grad_out, d_grad_lse, d_q, d_k, d_v, d_slopes});
+  return {d_grad_out, d_grad_lse, d_q, d_k, d_v, d_slopes};
 }
 
 Tensor alibi_attention_slope_sums_autograd(
+    const SymbolicAttentionOptions& options,
     const Tensor& grad_out,
     const Tensor& q,
     const Tensor& k,
     const Tensor& v,
     const Tensor& slopes,
-    const Tensor& lse,
-    std::optional<double> scale,
-    bool causal,
-    std::optional<int64_t> query_offset) {
+    const Tensor& lse) {
   autograd::check_no_gradients(
       "posenc::alibi_attention_slope_sums", std::array<Tensor, 6>{grad_out, q, k, v, slopes, lse},
       "differentiate alibi_attention with create_graph");
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return alibi_attention_slope_sums(grad_out, q, k, v, slopes, lse, scale, causal, query_offset);
+  return alibi_attention_slope_sums(options, grad_out, q, k, v, slopes, lse);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, Autograd, m) {
-  m.impl("alibi_attention", alibi_attention_kernel<alibi_attention_autograd>);
-  m.impl("alibi_attention_backward", alibi_attention_backward_kernel<alibi_attention_backward_autograd>);
-  m.impl("alibi_attention_slope_sums", alibi_attention_slope_sums_autograd);
+  m.impl("alibi_attention", AttentionKernel<alibi_attention_autograd>::call);
+  m.impl("alibi_attention_backward", AttentionKernel<alibi_attention_backward_autograd>::call);
+  m.impl("alibi_attention_double_backward", AttentionKernel<alibi_attention_double_backward_autograd>::call);
+  m.impl("alibi_attention_slope_sums", AttentionKernel<alibi_attention_slope_sums_autograd>::call);
 }
 
 }  // namespace posenc

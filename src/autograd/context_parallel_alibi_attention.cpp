@@ -2,6 +2,8 @@
 #include <ops/context_parallel_alibi_attention.h>
 
 #include <array>
+#include <string>
+#include <type_traits>
 #include <utility>
 
 namespace posenc {
@@ -11,31 +13,50 @@ using at::Tensor;
 using autograd::AttentionInputs;
 using torch::autograd::variable_list;
 
+constexpr const char* kBackward = "posenc::context_parallel_alibi_attention_backward";
+
 template <typename Group>
-class ContextParallelAlibiAttentionBackward final : public autograd::AttentionNode {
+class ContextParallelAlibiAttentionBackward final
+    : public autograd::AttentionNode<ContextParallelAlibiAttentionBackward<Group>> {
  public:
+  ContextParallelAlibiAttentionBackward() = default;
   ContextParallelAlibiAttentionBackward(
       const AttentionInputs& inputs,
       Group group,
       const ContextParallelALiBiAttentionOptions& options)
-      : AttentionNode(inputs), group_(std::move(group)), options_(options) {}
+      : autograd::AttentionNode<ContextParallelAlibiAttentionBackward<Group>>(inputs),
+        group_(std::move(group)),
+        scale_(options.scale()),
+        causal_(options.causal()) {}
 
   std::string name() const override { return "ContextParallelAlibiAttentionBackward"; }
 
- private:
-  variable_list differentiate(const AttentionInputs& inputs, const variable_list& grads) override {
+  /// A graph can hold the name of a group, but not the object.
+  static constexpr bool kCompiledAutograd = std::is_same_v<Group, std::string>;
+
+  auto state() {
+    const auto options = std::tuple_cat(this->attention_state(), std::tie(scale_, causal_));
+    if constexpr (kCompiledAutograd) {
+      return std::tuple_cat(options, std::tie(group_));
+    } else {
+      return options;
+    }
+  }
+
+  variable_list gradients(const AttentionInputs& inputs, const variable_list& grads) {
     const auto& [q, k, v, slopes] = inputs;
-    const Tensor result = out();
+    const Tensor result = this->out();
     auto [grad_q, grad_k, grad_v, grad_slopes] = context_parallel_alibi_attention_backward(
-        or_zeros(grads[0], result), autograd::optional_tensor(grads[1]), q, k, v, slopes, result, lse(), group_,
-        options_,
-        {task_should_compute_output(0), task_should_compute_output(1), task_should_compute_output(2),
-         task_should_compute_output(3)});
+        this->or_zeros(grads[0], result), autograd::optional_tensor(grads[1]), q, k, v, slopes, result, this->lse(),
+        group_, ContextParallelALiBiAttentionOptions().scale(scale_).causal(causal_),
+        {this->wants(0), this->wants(1), this->wants(2), this->wants(3)});
     return {grad_q, grad_k, grad_v, grad_slopes};
   }
 
+ private:
   Group group_;
-  ContextParallelALiBiAttentionOptions options_;
+  std::optional<double> scale_;
+  bool causal_ = false;
 };
 
 template <typename Group>
@@ -64,13 +85,18 @@ struct Autograd {
       const Group& group,
       const ContextParallelALiBiAttentionOptions& options,
       std::array<bool, 4> grad_mask) {
-    autograd::check_no_gradients(
-        "posenc::context_parallel_alibi_attention_backward",
-        std::array<Tensor, 8>{grad_out, grad_lse.value_or(Tensor()), q, k, v, slopes, out, lse},
-        "gradients of context_parallel_alibi_attention cannot be differentiated again");
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return context_parallel_alibi_attention_backward(
-        grad_out, grad_lse, q, k, v, slopes, out, lse, group, options, grad_mask);
+    const std::array<Tensor, 6> inputs{grad_out, grad_lse.value_or(Tensor()), q, k, v, slopes};
+    for (const Tensor& input : inputs) {
+      autograd::check_no_tangent(kBackward, input);
+    }
+    const auto result = [&] {
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      return context_parallel_alibi_attention_backward(
+          grad_out, grad_lse, q, k, v, slopes, out, lse, group, options, grad_mask);
+    }();
+    const auto& [grad_q, grad_k, grad_v, grad_slopes] = result;
+    autograd::record_no_derivative(kBackward, inputs, {grad_q, grad_k, grad_v, grad_slopes});
+    return result;
   }
 };
 

@@ -33,9 +33,10 @@ struct Shard {
 
   int64_t ranks() const { return group->getSize(); }
   int64_t half_len() const { return call.q_len / 2; }
-  ALiBiAttentionOptions options() const {
-    ALiBiAttentionOptions result;
-    result.scale(call.scale).causal(call.causal);
+  SymbolicAttentionOptions options() const {
+    SymbolicAttentionOptions result;
+    result.scale = call.scale;
+    result.causal = call.causal;
     return result;
   }
   bool empty() const { return call.batch * call.q_len * call.q_heads == 0; }
@@ -51,7 +52,7 @@ struct Shard {
 /// Half of the queries against half of the keys: between chunks, distances jump.
 struct Pair {
   int64_t q_half, k_half;
-  ALiBiAttentionOptions options;
+  SymbolicAttentionOptions options;
   // What all distances are longer than those of the call. Chunks further apart than neighbours are computed as
   // neighbours: their scores are less by slope * beyond, all of a row alike. The fused kernels are built for an offset,
   // and so there are three of them, not one for each pair of ranks.
@@ -71,15 +72,16 @@ std::vector<Pair> visible_pairs(const Shard& shard, int64_t source) {
       const int64_t as_computed = std::clamp<int64_t>(ahead, -1, 1);
       Pair pair{q_half, k_half, shard.options(), std::abs(ahead - as_computed) * shard.half_len()};
       // Of chunks before the queries' own, the mask hides nothing.
-      pair.options.causal(shard.call.causal && ahead == 0).query_offset(as_computed * shard.half_len());
+      pair.options.causal = shard.call.causal && ahead == 0;
+      pair.options.query_offset = as_computed * shard.half_len();
       pairs.push_back(std::move(pair));
     }
   }
   return pairs;
 }
 
-/// Calls `body(step, k, v)` with the keys and values of one rank after the other, its own first; those of the next are on
-/// their way meanwhile. There is more than one rank.
+/// Calls `body(step, k, v)` with the keys and values of one rank after the other, its own first; those of the next are
+/// on their way meanwhile. There is more than one rank.
 template <typename Body>
 void around(const Shard& shard, const Tensor& k, const Tensor& v, const Body& body) {
   TravellingBlock block(shard.group, at::stack({k, v}));
@@ -136,7 +138,7 @@ std::tuple<Tensor, Tensor> alibi_attention(
           "posenc::context_parallel_alibi_attention", q, k, v, slopes, options, group->getSize()),
       group};
   if (shard.ranks() == 1) {
-    return alibi_attention_with_lse(q, k, v, slopes, shard.options());
+    return alibi_attention_with_lse(shard.options(), q, k, v, slopes);
   }
   const auto wide = q.options().dtype(contract::alibi_slopes_dtype(q.scalar_type()));
   Tensor out = at::empty_like(q);
@@ -148,8 +150,8 @@ std::tuple<Tensor, Tensor> alibi_attention(
   around(shard, k, v, [&](int64_t step, const Tensor& k_block, const Tensor& v_block) {
     for (const Pair& pair : visible_pairs(shard, shard.source(step))) {
       const auto [part, part_lse] = alibi_attention_with_lse(
-          shard.half(q, pair.q_half), shard.half(k_block, pair.k_half), shard.half(v_block, pair.k_half), slopes,
-          pair.options);
+          pair.options, shard.half(q, pair.q_half), shard.half(k_block, pair.k_half), shard.half(v_block, pair.k_half),
+          slopes);
       halves[pair.q_half].add(part, lse_of_whole(part_lse, slopes, pair));
     }
   });
@@ -184,7 +186,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> alibi_attention_backward(
   if (shard.ranks() == 1) {
     const auto wanted = [](bool is_wanted, const Tensor& x) { return is_wanted ? x : Tensor(); };
     const auto [dq, dk, dv, dslopes] =
-        posenc::alibi_attention_backward(grad_out, grad_lse, q, k, v, slopes, out, lse, shard.options(), slopes_grad);
+        posenc::alibi_attention_backward(shard.options(), grad_out, grad_lse, q, k, v, slopes, out, lse, slopes_grad);
     return {wanted(q_grad, dq), wanted(k_grad, dk), wanted(v_grad, dv), dslopes};
   }
   const bool kv_grad = k_grad || v_grad;
@@ -208,9 +210,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> alibi_attention_backward(
         if (q_grad || kv_grad) {
           // With output and log-sum-exp over all keys, a part of the keys gives its part of the gradients.
           const auto [dq, dk, dv, none] = posenc::alibi_attention_backward(
-              grad_part,
+              pair.options, grad_part,
               grad_lse.has_value() ? std::optional<Tensor>(shard.half_of_rows(*grad_lse, pair.q_half)) : std::nullopt,
-              q_part, k_part, v_part, slopes, shard.half(out, pair.q_half), lse_part, pair.options,
+              q_part, k_part, v_part, slopes, shard.half(out, pair.q_half), lse_part,
               /*slopes_grad=*/false);
           if (q_grad) {
             shard.half(sums_of_q, pair.q_half).add_(dq);
@@ -225,10 +227,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> alibi_attention_backward(
         if (slopes_grad) {
           add_slope_sums(
               shard.half_of_rows(sums_of_slopes, pair.q_half),
-              alibi_attention_slope_sums(
-                  grad_part, q_part, k_part, v_part, slopes, lse_part, pair.options.scale(), pair.options.causal(),
-                  pair.options.query_offset()),
-              pair);
+              alibi_attention_slope_sums(pair.options, grad_part, q_part, k_part, v_part, slopes, lse_part), pair);
         }
       }
       if (kv_grad) {

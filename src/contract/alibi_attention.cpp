@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <tuple>
 #include <vector>
 
 namespace posenc::contract {
@@ -87,33 +88,33 @@ void check_packed(
     AlibiAttention& call,
     const Tensor& q,
     const Tensor& k,
-    const ALiBiAttentionOptions& o) {
-  TORCH_CHECK(o.cu_seqlens_q().has_value(), op, ": expected cu_seqlens_q with packed q of shape [T, Hq, D], got none");
+    const ConcreteAttentionOptions& o) {
+  TORCH_CHECK(o.cu_seqlens_q.has_value(), op, ": expected cu_seqlens_q with packed q of shape [T, Hq, D], got none");
   TORCH_CHECK(
-      !o.seqlens_q().has_value() && !o.seqlens_k().has_value(), op,
+      !o.seqlens_q.has_value() && !o.seqlens_k.has_value(), op,
       ": expected seqlens_q and seqlens_k with q of shape [B, Sq, Hq, D] alone, got them with packed sequences");
-  call.cu_seqlens_q = *o.cu_seqlens_q();
+  call.cu_seqlens_q = *o.cu_seqlens_q;
   check_lengths(op, "cu_seqlens_q", call.cu_seqlens_q, /*size=*/-1, q);
   call.batch = call.cu_seqlens_q.size(0) - 1;
-  call.q_len = longest(op, "q", call.cu_seqlens_q, q.size(0), o.max_seqlen_q());
-  if (!o.cu_seqlens_k().has_value()) {
+  call.q_len = longest(op, "q", call.cu_seqlens_q, q.size(0), o.max_seqlen_q);
+  if (!o.cu_seqlens_k.has_value()) {
     TORCH_CHECK(
         k.size(0) == q.size(0), op, ": expected cu_seqlens_k, or k and v of as many tokens as q, ", q.size(0), ", got ",
         k.size(0));
     call.cu_seqlens_k = call.cu_seqlens_q;
-    call.query_offset = o.query_offset().value_or(0);
+    call.query_offset = o.query_offset.value_or(0);
     call.k_len =
-        o.max_seqlen_k().has_value() ? longest(op, "k", call.cu_seqlens_k, k.size(0), o.max_seqlen_k()) : call.q_len;
+        o.max_seqlen_k.has_value() ? longest(op, "k", call.cu_seqlens_k, k.size(0), o.max_seqlen_k) : call.q_len;
     return;
   }
-  call.cu_seqlens_k = *o.cu_seqlens_k();
+  call.cu_seqlens_k = *o.cu_seqlens_k;
   check_lengths(op, "cu_seqlens_k", call.cu_seqlens_k, /*size=*/-1, q);
   TORCH_CHECK(
       call.cu_seqlens_k.size(0) == call.cu_seqlens_q.size(0), op,
       ": expected cu_seqlens_k of shape [N + 1] = ", call.cu_seqlens_q.sizes(), ", got ", call.cu_seqlens_k.sizes());
-  call.k_len = longest(op, "k", call.cu_seqlens_k, k.size(0), o.max_seqlen_k());
+  call.k_len = longest(op, "k", call.cu_seqlens_k, k.size(0), o.max_seqlen_k);
   if (call.cu_seqlens_k.is_same(call.cu_seqlens_q)) {
-    call.query_offset = o.query_offset().value_or(0);
+    call.query_offset = o.query_offset.value_or(0);
   }
 }
 
@@ -122,17 +123,17 @@ void check_padded(
     AlibiAttention& call,
     const Tensor& q,
     const Tensor& k,
-    const ALiBiAttentionOptions& o) {
+    const ConcreteAttentionOptions& o) {
   TORCH_CHECK(
-      !o.cu_seqlens_q().has_value() && !o.cu_seqlens_k().has_value() && !o.max_seqlen_q().has_value() &&
-          !o.max_seqlen_k().has_value(),
+      !o.cu_seqlens_q.has_value() && !o.cu_seqlens_k.has_value() && !o.max_seqlen_q.has_value() &&
+          !o.max_seqlen_k.has_value(),
       op, ": expected cu_seqlens and max_seqlen with packed q of shape [T, Hq, D] alone, got them with ", q.sizes());
   call.batch = q.size(0);
   call.q_len = q.size(1);
   call.k_len = k.size(1);
   TORCH_CHECK(k.size(0) == call.batch, op, ": expected k of the batch size of q, ", call.batch, ", got ", k.sizes());
-  call.seqlens_q = sequence_lengths(op, "seqlens_q", o.seqlens_q(), call.batch, call.q_len, q);
-  call.seqlens_k = sequence_lengths(op, "seqlens_k", o.seqlens_k(), call.batch, call.k_len, q);
+  call.seqlens_q = sequence_lengths(op, "seqlens_q", o.seqlens_q, call.batch, call.q_len, q);
+  call.seqlens_k = sequence_lengths(op, "seqlens_k", o.seqlens_k, call.batch, call.k_len, q);
   TORCH_CHECK(
       call.seqlens_q.defined() == call.seqlens_k.defined() || call.query_offset.has_value(), op,
       ": expected both seqlens_q and seqlens_k, or one of them with a query_offset, got ",
@@ -160,6 +161,13 @@ void check_like(
       tensor.device());
 }
 
+/// A tensor of the shape of lse.
+void check_rows(const char* op, const char* name, const Tensor& tensor, const AlibiAttention& call, const Tensor& q) {
+  const std::vector<int64_t> sizes = call.packed() ? std::vector<int64_t>{call.q_heads, q.size(0)}
+                                                   : std::vector<int64_t>{call.batch, call.q_heads, call.q_len};
+  check_like(op, name, tensor, sizes, alibi_slopes_dtype(q.scalar_type()), q.device());
+}
+
 }  // namespace
 
 AlibiAttention alibi_attention(
@@ -168,7 +176,7 @@ AlibiAttention alibi_attention(
     const Tensor& k,
     const Tensor& v,
     const Tensor& slopes,
-    const ALiBiAttentionOptions& options) {
+    const ConcreteAttentionOptions& options) {
   check_defined(op, "q", q);
   check_defined(op, "k", k);
   check_defined(op, "v", v);
@@ -198,9 +206,9 @@ AlibiAttention alibi_attention(
       ": expected a number of query heads that is a multiple of that of key heads, got ", call.q_heads, " and ",
       call.k_heads);
   alibi_slopes_view(op, slopes, call.q_heads, q.scalar_type(), q.device(), "q");
-  call.causal = options.causal();
-  call.scale = options.scale().value_or(1 / std::sqrt(static_cast<double>(call.head_dim)));
-  call.query_offset = options.query_offset();
+  call.causal = options.causal;
+  call.scale = options.scale.value_or(1 / std::sqrt(static_cast<double>(call.head_dim)));
+  call.query_offset = options.query_offset;
   if (q.dim() == 3) {
     check_packed(op, call, q, k, options);
   } else {
@@ -220,16 +228,45 @@ AlibiAttention alibi_attention_backward(
     const Tensor& slopes,
     const Tensor& out,
     const Tensor& lse,
-    const ALiBiAttentionOptions& options) {
+    const ConcreteAttentionOptions& options) {
   const AlibiAttention call = alibi_attention(op, q, k, v, slopes, options);
   check_like(op, "grad_out", grad_out, q.sizes(), q.scalar_type(), q.device());
   check_like(op, "out", out, q.sizes(), q.scalar_type(), q.device());
-  const std::vector<int64_t> rows = call.packed() ? std::vector<int64_t>{call.q_heads, q.size(0)}
-                                                  : std::vector<int64_t>{call.batch, call.q_heads, call.q_len};
-  const at::ScalarType wide = alibi_slopes_dtype(q.scalar_type());
-  check_like(op, "lse", lse, rows, wide, q.device());
+  check_rows(op, "lse", lse, call, q);
   if (grad_lse.has_value()) {
-    check_like(op, "grad_lse", *grad_lse, rows, wide, q.device());
+    check_rows(op, "grad_lse", *grad_lse, call, q);
+  }
+  return call;
+}
+
+AlibiAttention alibi_attention_double_backward(
+    const char* op,
+    const std::optional<Tensor>& grad_grad_q,
+    const std::optional<Tensor>& grad_grad_k,
+    const std::optional<Tensor>& grad_grad_v,
+    const std::optional<Tensor>& grad_grad_slopes,
+    const Tensor& grad_out,
+    const std::optional<Tensor>& grad_lse,
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& v,
+    const Tensor& slopes,
+    const ConcreteAttentionOptions& options) {
+  const AlibiAttention call = alibi_attention(op, q, k, v, slopes, options);
+  check_like(op, "grad_out", grad_out, q.sizes(), q.scalar_type(), q.device());
+  if (grad_lse.has_value()) {
+    check_rows(op, "grad_lse", *grad_lse, call, q);
+  }
+  for (const auto& [name, given, input] :
+       {std::tuple("grad_grad_q", &grad_grad_q, &q), std::tuple("grad_grad_k", &grad_grad_k, &k),
+        std::tuple("grad_grad_v", &grad_grad_v, &v)}) {
+    if (given->has_value()) {
+      check_like(op, name, **given, input->sizes(), input->scalar_type(), input->device());
+    }
+  }
+  if (grad_grad_slopes.has_value()) {
+    check_like(
+        op, "grad_grad_slopes", *grad_grad_slopes, slopes.sizes(), alibi_slopes_dtype(q.scalar_type()), q.device());
   }
   return call;
 }
@@ -242,14 +279,11 @@ AlibiAttention alibi_attention_slope_sums(
     const Tensor& v,
     const Tensor& slopes,
     const Tensor& lse,
-    std::optional<double> scale,
-    bool causal,
-    std::optional<int64_t> query_offset) {
+    const ConcreteAttentionOptions& options) {
   check_defined(op, "q", q);
   TORCH_CHECK(q.dim() == 4, op, ": expected q of shape [B, Sq, Hq, D], got ", q.sizes());
   return alibi_attention_backward(
-      op, grad_out, /*grad_lse=*/std::nullopt, q, k, v, slopes, /*out=*/grad_out, lse,
-      ALiBiAttentionOptions().scale(scale).causal(causal).query_offset(query_offset));
+      op, grad_out, /*grad_lse=*/std::nullopt, q, k, v, slopes, /*out=*/grad_out, lse, options);
 }
 
 }  // namespace posenc::contract

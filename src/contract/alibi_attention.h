@@ -3,6 +3,7 @@
 #include <posenc/alibi_attention.h>
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/SymInt.h>
 
 #include <cstdint>
 #include <optional>
@@ -10,8 +11,29 @@
 // What `alibi_attention` and its backward pass accept, as contract/alibi.h for the rest of the family.
 namespace posenc::contract {
 
-/// A checked call. Sequences are counted as in a padded batch: of a packed one, `batch` is their number, and `q_len` and
-/// `k_len` are the lengths that none exceeds.
+/// The options of a call as they pass through the dispatcher.
+/// @tparam Int  int64_t, or c10::SymInt where a graph with dynamic shapes may be traced.
+template <typename Int>
+struct AttentionOptions {
+  std::optional<double> scale;
+  bool causal = false;
+  std::optional<Int> query_offset;
+  std::optional<at::Tensor> seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k;
+  std::optional<Int> max_seqlen_q, max_seqlen_k;
+};
+
+/// Those of the public struct.
+template <typename Int>
+AttentionOptions<Int> attention_options(const ALiBiAttentionOptions& o) {
+  return {o.scale(),        o.causal(),       o.query_offset(), o.seqlens_q(),   o.seqlens_k(),
+          o.cu_seqlens_q(), o.cu_seqlens_k(), o.max_seqlen_q(), o.max_seqlen_k()};
+}
+
+using ConcreteAttentionOptions = AttentionOptions<int64_t>;
+using SymbolicAttentionOptions = AttentionOptions<c10::SymInt>;
+
+/// A checked call. Sequences are counted as in a padded batch: of a packed one, `batch` is their number, and `q_len`
+/// and `k_len` are the lengths that none exceeds.
 struct AlibiAttention {
   int64_t batch, q_len, k_len;
   int64_t q_heads, k_heads, head_dim;
@@ -34,7 +56,7 @@ AlibiAttention alibi_attention(
     const at::Tensor& k,
     const at::Tensor& v,
     const at::Tensor& slopes,
-    const ALiBiAttentionOptions& options);
+    const ConcreteAttentionOptions& options);
 
 /// Checks a call of `alibi_attention_backward`.
 AlibiAttention alibi_attention_backward(
@@ -47,7 +69,22 @@ AlibiAttention alibi_attention_backward(
     const at::Tensor& slopes,
     const at::Tensor& out,
     const at::Tensor& lse,
-    const ALiBiAttentionOptions& options);
+    const ConcreteAttentionOptions& options);
+
+/// Checks a call of `alibi_attention_double_backward`.
+AlibiAttention alibi_attention_double_backward(
+    const char* op,
+    const std::optional<at::Tensor>& grad_grad_q,
+    const std::optional<at::Tensor>& grad_grad_k,
+    const std::optional<at::Tensor>& grad_grad_v,
+    const std::optional<at::Tensor>& grad_grad_slopes,
+    const at::Tensor& grad_out,
+    const std::optional<at::Tensor>& grad_lse,
+    const at::Tensor& q,
+    const at::Tensor& k,
+    const at::Tensor& v,
+    const at::Tensor& slopes,
+    const ConcreteAttentionOptions& options);
 
 /// Checks a call of `alibi_attention_slope_sums`.
 AlibiAttention alibi_attention_slope_sums(
@@ -58,8 +95,6 @@ AlibiAttention alibi_attention_slope_sums(
     const at::Tensor& v,
     const at::Tensor& slopes,
     const at::Tensor& lse,
-    std::optional<double> scale,
-    bool causal,
-    std::optional<int64_t> query_offset);
+    const ConcreteAttentionOptions& options);
 
 }  // namespace posenc::contract

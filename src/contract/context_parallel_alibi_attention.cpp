@@ -8,8 +8,11 @@ namespace {
 
 using at::Tensor;
 
-ALiBiAttentionOptions options_of_one(const ContextParallelALiBiAttentionOptions& options) {
-  return ALiBiAttentionOptions().scale(options.scale()).causal(options.causal());
+ConcreteAttentionOptions options_of_one(const ContextParallelALiBiAttentionOptions& options) {
+  ConcreteAttentionOptions result;
+  result.scale = options.scale();
+  result.causal = options.causal();
+  return result;
 }
 
 void check_shard(const char* op, const Tensor& q) {

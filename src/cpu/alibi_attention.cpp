@@ -1,9 +1,8 @@
 #include <attention/blockwise.h>
+#include <attention/call.h>
 #include <ops/alibi_attention.h>
 
 #include <torch/library.h>
-
-#include <limits>
 
 namespace posenc {
 namespace {
@@ -11,18 +10,17 @@ namespace {
 using at::Tensor;
 
 std::tuple<Tensor, Tensor> alibi_attention_cpu(
+    const ConcreteAttentionOptions& options,
     const Tensor& q,
     const Tensor& k,
     const Tensor& v,
-    const Tensor& slopes,
-    const ALiBiAttentionOptions& options) {
-  const auto checked = contract::alibi_attention("posenc::alibi_attention", q, k, v, slopes, options);
-  const attention::PaddedCall call(checked, q, k, v, slopes);
-  const auto [out, lse] = attention::blockwise(call.padded());
-  return {call.unpad_q(out), call.unpad_lse(lse, -std::numeric_limits<double>::infinity())};
+    const Tensor& slopes) {
+  const auto call = contract::alibi_attention("posenc::alibi_attention", q, k, v, slopes, options);
+  return attention::forward(call, q, k, v, slopes, attention::blockwise);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> alibi_attention_backward_cpu(
+    const ConcreteAttentionOptions& options,
     const Tensor& grad_out,
     const std::optional<Tensor>& grad_lse,
     const Tensor& q,
@@ -31,39 +29,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> alibi_attention_backward_cpu(
     const Tensor& slopes,
     const Tensor& out,
     const Tensor& lse,
-    const ALiBiAttentionOptions& options,
     bool slopes_grad) {
-  const auto checked = contract::alibi_attention_backward(
+  const auto call = contract::alibi_attention_backward(
       "posenc::alibi_attention_backward", grad_out, grad_lse, q, k, v, slopes, out, lse, options);
-  const attention::PaddedCall call(checked, q, k, v, slopes);
-  auto [grad_q, grad_k, grad_v, grad_slopes] = attention::blockwise_backward(
-      call.padded(), call.pad_q(grad_out), grad_lse.has_value() ? call.pad_lse(*grad_lse) : Tensor(), call.pad_q(out),
-      call.pad_lse(lse), slopes_grad);
-  return {call.unpad_q(grad_q), call.unpad_k(grad_k), call.unpad_k(grad_v), grad_slopes};
+  return attention::backward(
+      call, grad_out, grad_lse.value_or(Tensor()), q, k, v, slopes, out, lse, slopes_grad,
+      attention::blockwise_backward);
 }
 
 Tensor alibi_attention_slope_sums_cpu(
+    const ConcreteAttentionOptions& options,
     const Tensor& grad_out,
     const Tensor& q,
     const Tensor& k,
     const Tensor& v,
     const Tensor& slopes,
-    const Tensor& lse,
-    std::optional<double> scale,
-    bool causal,
-    std::optional<int64_t> query_offset) {
-  const auto checked = contract::alibi_attention_slope_sums(
-      "posenc::alibi_attention_slope_sums", grad_out, q, k, v, slopes, lse, scale, causal, query_offset);
-  const attention::PaddedCall call(checked, q, k, v, slopes);
-  return attention::blockwise_slope_sums(call.padded(), grad_out, lse);
+    const Tensor& lse) {
+  const auto call = contract::alibi_attention_slope_sums(
+      "posenc::alibi_attention_slope_sums", grad_out, q, k, v, slopes, lse, options);
+  return attention::slope_sums(call, grad_out, q, k, v, slopes, lse, attention::blockwise_slope_sums);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, CPU, m) {
-  m.impl("alibi_attention", alibi_attention_kernel<alibi_attention_cpu>);
-  m.impl("alibi_attention_backward", alibi_attention_backward_kernel<alibi_attention_backward_cpu>);
-  m.impl("alibi_attention_slope_sums", alibi_attention_slope_sums_cpu);
+  m.impl("alibi_attention", AttentionKernel<alibi_attention_cpu>::call);
+  m.impl("alibi_attention_backward", AttentionKernel<alibi_attention_backward_cpu>::call);
+  m.impl("alibi_attention_slope_sums", AttentionKernel<alibi_attention_slope_sums_cpu>::call);
 }
 
 }  // namespace posenc

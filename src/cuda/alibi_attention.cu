@@ -1,4 +1,5 @@
 #include <attention/blockwise.h>
+#include <attention/call.h>
 #include <ops/alibi_attention.h>
 #include <posenc/logging.h>
 #if POSENC_CUDNN
@@ -9,7 +10,6 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
-#include <limits>
 #include <mutex>
 #include <string>
 
@@ -46,29 +46,59 @@ bool takes_cudnn(const attention::Padded& call) {
   return false;
 }
 
+std::tuple<Tensor, Tensor> compute_forward(const attention::Padded& batch) {
+#if POSENC_CUDNN
+  if (takes_cudnn(batch)) {
+    return cuda::cudnn_attention(batch);
+  }
+#else
+  takes_cudnn(batch);
+#endif
+  return attention::blockwise(batch);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> compute_backward(
+    const attention::Padded& batch,
+    const Tensor& grad_out,
+    const Tensor& grad_lse,
+    const Tensor& out,
+    const Tensor& lse,
+    bool slopes_grad) {
+#if POSENC_CUDNN
+  // cuDNN forms the sums of rows of dout * out itself: there is no place for the gradient of lse.
+  if (!grad_lse.defined() && takes_cudnn(batch)) {
+    const Tensor grad = cuda::readable_rows(batch, grad_out);
+    const Tensor result = cuda::readable_rows(batch, out);
+    return std::tuple_cat(
+        cuda::cudnn_attention_backward(batch, grad, result, lse),
+        std::tuple(slopes_grad ? cuda::attention_slopes_backward(batch, grad, lse) : Tensor()));
+  }
+#endif
+  return attention::blockwise_backward(batch, grad_out, grad_lse, out, lse, slopes_grad);
+}
+
+Tensor compute_slope_sums(const attention::Padded& batch, const Tensor& grad_out, const Tensor& lse) {
+#if POSENC_CUDNN
+  if (takes_cudnn(batch)) {
+    return cuda::attention_slope_sums(batch, cuda::readable_rows(batch, grad_out), lse);
+  }
+#endif
+  return attention::blockwise_slope_sums(batch, grad_out, lse);
+}
+
 std::tuple<Tensor, Tensor> alibi_attention_cuda(
+    const ConcreteAttentionOptions& options,
     const Tensor& q,
     const Tensor& k,
     const Tensor& v,
-    const Tensor& slopes,
-    const ALiBiAttentionOptions& options) {
-  const auto checked = contract::alibi_attention("posenc::alibi_attention", q, k, v, slopes, options);
+    const Tensor& slopes) {
+  const auto call = contract::alibi_attention("posenc::alibi_attention", q, k, v, slopes, options);
   const c10::cuda::CUDAGuard device(q.device());
-  const attention::PaddedCall call(checked, q, k, v, slopes);
-  const auto [out, lse] = [&] {
-#if POSENC_CUDNN
-    if (takes_cudnn(call.padded())) {
-      return cuda::cudnn_attention(call.padded());
-    }
-#else
-    takes_cudnn(call.padded());
-#endif
-    return attention::blockwise(call.padded());
-  }();
-  return {call.unpad_q(out), call.unpad_lse(lse, -std::numeric_limits<double>::infinity())};
+  return attention::forward(call, q, k, v, slopes, compute_forward);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> alibi_attention_backward_cuda(
+    const ConcreteAttentionOptions& options,
     const Tensor& grad_out,
     const std::optional<Tensor>& grad_lse,
     const Tensor& q,
@@ -77,62 +107,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> alibi_attention_backward_cuda(
     const Tensor& slopes,
     const Tensor& out,
     const Tensor& lse,
-    const ALiBiAttentionOptions& options,
     bool slopes_grad) {
-  const auto checked = contract::alibi_attention_backward(
+  const auto call = contract::alibi_attention_backward(
       "posenc::alibi_attention_backward", grad_out, grad_lse, q, k, v, slopes, out, lse, options);
   const c10::cuda::CUDAGuard device(q.device());
-  const attention::PaddedCall call(checked, q, k, v, slopes);
-  const attention::Padded& padded = call.padded();
-  const Tensor padded_grad = call.pad_q(grad_out);
-  const Tensor padded_out = call.pad_q(out);
-  const Tensor padded_lse = call.pad_lse(lse);
-  auto [grad_q, grad_k, grad_v, grad_slopes] = [&]() -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
-#if POSENC_CUDNN
-    // cuDNN forms the sums of rows of dout * out itself: there is no place for the gradient of lse.
-    if (!grad_lse.has_value() && takes_cudnn(padded)) {
-      const Tensor grad = cuda::readable_rows(padded, padded_grad);
-      const Tensor result = cuda::readable_rows(padded, padded_out);
-      return std::tuple_cat(
-          cuda::cudnn_attention_backward(padded, grad, result, padded_lse),
-          std::tuple(slopes_grad ? cuda::attention_slopes_backward(padded, grad, padded_lse) : Tensor()));
-    }
-#endif
-    return attention::blockwise_backward(
-        padded, padded_grad, grad_lse.has_value() ? call.pad_lse(*grad_lse) : Tensor(), padded_out, padded_lse,
-        slopes_grad);
-  }();
-  return {call.unpad_q(grad_q), call.unpad_k(grad_k), call.unpad_k(grad_v), grad_slopes};
+  return attention::backward(
+      call, grad_out, grad_lse.value_or(Tensor()), q, k, v, slopes, out, lse, slopes_grad, compute_backward);
 }
 
 Tensor alibi_attention_slope_sums_cuda(
+    const ConcreteAttentionOptions& options,
     const Tensor& grad_out,
     const Tensor& q,
     const Tensor& k,
     const Tensor& v,
     const Tensor& slopes,
-    const Tensor& lse,
-    std::optional<double> scale,
-    bool causal,
-    std::optional<int64_t> query_offset) {
-  const auto checked = contract::alibi_attention_slope_sums(
-      "posenc::alibi_attention_slope_sums", grad_out, q, k, v, slopes, lse, scale, causal, query_offset);
+    const Tensor& lse) {
+  const auto call = contract::alibi_attention_slope_sums(
+      "posenc::alibi_attention_slope_sums", grad_out, q, k, v, slopes, lse, options);
   const c10::cuda::CUDAGuard device(q.device());
-  const attention::PaddedCall call(checked, q, k, v, slopes);
-#if POSENC_CUDNN
-  if (takes_cudnn(call.padded())) {
-    return cuda::attention_slope_sums(call.padded(), cuda::readable_rows(call.padded(), grad_out), lse);
-  }
-#endif
-  return attention::blockwise_slope_sums(call.padded(), grad_out, lse);
+  return attention::slope_sums(call, grad_out, q, k, v, slopes, lse, compute_slope_sums);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, CUDA, m) {
-  m.impl("alibi_attention", alibi_attention_kernel<alibi_attention_cuda>);
-  m.impl("alibi_attention_backward", alibi_attention_backward_kernel<alibi_attention_backward_cuda>);
-  m.impl("alibi_attention_slope_sums", alibi_attention_slope_sums_cuda);
+  m.impl("alibi_attention", AttentionKernel<alibi_attention_cuda>::call);
+  m.impl("alibi_attention_backward", AttentionKernel<alibi_attention_backward_cuda>::call);
+  m.impl("alibi_attention_slope_sums", AttentionKernel<alibi_attention_slope_sums_cuda>::call);
 }
 
 }  // namespace posenc

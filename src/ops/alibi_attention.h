@@ -1,25 +1,44 @@
 #pragma once
 
+#include <contract/alibi_attention.h>
 #include <posenc/alibi_attention.h>
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/SymInt.h>
 
 #include <optional>
 #include <tuple>
+#include <utility>
 
+// The operators of attention below the public function. All take their options first, as one struct, in which integers
+// may be symbols of a graph that is being traced.
 namespace posenc {
+
+using contract::ConcreteAttentionOptions;
+using contract::SymbolicAttentionOptions;
+
+/// `posenc::alibi_attention_with_lse`.
+std::tuple<at::Tensor, at::Tensor> alibi_attention_with_lse(
+    const SymbolicAttentionOptions& options,
+    const at::Tensor& q,
+    const at::Tensor& k,
+    const at::Tensor& v,
+    const at::Tensor& slopes);
 
 /// The gradients of `alibi_attention_with_lse` from its arguments and results, recomputing the probabilities
 /// P = exp(S - lse) (Dao et al. 2022, https://arxiv.org/abs/2205.14135, appendix B): with
 ///
 ///     dP = dout V^T,   dS = P (dP - rowsum(dout out) + dlse),
 ///
-/// dq = scale dS K, dk = scale dS^T Q, dv = P^T dout and dslopes[h] = -sum over b, i, j of dS |distance|. Deterministic.
+/// dq = scale dS K, dk = scale dS^T Q, dv = P^T dout and dslopes[h] = -sum over b, i, j of dS |distance|.
+/// Deterministic. Can be differentiated with respect to grad_out, grad_lse, q, k, v and slopes. `out` and `lse` are
+/// functions of these: no gradient flows to them.
 ///
 /// @param grad_lse  of the shape of `lse`, or nothing for zeros.
 /// @return `(dq, dk, dv, dslopes)`; the last is `[Hq]`, float64 for float64, float32 for all others, and undefined
 ///   unless `slopes_grad`.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> alibi_attention_backward(
+    const SymbolicAttentionOptions& options,
     const at::Tensor& grad_out,
     const std::optional<at::Tensor>& grad_lse,
     const at::Tensor& q,
@@ -28,8 +47,26 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> alibi_attention_backw
     const at::Tensor& slopes,
     const at::Tensor& out,
     const at::Tensor& lse,
-    const ALiBiAttentionOptions& options,
     bool slopes_grad);
+
+/// The gradients of `alibi_attention_backward` from gradients of its results, by the formulas of
+/// attention/second_order.h: in memory that grows with Sq + Sk.
+///
+/// @param grad_grad_q,grad_grad_k,grad_grad_v  gradients of dq, dk and dv, in their shapes; nothing for zeros.
+/// @param grad_grad_slopes  the gradient of dslopes, `[Hq]`, float64 for float64, float32 for all others.
+/// @return the gradients of grad_out, grad_lse, q, k, v and slopes.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> alibi_attention_double_backward(
+    const SymbolicAttentionOptions& options,
+    const std::optional<at::Tensor>& grad_grad_q,
+    const std::optional<at::Tensor>& grad_grad_k,
+    const std::optional<at::Tensor>& grad_grad_v,
+    const std::optional<at::Tensor>& grad_grad_slopes,
+    const at::Tensor& grad_out,
+    const std::optional<at::Tensor>& grad_lse,
+    const at::Tensor& q,
+    const at::Tensor& k,
+    const at::Tensor& v,
+    const at::Tensor& slopes);
 
 /// What a call contributes to the gradient of the slopes, where it is of some of the keys of each row: of four
 /// quantities x, the sums of P x over the keys of the call, with P = exp(S - lse) and the lse of all keys:
@@ -37,89 +74,47 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> alibi_attention_backw
 ///     1,   |distance|,   dP,   dP |distance|,        dP = dout V^T.
 ///
 /// Sums over all keys give the gradient: dslopes[h] = -sum over b, i of E[dP d] - E[dP] E[d], with E[x] the sum of P x
-/// over that of P. Nothing less will do, because the mean of dP is known from `out` only as far as that is not rounded,
-/// and times a distance of thousands the rounding is larger than the gradient.
+/// over that of P. The mean of dP is known from `out` only as far as that is not rounded, and times a distance of
+/// thousands the rounding is larger than the gradient.
 ///
 /// @param lse  `[B, Hq, Sq]`, as for `alibi_attention_backward`.
 /// @return float64 `[4, B, Hq, Sq]`.
 at::Tensor alibi_attention_slope_sums(
+    const SymbolicAttentionOptions& options,
     const at::Tensor& grad_out,
     const at::Tensor& q,
     const at::Tensor& k,
     const at::Tensor& v,
     const at::Tensor& slopes,
-    const at::Tensor& lse,
-    std::optional<double> scale,
-    bool causal,
-    std::optional<int64_t> query_offset);
+    const at::Tensor& lse);
 
-// The dispatcher knows no structs: options travel through it one by one. These make kernels for it of functions that
-// take them together.
-
-/// Of a function with the parameters of `alibi_attention_with_lse`.
+/// Makes a kernel for the dispatcher, which knows no structs, of a function that takes the options as its first
+/// argument: the kernel takes them one by one, as its last arguments.
 template <auto Function>
-std::tuple<at::Tensor, at::Tensor> alibi_attention_kernel(
-    const at::Tensor& q,
-    const at::Tensor& k,
-    const at::Tensor& v,
-    const at::Tensor& slopes,
-    std::optional<double> scale,
-    bool causal,
-    std::optional<int64_t> query_offset,
-    const std::optional<at::Tensor>& seqlens_q,
-    const std::optional<at::Tensor>& seqlens_k,
-    const std::optional<at::Tensor>& cu_seqlens_q,
-    const std::optional<at::Tensor>& cu_seqlens_k,
-    std::optional<int64_t> max_seqlen_q,
-    std::optional<int64_t> max_seqlen_k) {
-  return Function(
-      q, k, v, slopes,
-      ALiBiAttentionOptions()
-          .scale(scale)
-          .causal(causal)
-          .query_offset(query_offset)
-          .seqlens_q(seqlens_q)
-          .seqlens_k(seqlens_k)
-          .cu_seqlens_q(cu_seqlens_q)
-          .cu_seqlens_k(cu_seqlens_k)
-          .max_seqlen_q(max_seqlen_q)
-          .max_seqlen_k(max_seqlen_k));
-}
+struct AttentionKernel;
 
-/// Of a function with the parameters of `alibi_attention_backward`.
-template <auto Function>
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> alibi_attention_backward_kernel(
-    const at::Tensor& grad_out,
-    const std::optional<at::Tensor>& grad_lse,
-    const at::Tensor& q,
-    const at::Tensor& k,
-    const at::Tensor& v,
-    const at::Tensor& slopes,
-    const at::Tensor& out,
-    const at::Tensor& lse,
-    std::optional<double> scale,
-    bool causal,
-    std::optional<int64_t> query_offset,
-    const std::optional<at::Tensor>& seqlens_q,
-    const std::optional<at::Tensor>& seqlens_k,
-    const std::optional<at::Tensor>& cu_seqlens_q,
-    const std::optional<at::Tensor>& cu_seqlens_k,
-    std::optional<int64_t> max_seqlen_q,
-    std::optional<int64_t> max_seqlen_k,
-    bool slopes_grad) {
-  return Function(
-      grad_out, grad_lse, q, k, v, slopes, out, lse,
-      ALiBiAttentionOptions()
-          .scale(scale)
-          .causal(causal)
-          .query_offset(query_offset)
-          .seqlens_q(seqlens_q)
-          .seqlens_k(seqlens_k)
-          .cu_seqlens_q(cu_seqlens_q)
-          .cu_seqlens_k(cu_seqlens_k)
-          .max_seqlen_q(max_seqlen_q)
-          .max_seqlen_k(max_seqlen_k),
-      slopes_grad);
-}
+template <
+    typename Result,
+    typename Int,
+    typename... Arguments,
+    Result (*Function)(const contract::AttentionOptions<Int>&, Arguments...)>
+struct AttentionKernel<Function> {
+  static Result call(
+      Arguments... arguments,
+      std::optional<double> scale,
+      bool causal,
+      std::optional<Int> query_offset,
+      const std::optional<at::Tensor>& seqlens_q,
+      const std::optional<at::Tensor>& seqlens_k,
+      const std::optional<at::Tensor>& cu_seqlens_q,
+      const std::optional<at::Tensor>& cu_seqlens_k,
+      std::optional<Int> max_seqlen_q,
+      std::optional<Int> max_seqlen_k) {
+    return Function(
+        {scale, causal, std::move(query_offset), seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k,
+         std::move(max_seqlen_q), std::move(max_seqlen_k)},
+        arguments...);
+  }
+};
 
 }  // namespace posenc

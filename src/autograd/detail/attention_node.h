@@ -1,5 +1,6 @@
 #pragma once
 
+#include <autograd/detail/node.h>
 #include <autograd/detail/record.h>
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -17,48 +18,48 @@ namespace posenc::autograd {
 /// q, k, v and slopes.
 using AttentionInputs = std::array<at::Tensor, 4>;
 
-/// What its backward pass has saved, and what every such pass begins with.
-class AttentionNode : public torch::autograd::Node {
+/// What the backward pass of attention has saved. `Derived` computes it:
+///
+///     variable_list gradients(const AttentionInputs& inputs, const variable_list& grads);
+///
+/// returns the gradients of the inputs from those of output and log-sum-exp, of which one may be undefined.
+template <typename Derived>
+class AttentionNode : public Node<Derived> {
  public:
+  using typename Node<Derived>::SavedVariable;
+  using typename Node<Derived>::variable_list;
+
+  AttentionNode() = default;
   explicit AttentionNode(const AttentionInputs& inputs) {
     for (size_t i = 0; i < inputs.size(); ++i) {
-      inputs_[i] = torch::autograd::SavedVariable(inputs[i], /*is_output=*/false);
+      inputs_[i] = SavedVariable(inputs[i], /*is_output=*/false);
     }
   }
 
   /// After the node has become the history of both.
   void save(const at::Tensor& out, const at::Tensor& lse) {
-    out_ = torch::autograd::SavedVariable(out, /*is_output=*/true);
-    lse_ = torch::autograd::SavedVariable(lse, /*is_output=*/true);
+    out_ = SavedVariable(out, /*is_output=*/true);
+    lse_ = SavedVariable(lse, /*is_output=*/true);
   }
 
-  torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) final {
-    const std::lock_guard<std::mutex> lock(mutex_);
+  auto attention_state() { return std::tie(inputs_, out_, lse_); }
+
+  variable_list differentiate(const variable_list& grads) {
     // backward() may be called within an autocast region: gradients keep the dtypes of the forward pass.
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     if (!grads[0].defined() && !grads[1].defined()) {
-      return torch::autograd::variable_list(std::tuple_size_v<AttentionInputs>);
+      return variable_list(inputs_.size());
     }
-    return differentiate({inputs_[0].unpack(), inputs_[1].unpack(), inputs_[2].unpack(), inputs_[3].unpack()}, grads);
-  }
-
-  void release_variables() final {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (torch::autograd::SavedVariable& input : inputs_) {
-      input.reset_data();
+    AttentionInputs inputs;
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      inputs[i] = this->unpack(inputs_[i]);
     }
-    out_.reset_data();
-    lse_.reset_data();
+    return static_cast<Derived&>(*this).gradients(inputs, grads);
   }
 
  protected:
-  /// The gradients of the inputs from those of output and log-sum-exp, of which one may be undefined.
-  virtual torch::autograd::variable_list differentiate(
-      const AttentionInputs& inputs,
-      const torch::autograd::variable_list& grads) = 0;
-
-  at::Tensor out() { return out_.unpack(getptr()); }
-  at::Tensor lse() { return lse_.unpack(getptr()); }
+  at::Tensor out() { return this->unpack(out_); }
+  at::Tensor lse() { return this->unpack(lse_); }
 
   /// `grad`, or zeros for those of `result`.
   static at::Tensor or_zeros(const at::Tensor& grad, const at::Tensor& result) {
@@ -66,12 +67,12 @@ class AttentionNode : public torch::autograd::Node {
   }
 
  private:
-  std::array<torch::autograd::SavedVariable, std::tuple_size_v<AttentionInputs>> inputs_;
-  torch::autograd::SavedVariable out_, lse_;
+  std::array<SavedVariable, std::tuple_size_v<AttentionInputs>> inputs_;
+  SavedVariable out_, lse_;
 };
 
-/// Output and log-sum-exp as `forward` computes them below autograd, with an `AttentionNode` as their history where one is
-/// wanted. `args` go to its constructor after the inputs.
+/// Output and log-sum-exp as `forward` computes them below autograd, with an `AttentionNode` as their history where
+/// one is wanted. `args` go to its constructor after the inputs.
 template <typename Node, typename Forward, typename... Args>
 std::tuple<at::Tensor, at::Tensor> record_attention(
     const char* op,

@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/functions/utils.h>
 
 #include <algorithm>
@@ -20,14 +21,15 @@ bool any_requires_grad(const Tensors& tensors) {
       std::any_of(tensors.begin(), tensors.end(), [](const at::Tensor& tensor) { return tensor.requires_grad(); });
 }
 
-/// Makes a `Node` whose gradients flow to `inputs`, in that order. `args` go to its constructor.
+/// Makes a `Node` whose gradients flow to `inputs`, in that order; none to an undefined one. `args` go to its
+/// constructor.
 template <typename Node, typename Tensors, typename... Args>
 std::shared_ptr<torch::autograd::Node> make_node(const Tensors& inputs, Args&&... args) {
   std::shared_ptr<torch::autograd::Node> node(new Node(std::forward<Args>(args)...), torch::autograd::deleteNode);
   torch::autograd::edge_list edges;
   edges.reserve(inputs.size());
   for (const at::Tensor& input : inputs) {
-    edges.push_back(torch::autograd::impl::gradient_edge(input));
+    edges.push_back(input.defined() ? torch::autograd::impl::gradient_edge(input) : torch::autograd::Edge());
   }
   node->set_next_edges(std::move(edges));
   return node;
@@ -49,6 +51,21 @@ void check_no_gradients(const char* op, const Tensors& inputs, const char* advic
   TORCH_CHECK_NOT_IMPLEMENTED(
       !any_requires_grad(inputs), op,
       ": expected a call without gradients of its own, got an argument that requires grad: ", advice);
+}
+
+/// Records that `outputs` depend on `inputs` and that this has no derivative: asking for one is an error.
+template <typename Tensors>
+void record_no_derivative(const char* op, const Tensors& inputs, std::initializer_list<at::Tensor> outputs) {
+  if (!any_requires_grad(inputs)) {
+    return;
+  }
+  const auto node = make_node<torch::autograd::Error>(
+      inputs, c10::str(op, ": expected gradients that are not differentiated again, got a second derivative"));
+  for (const at::Tensor& output : outputs) {
+    if (output.defined()) {
+      torch::autograd::set_history(output, node);
+    }
+  }
 }
 
 /// `positions` as it was before it was saved.

@@ -1,0 +1,145 @@
+#include "alibi_attention_support.h"
+#include "gradcheck.h"
+
+#include <ATen/ATen.h>
+
+#include <limits>
+
+// NaN and infinity in keys, values and queries that a mask hides, as the unused part of a cache may hold.
+namespace posenc::test {
+namespace {
+
+constexpr double kNotFinite[] = {
+    std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity(),
+    -std::numeric_limits<double>::infinity()};
+
+class AlibiAttentionHiddenValues : public TargetTest {
+ protected:
+  AttentionInputs inputs(const AttentionCase& c) const { return make_attention_inputs(c, GetParam()); }
+
+  /// Results and gradients of a call, the latter for `grad`.
+  static TensorList everything(const AttentionInputs& inputs, const at::Tensor& grad) {
+    const AttentionInputs in = attention_leaves(inputs);
+    const at::Tensor out = attend(in);
+    TensorList results = gradients({out}, {in.q, in.k, in.v, in.slopes}, {grad});
+    results.push_back(out.detach());
+    return results;
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(Cpu, AlibiAttentionHiddenValues, ::testing::ValuesIn(targets(at::kCPU)), target_name);
+INSTANTIATE_TEST_SUITE_P(Cuda, AlibiAttentionHiddenValues, ::testing::ValuesIn(targets(at::kCUDA)), target_name);
+
+TEST_P(AlibiAttentionHiddenValues, BehindTheLengthsReachNothing) {
+  AttentionCase c;
+  c.head_dim = 64;
+  c.q_len = c.k_len = 24;
+  c.seqlens_q = {5, 24};
+  c.seqlens_k = {1, 20};
+  const bool deterministic = at::globalContext().deterministicAlgorithms();
+  at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/true);  // the same bits of fused attention
+  for (const auto& [causal, offset] : std::vector<std::pair<bool, std::optional<int64_t>>>{
+           {false, std::nullopt}, {true, std::nullopt}, {false, 0}, {true, 0}}) {
+    c.causal = causal;
+    c.query_offset = offset;
+    const AttentionInputs in = inputs(c);
+    const at::Tensor grad = at::randn(in.q.sizes(), at::kFloat).to(in.q.options());
+    const TensorList expected = everything(in, grad);
+    for (const double value : kNotFinite) {
+      AttentionInputs spoilt = in;
+      for (at::Tensor* x : {&spoilt.q, &spoilt.k, &spoilt.v}) {
+        *x = x->clone();
+      }
+      at::Tensor spoilt_grad = grad.clone();
+      for (int64_t b = 0; b < 2; ++b) {
+        spoilt.q[b].slice(0, c.seqlens_q[b]).fill_(value);
+        spoilt_grad[b].slice(0, c.seqlens_q[b]).fill_(value);
+        spoilt.k[b].slice(0, c.seqlens_k[b]).fill_(value);
+        spoilt.v[b].slice(0, c.seqlens_k[b]).fill_(value);
+      }
+      const TensorList actual = everything(spoilt, spoilt_grad);
+      for (size_t i = 0; i < expected.size(); ++i) {
+        expect_same_bits(actual[i], expected[i]);
+      }
+    }
+  }
+  at::globalContext().setDeterministicAlgorithms(deterministic, /*warn_only=*/false);
+}
+
+/// Fused attention multiplies a probability of 0 with what is hidden in the same tile of keys, so this holds of the
+/// plain path: sizes that are not fused.
+TEST_P(AlibiAttentionHiddenValues, BehindACausalMaskReachNoEarlierRow) {
+  AttentionCase c;
+  c.head_dim = 5;
+  c.q_len = c.k_len = 9;
+  c.causal = true;
+  constexpr int64_t kSpoilt = 6;
+  const AttentionInputs in = inputs(c);
+  at::Tensor grad = at::randn(in.q.sizes(), at::kFloat).to(in.q.options());
+  grad.slice(1, kSpoilt).zero_();
+  AttentionInputs before = in;
+  for (at::Tensor* x : {&before.q, &before.k, &before.v}) {
+    *x = x->slice(1, 0, kSpoilt);
+  }
+  const TensorList expected = everything(before, grad.slice(1, 0, kSpoilt));
+  for (const double value : kNotFinite) {
+    for (const bool in_keys : {false, true}) {
+      SCOPED_TRACE(c10::str(value, in_keys ? " in k" : " in v"));
+      AttentionInputs spoilt = in;
+      at::Tensor& x = in_keys ? spoilt.k : spoilt.v;
+      x = x.clone();
+      x.select(1, kSpoilt).fill_(value);
+      const TensorList actual = everything(spoilt, grad);
+      const auto early = [&](const at::Tensor& y) { return y.slice(1, 0, kSpoilt); };
+      // Rows that do not see the key: their outputs and the gradients of their queries.
+      const double bound = 8 * unit_roundoff(table_dtype(dtype()));
+      for (const size_t i : {size_t{0}, size_t{4}}) {
+        EXPECT_TRUE(at::allclose(
+            early(actual[i]).to(at::kDouble), expected[i].to(at::kDouble), 4 * unit_roundoff(dtype()), bound))
+            << i;
+      }
+      // Rows that see it show it.
+      EXPECT_TRUE(actual[4].slice(1, kSpoilt).isfinite().logical_not().any().item<bool>() || in_keys);
+    }
+  }
+}
+
+TEST_P(AlibiAttentionHiddenValues, InVisibleValuesReachTheirChannelOfTheRowsThatSeeThem) {
+  AttentionCase c;
+  c.head_dim = 5;
+  c.batch = 1;
+  c.q_len = c.k_len = 6;
+  c.q_heads = c.k_heads = 1;
+  c.causal = true;
+  AttentionInputs in = inputs(c);
+  for (const double value : kNotFinite) {
+    AttentionInputs spoilt = in;
+    spoilt.v = in.v.clone();
+    spoilt.v.select(1, 3).select(-1, 2).fill_(value);
+    at::Tensor expected = attend(in);
+    expected.slice(1, 3).select(-1, 2).fill_(value);
+    EXPECT_TRUE(at::allclose(
+        attend(spoilt).to(at::kDouble), expected.to(at::kDouble), 4 * unit_roundoff(dtype()),
+        8 * unit_roundoff(table_dtype(dtype())), /*equal_nan=*/true));
+  }
+}
+
+TEST_P(AlibiAttentionHiddenValues, InTheUnusedPartOfACacheReachNothing) {
+  AttentionCase c;
+  c.head_dim = 64;
+  c.q_len = 1;
+  c.k_len = 256;
+  c.causal = true;
+  c.query_offset = 40;
+  const AttentionInputs in = inputs(c);
+  const at::Tensor expected = attend(in);
+  AttentionInputs spoilt = in;
+  spoilt.k = in.k.clone();
+  spoilt.v = in.v.clone();
+  spoilt.k.slice(1, 41).fill_(std::numeric_limits<double>::quiet_NaN());
+  spoilt.v.slice(1, 41).fill_(std::numeric_limits<double>::quiet_NaN());
+  expect_same_bits(attend(spoilt), expected);
+}
+
+}  // namespace
+}  // namespace posenc::test
