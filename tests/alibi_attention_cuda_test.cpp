@@ -125,6 +125,20 @@ std::vector<AttentionCase> forms() {
   for (const int64_t head_dim : {32, 80, 192}) {
     add_all_lengths(of(257, head_dim));
   }
+  // Fewer keys than a tile.
+  for (const int64_t keys : {2, 3, 7, 8, 16, 31, 64, 100, 127, 128, 129, 255, 256}) {
+    for (const int64_t head_dim : {64, 128}) {
+      const AttentionCase base = of(keys, head_dim);
+      add("CausalFewKeys", base, [](AttentionCase& c) { c.causal = true; });
+      add("SymmetricFewKeys", base, [](AttentionCase&) {});
+      add("CausalOneQueryFewKeys", base, [](AttentionCase& c) { c.causal = true, c.q_len = 1; });
+      add("ManyQueriesFewKeys", base, [](AttentionCase& c) { c.q_len = 300, c.query_offset = 0; });
+    }
+  }
+  for (const int64_t queries : {2, 64, 300}) {
+    add("OneKey", of(queries, 128), [](AttentionCase& c) { c.k_len = 1; });
+    add("OneKeyBehind", of(queries, 64), [](AttentionCase& c) { c.k_len = 1, c.query_offset = 0; });
+  }
   for (const int64_t length : {257, 448, 512}) {
     const AttentionCase base = of(length, 128);
     for (const int64_t count : {1, 2, 17}) {
@@ -163,7 +177,12 @@ std::vector<AttentionCase> forms() {
       });
       add("Packed" + suffix, base, [=](AttentionCase& c) {
         c.causal = causal;
-        c.cu_seqlens_q = {0, 1, 130, 130, c.q_len};
+        c.cu_seqlens_q = {0, c.q_len / 2, c.q_len};
+      });
+      // In several batches.
+      add("PackedOfManyLengths" + suffix, base, [=](AttentionCase& c) {
+        c.causal = causal;
+        c.cu_seqlens_q = {0, 1, 3, 6, 6, 6, 16, 27, 130, 130, c.q_len};
       });
     }
     for (const bool causal : {false, true}) {
@@ -267,6 +286,78 @@ TEST_F(AlibiAttentionCuda, MorePlansThanAreKeptAreRight) {
     result_of(length);
   }
   expect_same_bits(result_of(64), first);
+}
+
+TEST_F(AlibiAttentionCuda, PlansAreNotBuiltWhileAGraphIsCaptured) {
+  AttentionCase c = training();
+  c.q_len = c.k_len = 335;  // of no other test
+  const AttentionInputs in = attention_leaves(inputs(c));
+  const std::vector<std::string> message{"posenc::alibi_attention: ", "plan", "once before the capture"};
+  const auto expect_refused = [&](const std::function<void()>& action) {
+    at::cuda::CUDAGraph graph;
+    const c10::cuda::CUDAStreamGuard stream(c10::cuda::getStreamFromPool());
+    graph.capture_begin();
+    expect_error(action, message);
+    graph.capture_end();
+  };
+  expect_refused([&] { attend(in); });
+  const at::Tensor out = attend(in);
+  expect_refused([&] { gradients({out}, {in.q}, {at::ones_like(out)}); });
+}
+
+TEST_F(AlibiAttentionCuda, GraphsReplayAfterManyOtherShapes) {
+  AttentionCase c = training();
+  c.q_len = c.k_len = 337;  // of no other test
+  const AttentionInputs leaves = attention_leaves(inputs(c));
+  const at::Tensor grad = at::randn(leaves.q.sizes(), at::kFloat).to(leaves.q.options());
+  const auto both_passes = [&] {
+    const at::Tensor out = attend(leaves);
+    TensorList results = gradients({out}, {leaves.q, leaves.k, leaves.v, leaves.slopes}, {grad});
+    results.push_back(out);
+    return results;
+  };
+  TensorList recorded;
+  at::cuda::CUDAGraph graph;
+  capture(graph, [&] { recorded = both_passes(); });
+  AttentionCase other = c;
+  other.q_heads = other.k_heads = 1;
+  other.batch = 1;
+  for (int64_t length = 400; length < 400 + 150; ++length) {
+    other.q_len = other.k_len = length;
+    const AttentionInputs in = attention_leaves(inputs(other));
+    const at::Tensor out = attend(in);
+    gradients({out}, {in.q}, {at::ones_like(out)});
+  }
+  const TensorList expected = both_passes();
+  {
+    const at::NoGradGuard no_grad;
+    for (const at::Tensor& result : recorded) {
+      result.fill_(std::numeric_limits<double>::quiet_NaN());
+    }
+  }
+  graph.replay();
+  c10::cuda::device_synchronize();
+  for (size_t i = 0; i < expected.size(); ++i) {
+    EXPECT_LE(relative_error(recorded[i], expected[i]), unit_roundoff(at::kBFloat16)) << i;
+  }
+}
+
+/// A slice of a parameter, as tensor parallelism makes them.
+TEST_F(AlibiAttentionCuda, SlopesNeedNoAlignmentBeyondTheirOwn) {
+  for (const bool causal : {false, true}) {
+    AttentionCase c = training();
+    c.causal = causal;
+    AttentionInputs in = inputs(c);
+    const at::Tensor grad = at::randn(in.q.sizes(), at::kFloat).to(in.q.options());
+    const TensorList expected = everything_in_float64(in, grad);
+    for (int64_t begin = 1; begin < 4; ++begin) {
+      in.slopes = at::cat({at::zeros({begin}, in.slopes.options()), in.slopes}).slice(0, begin);
+      const TensorList actual = everything(in, grad);
+      for (size_t i = 0; i < actual.size(); ++i) {
+        EXPECT_LE(relative_error(actual[i], expected[i]), tolerance(i, in.q.scalar_type())) << kNames[i];
+      }
+    }
+  }
 }
 
 TEST_F(AlibiAttentionCuda, GraphsReplayForwardAndBackward) {

@@ -1,4 +1,5 @@
 #include <cuda/detail/cudnn_graph.h>
+#include <posenc/detail/stream_capture.h>
 #include <posenc/logging.h>
 
 #include <ATen/Context.h>
@@ -70,31 +71,61 @@ struct PlanKeyHash {
   size_t operator()(const PlanKey& key) const { return c10::get_hash(key); }
 };
 
-/// The plans used last.
+/// The plans used last, and those of captured graphs: a graph runs the kernels of its plans whenever it is replayed.
 class PlanCache {
  public:
+  /// The plan of `key`, made by `build` where there is none. Two threads with the same key build it once. Others, which
+  /// may use other devices, do not wait for that.
   template <typename Build>
-  std::shared_ptr<Plan> get(PlanKey key, const Build& build) {
-    // Also while it is built: two threads with the same shape build it once.
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (const auto found = index_.find(key); found != index_.end()) {
-      entries_.splice(entries_.begin(), entries_, found->second);
-      return entries_.front().second;
+  std::shared_ptr<Plan> get(const PlanKey& key, bool capturing, const Build& build) {
+    const std::shared_ptr<Slot> slot = slot_of(key, capturing);
+    const std::lock_guard<std::mutex> lock(slot->mutex);
+    if (slot->plan == nullptr) {
+      TORCH_CHECK(
+          !capturing,
+          "posenc::alibi_attention: expected a plan of cuDNN's for these sizes before a CUDA graph is captured, got "
+          "none: call the same forward and backward pass once before the capture");
+      slot->plan = build();
     }
-    entries_.emplace_front(key, build());
-    index_.emplace(std::move(key), entries_.begin());
-    if (entries_.size() > kMaxPlans) {
-      index_.erase(entries_.back().first);
-      entries_.pop_back();
-    }
-    return entries_.front().second;
+    return slot->plan;
   }
 
  private:
-  using Entries = std::list<std::pair<PlanKey, std::shared_ptr<Plan>>>;
+  struct Slot {
+    explicit Slot(PlanKey key_) : key(std::move(key_)) {}
+
+    PlanKey key;
+    std::mutex mutex;            // of the plan while it is built
+    std::shared_ptr<Plan> plan;  // null before
+    bool captured = false;       // guarded by the mutex of the cache
+  };
+  using Slots = std::list<std::shared_ptr<Slot>>;
+
+  std::shared_ptr<Slot> slot_of(const PlanKey& key, bool capturing) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = index_.find(key);
+    if (found != index_.end()) {
+      slots_.splice(slots_.begin(), slots_, found->second);
+    } else {
+      slots_.push_front(std::make_shared<Slot>(key));
+      index_.emplace(key, slots_.begin());
+    }
+    std::shared_ptr<Slot> slot = slots_.front();
+    if (capturing && !slot->captured) {
+      slot->captured = true;
+      captured_.push_back(slot);
+    }
+    if (slots_.size() > kMaxPlans) {
+      index_.erase(slots_.back()->key);
+      slots_.pop_back();
+    }
+    return slot;
+  }
+
   std::mutex mutex_;
-  Entries entries_;  // most recent first
-  std::unordered_map<PlanKey, Entries::iterator, PlanKeyHash> index_;
+  Slots slots_;  // most recent first
+  std::unordered_map<PlanKey, Slots::iterator, PlanKeyHash> index_;
+  std::vector<std::shared_ptr<Slot>> captured_;  // kept for good
 };
 
 PlanCache& plans() {
@@ -327,8 +358,9 @@ bool cudnn_graphs_available() {
 std::tuple<Tensor, Tensor> run_cudnn_forward(const CudnnGraph& call) {
   Tensor out = at::empty_like(call.q);
   Tensor lse = at::empty({call.q.size(0), call.q.size(2), call.q.size(1)}, call.q.options().dtype(at::kFloat));
-  const auto plan =
-      plans().get(key_of(call, Direction::forward, /*deterministic=*/false, {call.q, call.k, call.v, out}), [&] {
+  const auto plan = plans().get(
+      key_of(call, Direction::forward, /*deterministic=*/false, {call.q, call.k, call.v, out}),
+      detail::is_capturing(call.q.device()), [&] {
         return build(call, Direction::forward, [&](fe::graph::Graph& graph) {
           const ScoreModifier modifier(graph, call);
           const auto [o, stats] = graph.sdpa(
@@ -360,7 +392,7 @@ std::tuple<Tensor, Tensor, Tensor> run_cudnn_backward(
   Tensor grad_v = at::empty_like(call.v);
   const auto plan = plans().get(
       key_of(call, Direction::backward, deterministic, {call.q, call.k, call.v, out, grad_out, grad_q, grad_k, grad_v}),
-      [&] {
+      detail::is_capturing(call.q.device()), [&] {
         return build(call, Direction::backward, [&](fe::graph::Graph& graph) {
           const ScoreModifier modifier(graph, call);
           const auto [dq, dk, dv] = graph.sdpa_backward(
