@@ -1,0 +1,214 @@
+#pragma once
+
+#include <ATen/SavedTensorHooks.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
+
+#include <array>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+// What all nodes of the graph share: the lock, the release of saved variables and compiled autograd.
+namespace posenc::autograd {
+
+/// Base of a node. `Derived` has a default constructor and two members, both reachable from here:
+///
+///     auto state() { return std::tie(x_, pair_axes_, dtype_); }
+///     variable_list differentiate(const variable_list& grads);
+///
+/// `state` names everything that `differentiate` reads: saved variables (`SavedVariable`, a `std::vector` or `std::array`
+/// of them) and values with a `torch::dynamo::autograd::IValuePacker` (bool, int64_t, double, dtype, SymInt, std::string,
+/// `std::vector` and `std::optional` of these). A `c10::SymInt` becomes an argument of a compiled graph, the other values
+/// constants of it.
+///
+/// `differentiate` returns one gradient, possibly undefined, for each input of the node.
+template <typename Derived>
+class Node : public torch::autograd::Node {
+ public:
+  using SavedVariable = torch::autograd::SavedVariable;
+  using variable_list = torch::autograd::variable_list;
+
+  variable_list apply(variable_list&& grads) final {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return derived().differentiate(grads);
+  }
+
+  void release_variables() final {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for_each_saved([](SavedVariable& saved) { saved.reset_data(); });
+  }
+
+  /// What a compiled graph takes as inputs and what it is specialised on.
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const final {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        Derived::kCompiledAutograd, name(),
+        ": expected a backward pass outside compiled autograd, which cannot trace this operator, got one inside: set "
+        "torch._dynamo.config.compiled_autograd to False for this backward pass");
+    const auto collect = [&args](auto& member) {
+      if constexpr (kIsSaved<decltype(member)>) {
+        size_t count = 0;
+        visit_elements(member, [&](const SavedVariable& saved) {
+          args.collect(saved, /*is_output=*/true);  // gives the node to unpack(), which inputs ignore
+          ++count;
+        });
+        args.collect_size(count);
+      } else {
+        args.collect(std::as_const(member));
+      }
+    };
+    const_cast<Node&>(*this).for_each_member(collect);  // NOLINT(cppcoreguidelines-pro-type-const-cast): is only read
+    for (size_t i = 0; i < num_outputs(); ++i) {
+      args.collect(wants(i));
+    }
+  }
+
+  /// Records a call of `call_compiled` in the graph that is being compiled.
+  variable_list apply_with_saved(const variable_list& grads, torch::dynamo::autograd::SwapSavedVariables& swap) final {
+    namespace compiled = torch::dynamo::autograd;
+    for_each_element([&swap](auto& member) { swap.before(member); });
+    compiled::PackedArgs packed;
+    for_each_member([&](auto& member) {
+      if constexpr (kIsSaved<decltype(member)>) {
+        variable_list tensors;
+        visit_elements(member, [&](SavedVariable& saved) { tensors.push_back(unpack(saved)); });
+        packed.pack(static_cast<int64_t>(tensors.size()));
+        for (const at::Tensor& tensor : tensors) {
+          packed.pack(tensor);
+        }
+      } else {
+        packed.pack(member);
+      }
+    });
+    std::vector<bool> wanted;
+    for (size_t i = 0; i < num_outputs(); ++i) {
+      wanted.push_back(wants(i));
+    }
+    packed.pack(wanted);
+    for_each_element([&swap](auto& member) { swap.after(member); });
+
+    std::vector<at::TypePtr> schema;
+    for (const at::IValue& argument : packed.vec()) {
+      schema.push_back(argument.isTensor() ? at::TypePtr(at::TensorType::get()) : argument.type());
+    }
+    const auto& compiler = compiled::getPyCompilerInterface();
+    const std::string function = compiler->bind_function(
+        swap.get_py_compiler(), name(), call_compiled, std::move(schema), /*is_custom_function=*/true,
+        /*is_traceable=*/true);
+    using Metadata = std::vector<std::optional<torch::autograd::InputMetadata>>;
+    return compiler->call_function(
+        swap.get_py_compiler(), "apply_functional", function, grads, packed.vec(),
+        compiled::IValuePacker<Metadata>::pack(compiled::get_input_metadata(next_edges())));
+  }
+
+ protected:
+  /// Whether compiled autograd can trace the node. A node that it cannot declares another one, with `false`.
+  static constexpr bool kCompiledAutograd = true;
+
+  /// Whether the gradient of input `i`, or of one of inputs `begin` to `end - 1`, is asked for.
+  bool wants(size_t i) const { return wanted_.has_value() ? (*wanted_)[i] : task_should_compute_output(i); }
+  bool wants(size_t begin, size_t end) const {
+    for (size_t i = begin; i < end; ++i) {
+      if (wants(i)) {
+        return true;
+      }
+    }
+    return false;
+  }
+
+  /// The tensor that was saved, an input or an output of the forward pass. Throws if it was modified since.
+  at::Tensor unpack(const SavedVariable& saved) { return saved.unpack(getptr()); }
+
+  /// The same of an argument that may be absent.
+  std::optional<at::Tensor> unpack_optional(const SavedVariable& saved) {
+    at::Tensor tensor = unpack(saved);
+    return tensor.defined() ? std::optional<at::Tensor>(std::move(tensor)) : std::nullopt;
+  }
+
+ private:
+  template <typename T>
+  struct IsSaved : std::is_same<T, SavedVariable> {};
+  template <typename T>
+  struct IsSaved<std::vector<T>> : std::is_same<T, SavedVariable> {};
+  template <typename T, size_t N>
+  struct IsSaved<std::array<T, N>> : std::is_same<T, SavedVariable> {};
+  template <typename T>
+  static constexpr bool kIsSaved = IsSaved<std::decay_t<T>>::value;
+
+  Derived& derived() { return static_cast<Derived&>(*this); }
+
+  template <typename Visit>
+  void for_each_member(const Visit& visit) {
+    std::apply([&visit](auto&... members) { (visit(members), ...); }, derived().state());
+  }
+
+  /// `visit` of a saved variable, or of each in a container of them.
+  template <typename Saved, typename Visit>
+  static void visit_elements(Saved& saved, const Visit& visit) {
+    if constexpr (std::is_same_v<Saved, SavedVariable>) {
+      visit(saved);
+    } else {
+      for (SavedVariable& element : saved) {
+        visit(element);
+      }
+    }
+  }
+
+  template <typename Visit>
+  void for_each_saved(const Visit& visit) {
+    for_each_member([&visit](auto& member) {
+      if constexpr (kIsSaved<decltype(member)>) {
+        visit_elements(member, visit);
+      }
+    });
+  }
+
+  /// `visit` of each saved variable, also those in containers, and of each value.
+  template <typename Visit>
+  void for_each_element(const Visit& visit) {
+    for_each_member([&visit](auto& member) {
+      if constexpr (kIsSaved<decltype(member)>) {
+        visit_elements(member, visit);
+      } else {
+        visit(member);
+      }
+    });
+  }
+
+  /// The backward pass as a function of gradients and state alone: that of a node made anew from them.
+  static variable_list call_compiled(const variable_list& grads, const std::vector<at::IValue>& arguments) {
+    const at::AutoGradMode no_graph(false);  // compiled autograd refuses create_graph
+    const auto node = std::make_shared<Derived>();
+    torch::dynamo::autograd::PackedArgs packed(arguments);
+    const bool traced = at::SavedTensorDefaultHooks::set_tracing(true);  // no hooks: they have run
+    node->for_each_member([&packed](auto& member) {
+      using Member = std::decay_t<decltype(member)>;
+      if constexpr (kIsSaved<Member>) {
+        const auto count = static_cast<size_t>(packed.unpack<int64_t>());
+        if constexpr (std::is_same_v<Member, std::vector<SavedVariable>>) {
+          member.resize(count);
+        }
+        visit_elements(member, [&packed](SavedVariable& saved) {
+          saved = SavedVariable(packed.unpack<at::Tensor>(), /*is_output=*/false);
+        });
+      } else {
+        member = packed.unpack<Member>();
+      }
+    });
+    at::SavedTensorDefaultHooks::set_tracing(traced);
+    node->wanted_ = packed.unpack<std::vector<bool>>();
+    return node->apply(variable_list(grads));
+  }
+
+  std::optional<std::vector<bool>> wanted_;  // of nodes that call_compiled makes; others ask the engine
+};
+
+}  // namespace posenc::autograd
