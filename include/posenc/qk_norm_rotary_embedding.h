@@ -22,6 +22,9 @@ namespace posenc {
 /// the normalisation, the weight and the rotation as well. The forward pass reads and writes `q` and `k` once and saves
 /// nothing of its own; the backward pass reads them and their gradients once, and computes the norms again.
 ///
+/// A NaN in one head of one token makes this head NaN. An infinity makes its pair NaN and the rest of the head zero, as in
+/// tensor operations. One in a weight or in a table reaches its pair of the tokens that read it.
+///
 /// @param q,k  `[B, S, Hq, D]` and `[B, S, Hk, D]`, or `[T, Hq, D]` and `[T, Hk, D]` for packed sequences: float16,
 ///   bfloat16, float32 or float64, any strides (also 0) without a copy. On CUDA D is at most 4096, and fastest where D
 ///   and R are multiples of 32 bytes and of twice that, and D at most 1024 bytes. Squares are summed in float32

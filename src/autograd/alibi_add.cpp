@@ -1,3 +1,4 @@
+#include <autograd/detail/node.h>
 #include <autograd/detail/record.h>
 #include <ops/alibi_add.h>
 #include <ops/alibi_slopes_backward.h>
@@ -9,6 +10,7 @@
 
 #include <array>
 #include <functional>
+#include <tuple>
 
 namespace posenc {
 namespace {
@@ -17,20 +19,23 @@ using at::Tensor;
 using torch::autograd::variable_list;
 
 /// The gradient of scores is what comes in, and that of slopes needs nothing else: nothing is saved.
-class AlibiAddBackward : public torch::autograd::Node {
+class AlibiAddBackward final : public autograd::Node<AlibiAddBackward> {
  public:
+  AlibiAddBackward() = default;
   AlibiAddBackward(bool causal, std::optional<int64_t> query_offset) : causal_(causal), query_offset_(query_offset) {}
 
-  variable_list apply(variable_list&& grads) override {
+  auto state() { return std::tie(causal_, query_offset_); }
+
+  variable_list differentiate(const variable_list& grads) {
     const Tensor& grad = grads[0];
     variable_list result(2);
     if (!grad.defined()) {
       return result;
     }
-    if (task_should_compute_output(0)) {
+    if (wants(0)) {
       result[0] = causal_ ? alibi_mask(grad, query_offset_) : grad;
     }
-    if (task_should_compute_output(1)) {
+    if (wants(1)) {
       result[1] = alibi_slopes_backward(grad, causal_, query_offset_);
     }
     return result;
@@ -39,18 +44,21 @@ class AlibiAddBackward : public torch::autograd::Node {
   std::string name() const override { return "AlibiAddBackward"; }
 
  private:
-  bool causal_;
+  bool causal_ = false;
   std::optional<int64_t> query_offset_;
 };
 
 /// A mask of zeros and ones is its own transpose.
-class AlibiMaskBackward : public torch::autograd::Node {
+class AlibiMaskBackward final : public autograd::Node<AlibiMaskBackward> {
  public:
+  AlibiMaskBackward() = default;
   explicit AlibiMaskBackward(std::optional<int64_t> query_offset) : query_offset_(query_offset) {}
 
-  variable_list apply(variable_list&& grads) override {
+  auto state() { return std::tie(query_offset_); }
+
+  variable_list differentiate(const variable_list& grads) {
     variable_list result(1);
-    if (grads[0].defined() && task_should_compute_output(0)) {
+    if (grads[0].defined() && wants(0)) {
       result[0] = alibi_mask(grads[0], query_offset_);
     }
     return result;

@@ -1,3 +1,4 @@
+#include <autograd/detail/node.h>
 #include <autograd/detail/record.h>
 #include <ops/alibi_bias.h>
 #include <ops/alibi_slopes_backward.h>
@@ -7,6 +8,7 @@
 
 #include <array>
 #include <functional>
+#include <tuple>
 #include <utility>
 
 namespace posenc {
@@ -16,13 +18,16 @@ using at::Tensor;
 using torch::autograd::variable_list;
 
 /// The bias is linear in the slopes, and its distances follow from its shape: nothing is saved.
-class AlibiBiasBackward : public torch::autograd::Node {
+class AlibiBiasBackward final : public autograd::Node<AlibiBiasBackward> {
  public:
+  AlibiBiasBackward() = default;
   AlibiBiasBackward(bool causal, std::optional<int64_t> query_offset) : causal_(causal), query_offset_(query_offset) {}
 
-  variable_list apply(variable_list&& grads) override {
+  auto state() { return std::tie(causal_, query_offset_); }
+
+  variable_list differentiate(const variable_list& grads) {
     variable_list result(1);
-    if (grads[0].defined() && task_should_compute_output(0)) {
+    if (grads[0].defined() && wants(0)) {
       result[0] = alibi_slopes_backward(grads[0], causal_, query_offset_);
     }
     return result;
@@ -31,7 +36,7 @@ class AlibiBiasBackward : public torch::autograd::Node {
   std::string name() const override { return "AlibiBiasBackward"; }
 
  private:
-  bool causal_;
+  bool causal_ = false;
   std::optional<int64_t> query_offset_;
 };
 

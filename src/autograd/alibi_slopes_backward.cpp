@@ -1,5 +1,7 @@
+#include <autograd/detail/node.h>
 #include <autograd/detail/record.h>
 #include <ops/alibi_add.h>
+#include <ops/alibi_bias.h>
 #include <ops/alibi_slopes_backward.h>
 #include <posenc/alibi.h>
 
@@ -8,6 +10,7 @@
 
 #include <array>
 #include <functional>
+#include <tuple>
 #include <vector>
 
 namespace posenc {
@@ -18,21 +21,23 @@ using torch::autograd::variable_list;
 
 /// The gradient of slopes is linear in the gradient of the bias. Its transpose is the bias itself, of what comes in
 /// as slopes, and zero where the mask hides a key.
-class AlibiSlopesBackwardBackward : public torch::autograd::Node {
+class AlibiSlopesBackwardBackward final : public autograd::Node<AlibiSlopesBackwardBackward> {
  public:
+  AlibiSlopesBackwardBackward() = default;
   AlibiSlopesBackwardBackward(const Tensor& grad, bool causal, std::optional<int64_t> query_offset)
-      : sizes_(grad.sizes().vec()), dtype_(grad.scalar_type()), causal_(causal), query_offset_(query_offset) {}
+      : sizes_(grad.sym_sizes().vec()), dtype_(grad.scalar_type()), causal_(causal), query_offset_(query_offset) {}
 
-  variable_list apply(variable_list&& grads) override {
+  auto state() { return std::tie(sizes_, dtype_, causal_, query_offset_); }
+
+  variable_list differentiate(const variable_list& grads) {
     variable_list result(1);
-    if (grads[0].defined() && task_should_compute_output(0)) {
-      const int64_t q_len = sizes_[sizes_.size() - 2];
-      const int64_t k_len = sizes_.back();
-      Tensor bias = alibi_bias(grads[0], q_len, k_len, /*causal=*/false, dtype_, query_offset_);
+    if (grads[0].defined() && wants(0)) {
+      Tensor bias = alibi_bias_symint(
+          grads[0], sizes_[sizes_.size() - 2], sizes_.back(), /*causal=*/false, dtype_, query_offset_);
       if (causal_) {
         bias = alibi_mask(bias, query_offset_);
       }
-      result[0] = bias.expand(sizes_);
+      result[0] = bias.expand_symint(sizes_);
     }
     return result;
   }
@@ -40,9 +45,9 @@ class AlibiSlopesBackwardBackward : public torch::autograd::Node {
   std::string name() const override { return "AlibiSlopesBackwardBackward"; }
 
  private:
-  std::vector<int64_t> sizes_;
-  at::ScalarType dtype_;
-  bool causal_;
+  std::vector<c10::SymInt> sizes_;
+  at::ScalarType dtype_ = at::kFloat;
+  bool causal_ = false;
   std::optional<int64_t> query_offset_;
 };
 

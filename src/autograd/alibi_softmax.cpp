@@ -1,4 +1,6 @@
+#include <autograd/detail/node.h>
 #include <autograd/detail/record.h>
+#include <ops/alibi_bias.h>
 #include <ops/alibi_softmax.h>
 #include <posenc/alibi.h>
 
@@ -20,33 +22,32 @@ using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
 struct Settings {
-  double scale;
-  bool causal;
+  double scale = 1;
+  bool causal = false;
   std::optional<int64_t> query_offset;
+
+  auto state() { return std::tie(scale, causal, query_offset); }
 };
 
 /// Saves the probabilities alone: what the masks hid has probability zero.
-class AlibiSoftmaxBackward : public torch::autograd::Node {
+class AlibiSoftmaxBackward final : public autograd::Node<AlibiSoftmaxBackward> {
  public:
+  AlibiSoftmaxBackward() = default;
   explicit AlibiSoftmaxBackward(const Settings& settings) : settings_(settings) {}
 
   /// After the node has become the history of `probs`.
   void save(const Tensor& probs) { probs_ = SavedVariable(probs, /*is_output=*/true); }
 
-  variable_list apply(variable_list&& grads) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
+  auto state() { return std::tuple_cat(settings_.state(), std::tie(probs_)); }
+
+  variable_list differentiate(const variable_list& grads) {
     variable_list result(2);
-    if (grads[0].defined() && task_should_compute_output({{0, 2}})) {
+    if (grads[0].defined() && wants(0, 2)) {
       std::tie(result[0], result[1]) = alibi_softmax_backward(
-          grads[0], probs_.unpack(getptr()), settings_.scale, settings_.causal, settings_.query_offset,
-          /*slopes_grad=*/task_should_compute_output(1));
+          grads[0], unpack(probs_), settings_.scale, settings_.causal, settings_.query_offset,
+          /*slopes_grad=*/wants(1));
     }
     return result;
-  }
-
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    probs_.reset_data();
   }
 
   std::string name() const override { return "AlibiSoftmaxBackward"; }
@@ -62,48 +63,44 @@ class AlibiSoftmaxBackward : public torch::autograd::Node {
 ///
 /// whose derivatives are dF/dg = p (v - sum of p v) and dF/dp = (g - r) v - g (sum of p v). In tensor operations, so
 /// that they can be differentiated further.
-class AlibiSoftmaxBackwardBackward : public torch::autograd::Node {
+class AlibiSoftmaxBackwardBackward final : public autograd::Node<AlibiSoftmaxBackwardBackward> {
  public:
+  AlibiSoftmaxBackwardBackward() = default;
   AlibiSoftmaxBackwardBackward(const Tensor& grad, const Tensor& probs, const Settings& settings)
       : settings_(settings), grad_(grad, /*is_output=*/false), probs_(probs, /*is_output=*/false) {}
 
-  variable_list apply(variable_list&& grads) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
+  auto state() { return std::tuple_cat(settings_.state(), std::tie(grad_, probs_)); }
+
+  variable_list differentiate(const variable_list& grads) {
     variable_list result(2);
     // With fixed slopes there is one output only.
     const Tensor slopes_grad = grads.size() > 1 ? grads[1] : Tensor();
     if (!grads[0].defined() && !slopes_grad.defined()) {
       return result;
     }
-    const Tensor probs = probs_.unpack();
+    const Tensor probs = unpack(probs_);
     const auto dtype = probs.scalar_type();
     const auto wide = dtype == at::kDouble ? at::kDouble : at::kFloat;
     const Tensor p = probs.to(wide);
-    const Tensor g = grad_.unpack().to(wide);
+    const Tensor g = unpack(grad_).to(wide);
     Tensor v;
     if (grads[0].defined()) {
       v = grads[0].to(wide) * settings_.scale;
     }
     if (slopes_grad.defined()) {
-      const Tensor bias =
-          alibi_bias(slopes_grad, p.size(-2), p.size(-1), /*causal=*/false, wide, settings_.query_offset);  // -w d
+      const Tensor bias = alibi_bias_symint(
+          slopes_grad, p.sym_size(-2), p.sym_size(-1), /*causal=*/false, wide, settings_.query_offset);  // -w d
       v = v.defined() ? v + bias : bias;
     }
     const Tensor pv = (p * v).sum(-1, /*keepdim=*/true);
-    if (task_should_compute_output(0)) {
+    if (wants(0)) {
       result[0] = (p * (v - pv)).to(dtype);
     }
-    if (task_should_compute_output(1)) {
+    if (wants(1)) {
       const Tensor r = (g * p).sum(-1, /*keepdim=*/true);
       result[1] = ((g - r) * v - g * pv).to(dtype);
     }
     return result;
-  }
-
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    grad_.reset_data();
-    probs_.reset_data();
   }
 
   std::string name() const override { return "AlibiSoftmaxBackwardBackward"; }

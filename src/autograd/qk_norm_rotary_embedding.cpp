@@ -1,3 +1,4 @@
+#include <autograd/detail/node.h>
 #include <autograd/detail/record.h>
 #include <contract/qk_norm_rotary_embedding.h>
 #include <ops/qk_norm_rotary_embedding.h>
@@ -13,6 +14,7 @@
 
 #include <array>
 #include <functional>
+#include <tuple>
 #include <vector>
 
 namespace posenc {
@@ -23,9 +25,13 @@ using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
 struct Settings {
-  double eps;
-  bool unit_offset, interleaved, conjugate;
+  double eps = 0;
+  bool unit_offset = false;
+  bool interleaved = false;
+  bool conjugate = false;
   std::vector<int64_t> pair_axes;
+
+  auto state() { return std::tie(eps, unit_offset, interleaved, conjugate, pair_axes); }
 };
 
 /// The tensors that both heads of a call share.
@@ -68,8 +74,9 @@ std::tuple<Tensor, Tensor> differentiable_gradients(
 }
 
 /// Saves the arguments alone: what the forward pass computes on the way is cheaper to compute again than to store.
-class QKNormRotaryEmbeddingBackward : public torch::autograd::Node {
+class QKNormRotaryEmbeddingBackward final : public autograd::Node<QKNormRotaryEmbeddingBackward> {
  public:
+  QKNormRotaryEmbeddingBackward() = default;
   QKNormRotaryEmbeddingBackward(
       const Tensor& q,
       const Tensor& k,
@@ -86,23 +93,25 @@ class QKNormRotaryEmbeddingBackward : public torch::autograd::Node {
         positions_(tables.positions, /*is_output=*/false),
         settings_(settings) {}
 
-  variable_list apply(variable_list&& grads) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
+  auto state() {
+    return std::tuple_cat(std::tie(q_, k_, q_weight_, k_weight_, cos_, sin_, positions_), settings_.state());
+  }
+
+  variable_list differentiate(const variable_list& grads) {
     variable_list result(kInputs);
     if (!grads[0].defined() && !grads[1].defined()) {
       return result;
     }
-    const Tensor q = q_.unpack();
-    const Tensor k = k_.unpack();
-    const Tensor q_weight = q_weight_.unpack();
-    const Tensor k_weight = k_weight_.unpack();
-    const Tensor cos = cos_.unpack();
-    const Tensor sin = sin_.unpack();
-    const auto positions = autograd::optional_tensor(positions_.unpack());
+    const Tensor q = unpack(q_);
+    const Tensor k = unpack(k_);
+    const Tensor q_weight = unpack(q_weight_);
+    const Tensor k_weight = unpack(k_weight_);
+    const Tensor cos = unpack(cos_);
+    const Tensor sin = unpack(sin_);
+    const auto positions = unpack_optional(positions_);
     // A gradient that nobody asks for is not computed.
     const auto wanted = [&](size_t i) {
-      return task_should_compute_output(i) || task_should_compute_output(i + 2) ? autograd::optional_tensor(grads[i])
-                                                                                : std::nullopt;
+      return wants(i) || wants(i + 2) ? autograd::optional_tensor(grads[i]) : std::nullopt;
     };
     const auto grad_q = wanted(0);
     const auto grad_k = wanted(1);
@@ -110,9 +119,9 @@ class QKNormRotaryEmbeddingBackward : public torch::autograd::Node {
       std::tie(result[0], result[1], result[2], result[3]) = qk_norm_rotary_embedding_backward(
           grad_q, grad_k, q, k, q_weight, k_weight, cos, sin, positions, settings_.eps, settings_.unit_offset,
           settings_.interleaved, settings_.conjugate, settings_.pair_axes,
-          /*weights_grad=*/task_should_compute_output({{2, 4}}));
+          /*weights_grad=*/wants(2, 4));
     }
-    if (task_should_compute_output({{4, 6}})) {
+    if (wants(4, 6)) {
       std::vector<Tensor> rotated_grads;
       std::vector<Tensor> rotated;
       const auto add = [&](const Tensor& grad, const Tensor& x, const Tensor& weight) {
@@ -127,13 +136,6 @@ class QKNormRotaryEmbeddingBackward : public torch::autograd::Node {
           rotated_grads, rotated, cos, positions, settings_.interleaved, settings_.conjugate, settings_.pair_axes);
     }
     return result;
-  }
-
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable* saved : {&q_, &k_, &q_weight_, &k_weight_, &cos_, &sin_, &positions_}) {
-      saved->reset_data();
-    }
   }
 
   std::string name() const override { return "QKNormRotaryEmbeddingBackward"; }

@@ -1,3 +1,4 @@
+#include <autograd/detail/node.h>
 #include <autograd/detail/record.h>
 #include <autograd/detail/rotate_by_table_gradients.h>
 #include <ops/rotary_embedding_backward.h>
@@ -13,6 +14,7 @@
 #include <array>
 #include <functional>
 #include <memory>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -25,8 +27,9 @@ using torch::autograd::variable_list;
 
 /// The gradient of a rotation is the rotation backwards, done by the operator itself, so that it can be
 /// differentiated again. Saves the inputs only where the tables need a gradient.
-class RotaryEmbeddingBackward : public torch::autograd::Node {
+class RotaryEmbeddingBackward final : public autograd::Node<RotaryEmbeddingBackward> {
  public:
+  RotaryEmbeddingBackward() = default;
   RotaryEmbeddingBackward(
       at::ArrayRef<std::reference_wrapper<const Tensor>> inputs,
       const Tensor& cos,
@@ -35,7 +38,7 @@ class RotaryEmbeddingBackward : public torch::autograd::Node {
       bool interleaved,
       bool conjugate,
       at::IntArrayRef pair_axes)
-      : num_inputs_(inputs.size()),
+      : num_inputs_(static_cast<int64_t>(inputs.size())),
         cos_(cos, /*is_output=*/false),
         sin_(sin, /*is_output=*/false),
         positions_(positions, /*is_output=*/false),
@@ -43,30 +46,32 @@ class RotaryEmbeddingBackward : public torch::autograd::Node {
         conjugate_(conjugate),
         pair_axes_(pair_axes.vec()) {
     if (cos.requires_grad() || sin.requires_grad()) {
-      for (size_t i = 0; i < num_inputs_; ++i) {
+      for (size_t i = 0; i < inputs.size(); ++i) {
         inputs_[i] = SavedVariable(inputs[i].get(), /*is_output=*/false);
       }
     }
   }
 
-  variable_list apply(variable_list&& grads) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const Tensor cos = cos_.unpack();
-    const Tensor sin = sin_.unpack();
-    const auto positions = autograd::optional_tensor(positions_.unpack());
+  auto state() { return std::tie(num_inputs_, inputs_, cos_, sin_, positions_, interleaved_, conjugate_, pair_axes_); }
 
-    variable_list result(num_inputs_ + 2);
-    const auto wanted = [&](size_t i) { return grads[i].defined() && task_should_compute_output(i); };
-    const bool tables_wanted = task_should_compute_output({{num_inputs_, num_inputs_ + 2}});
+  variable_list differentiate(const variable_list& grads) {
+    const Tensor cos = unpack(cos_);
+    const Tensor sin = unpack(sin_);
+    const auto positions = unpack_optional(positions_);
+
+    const auto num_inputs = static_cast<size_t>(num_inputs_);
+    variable_list result(num_inputs + 2);
+    const auto wanted = [&](size_t i) { return grads[i].defined() && wants(i); };
+    const bool tables_wanted = wants(num_inputs, num_inputs + 2);
     variable_list inputs;
     variable_list output_grads;
     bool all_wanted = tables_wanted;
     if (tables_wanted) {
-      for (size_t i = 0; i < num_inputs_; ++i) {
+      for (size_t i = 0; i < num_inputs; ++i) {
         if (grads[i].defined()) {
-          inputs.push_back(inputs_[i].unpack());
+          inputs.push_back(unpack(inputs_[i]));
           output_grads.push_back(grads[i]);
-          all_wanted = all_wanted && task_should_compute_output(i);
+          all_wanted = all_wanted && wants(i);
         }
       }
       if (inputs.empty()) {
@@ -78,21 +83,21 @@ class RotaryEmbeddingBackward : public torch::autograd::Node {
       auto [input_grads, grad_cos, grad_sin] =
           rotary_embedding_backward(output_grads, inputs, cos, sin, positions, interleaved_, conjugate_, pair_axes_);
       size_t next = 0;
-      for (size_t i = 0; i < num_inputs_; ++i) {
+      for (size_t i = 0; i < num_inputs; ++i) {
         if (grads[i].defined()) {
           result[i] = std::move(input_grads[next++]);
         }
       }
-      result[num_inputs_] = std::move(grad_cos);
-      result[num_inputs_ + 1] = std::move(grad_sin);
+      result[num_inputs] = std::move(grad_cos);
+      result[num_inputs + 1] = std::move(grad_sin);
       return result;
     }
 
-    if (num_inputs_ == 2 && wanted(0) && wanted(1)) {
+    if (num_inputs == 2 && wanted(0) && wanted(1)) {
       std::tie(result[0], result[1]) =
           rotary_embedding_qk(grads[0], grads[1], cos, sin, positions, interleaved_, !conjugate_, pair_axes_);
     } else {
-      for (size_t i = 0; i < num_inputs_; ++i) {
+      for (size_t i = 0; i < num_inputs; ++i) {
         if (wanted(i)) {
           result[i] = rotary_embedding(grads[i], cos, sin, positions, interleaved_, !conjugate_, pair_axes_);
         }
@@ -100,29 +105,20 @@ class RotaryEmbeddingBackward : public torch::autograd::Node {
     }
 
     if (tables_wanted) {
-      std::tie(result[num_inputs_], result[num_inputs_ + 1]) =
+      std::tie(result[num_inputs], result[num_inputs + 1]) =
           rotary_embedding_tables_backward(output_grads, inputs, cos, positions, interleaved_, conjugate_, pair_axes_);
     }
     return result;
   }
 
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable& input : inputs_) {
-      input.reset_data();
-    }
-    cos_.reset_data();
-    sin_.reset_data();
-    positions_.reset_data();
-  }
-
   std::string name() const override { return "RotaryEmbeddingBackward"; }
 
  private:
-  size_t num_inputs_;
-  SavedVariable inputs_[2];
+  int64_t num_inputs_ = 0;
+  std::array<SavedVariable, 2> inputs_;
   SavedVariable cos_, sin_, positions_;
-  bool interleaved_, conjugate_;
+  bool interleaved_ = false;
+  bool conjugate_ = false;
   std::vector<int64_t> pair_axes_;
 };
 

@@ -1,3 +1,4 @@
+#include <autograd/detail/node.h>
 #include <autograd/detail/record.h>
 #include <contract/rotary_embedding_qkv.h>
 #include <ops/rotary_embedding_tables_backward.h>
@@ -10,6 +11,7 @@
 
 #include <array>
 #include <functional>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -22,6 +24,7 @@ using torch::autograd::variable_list;
 
 /// What both directions save, and how they were called.
 struct Saved {
+  Saved() = default;
   Saved(
       const Tensor& cos_table,
       const Tensor& sin_table,
@@ -42,15 +45,14 @@ struct Saved {
         conjugate(is_conjugate),
         pair_axes(axes.vec()) {}
 
-  void release() {
-    cos.reset_data();
-    sin.reset_data();
-    positions.reset_data();
-  }
+  auto state() { return std::tie(cos, sin, positions, q_heads, kv_heads, stacked, interleaved, conjugate, pair_axes); }
 
   SavedVariable cos, sin, positions;
-  int64_t q_heads, kv_heads;
-  bool stacked, interleaved, conjugate;
+  int64_t q_heads = 0;
+  int64_t kv_heads = 0;
+  bool stacked = false;
+  bool interleaved = false;
+  bool conjugate = false;
   std::vector<int64_t> pair_axes;
 };
 
@@ -78,25 +80,27 @@ std::tuple<Tensor, Tensor> table_gradients(
 
 /// The gradient of the packed projection is those of its parts, q and k rotated backwards, packed again. Saves the
 /// projection only where the tables need a gradient.
-class RotaryEmbeddingQkvBackward : public torch::autograd::Node {
+class RotaryEmbeddingQkvBackward final : public autograd::Node<RotaryEmbeddingQkvBackward> {
  public:
+  RotaryEmbeddingQkvBackward() = default;
   RotaryEmbeddingQkvBackward(const Tensor& qkv, bool saves_input, Saved saved) : saved_(std::move(saved)) {
     if (saves_input) {
       qkv_ = SavedVariable(qkv, /*is_output=*/false);
     }
   }
 
-  variable_list apply(variable_list&& grads) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const Tensor cos = saved_.cos.unpack();
-    const Tensor sin = saved_.sin.unpack();
-    const auto positions = autograd::optional_tensor(saved_.positions.unpack());
+  auto state() { return std::tuple_cat(saved_.state(), std::tie(qkv_)); }
+
+  variable_list differentiate(const variable_list& grads) {
+    const Tensor cos = unpack(saved_.cos);
+    const Tensor sin = unpack(saved_.sin);
+    const auto positions = unpack_optional(saved_.positions);
     variable_list result(3);
     const Tensor& some = grads[0].defined() ? grads[0] : grads[1].defined() ? grads[1] : grads[2];
     if (!some.defined()) {
       return result;
     }
-    if (task_should_compute_output(0)) {
+    if (wants(0)) {
       const auto grad_or_zeros = [&some](const Tensor& grad, int64_t num_heads) {
         if (grad.defined()) {
           return grad;
@@ -110,19 +114,13 @@ class RotaryEmbeddingQkvBackward : public torch::autograd::Node {
           grad_or_zeros(grads[2], saved_.kv_heads), cos, sin, positions, saved_.stacked, saved_.interleaved,
           !saved_.conjugate, saved_.pair_axes);
     }
-    if (task_should_compute_output({{1, 3}})) {
+    if (wants(1, 3)) {
       const contract::PackedViews inputs =
-          contract::packed_views("posenc::rotary_embedding_qkv", "qkv", qkv_.unpack(), saved_.q_heads, saved_.kv_heads);
+          contract::packed_views("posenc::rotary_embedding_qkv", "qkv", unpack(qkv_), saved_.q_heads, saved_.kv_heads);
       std::tie(result[1], result[2]) =
           table_gradients({grads[0], grads[1]}, {inputs.q, inputs.k}, cos, positions, saved_);
     }
     return result;
-  }
-
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    saved_.release();
-    qkv_.reset_data();
   }
 
   std::string name() const override { return "RotaryEmbeddingQkvBackward"; }
@@ -133,8 +131,9 @@ class RotaryEmbeddingQkvBackward : public torch::autograd::Node {
 };
 
 /// And the other way round.
-class RotaryEmbeddingPackBackward : public torch::autograd::Node {
+class RotaryEmbeddingPackBackward final : public autograd::Node<RotaryEmbeddingPackBackward> {
  public:
+  RotaryEmbeddingPackBackward() = default;
   RotaryEmbeddingPackBackward(const Tensor& q, const Tensor& k, bool saves_inputs, Saved saved)
       : saved_(std::move(saved)) {
     if (saves_inputs) {
@@ -143,34 +142,28 @@ class RotaryEmbeddingPackBackward : public torch::autograd::Node {
     }
   }
 
-  variable_list apply(variable_list&& grads) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const Tensor cos = saved_.cos.unpack();
-    const Tensor sin = saved_.sin.unpack();
-    const auto positions = autograd::optional_tensor(saved_.positions.unpack());
+  auto state() { return std::tuple_cat(saved_.state(), std::tie(q_, k_)); }
+
+  variable_list differentiate(const variable_list& grads) {
+    const Tensor cos = unpack(saved_.cos);
+    const Tensor sin = unpack(saved_.sin);
+    const auto positions = unpack_optional(saved_.positions);
     variable_list result(5);
     if (!grads[0].defined()) {
       return result;
     }
-    if (task_should_compute_output({{0, 3}})) {
+    if (wants(0, 3)) {
       std::tie(result[0], result[1], result[2]) = rotary_embedding_qkv(
           grads[0], saved_.q_heads, saved_.kv_heads, cos, sin, positions, saved_.interleaved, !saved_.conjugate,
           saved_.pair_axes);
     }
-    if (task_should_compute_output({{3, 5}})) {
+    if (wants(3, 5)) {
       const contract::PackedViews output_grads =
           contract::packed_views("posenc::rotary_embedding_pack", "grad", grads[0], saved_.q_heads, saved_.kv_heads);
       std::tie(result[3], result[4]) =
-          table_gradients({output_grads.q, output_grads.k}, {q_.unpack(), k_.unpack()}, cos, positions, saved_);
+          table_gradients({output_grads.q, output_grads.k}, {unpack(q_), unpack(k_)}, cos, positions, saved_);
     }
     return result;
-  }
-
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    saved_.release();
-    q_.reset_data();
-    k_.reset_data();
   }
 
   std::string name() const override { return "RotaryEmbeddingPackBackward"; }
@@ -211,6 +204,11 @@ std::tuple<Tensor, Tensor, Tensor> rotary_embedding_qkv_autograd(
   return outputs;
 }
 
+/// A number in every graph: only the lengths of sequences are symbols there.
+int64_t num_heads(const Tensor& x) {
+  return x.sym_size(-2).guard_int(__FILE__, __LINE__);
+}
+
 Tensor rotary_embedding_pack_autograd(
     const Tensor& q,
     const Tensor& k,
@@ -233,7 +231,7 @@ Tensor rotary_embedding_pack_autograd(
   if (autograd::any_requires_grad(differentiable)) {
     const auto node = autograd::make_node<RotaryEmbeddingPackBackward>(
         differentiable, q, k, cos.requires_grad() || sin.requires_grad(),
-        Saved(cos, sin, positions, q.size(-2), k.size(-2), stacked, interleaved, conjugate, pair_axes));
+        Saved(cos, sin, positions, num_heads(q), num_heads(k), stacked, interleaved, conjugate, pair_axes));
     torch::autograd::set_history(packed, node);
   }
   return packed;

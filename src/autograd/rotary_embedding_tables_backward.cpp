@@ -1,3 +1,4 @@
+#include <autograd/detail/node.h>
 #include <autograd/detail/record.h>
 #include <autograd/detail/rotate_by_table_gradients.h>
 #include <ops/rotary_embedding_tables_backward.h>
@@ -10,6 +11,7 @@
 #include <algorithm>
 #include <functional>
 #include <iterator>
+#include <tuple>
 #include <vector>
 
 namespace posenc {
@@ -23,8 +25,9 @@ using torch::autograd::variable_list;
 /// by the gradients (c, s) that arrive for (dcos, dsin):
 ///
 ///     <dcos, c> + <dsin, s> = <g, rotate(x; c, s)> = <x, rotate_back(g; c, s)>
-class RotaryEmbeddingTablesBackwardBackward : public torch::autograd::Node {
+class RotaryEmbeddingTablesBackwardBackward final : public autograd::Node<RotaryEmbeddingTablesBackwardBackward> {
  public:
+  RotaryEmbeddingTablesBackwardBackward() = default;
   RotaryEmbeddingTablesBackwardBackward(
       at::TensorList grads,
       at::TensorList inputs,
@@ -46,39 +49,29 @@ class RotaryEmbeddingTablesBackwardBackward : public torch::autograd::Node {
     }
   }
 
-  variable_list apply(variable_list&& table_grads) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
+  auto state() { return std::tie(grads_, inputs_, table_, positions_, interleaved_, conjugate_, pair_axes_); }
+
+  variable_list differentiate(const variable_list& table_grads) {
     const size_t count = inputs_.size();
     variable_list result(2 * count);
     if (!table_grads[0].defined() && !table_grads[1].defined()) {
       return result;
     }
-    const Tensor table = table_.unpack();
-    const auto positions = autograd::optional_tensor(positions_.unpack());
+    const Tensor table = unpack(table_);
+    const auto positions = unpack_optional(positions_);
     const Tensor cos = table_grads[0].defined() ? table_grads[0] : at::zeros_like(table);
     const Tensor sin = table_grads[1].defined() ? table_grads[1] : at::zeros_like(table);
     for (size_t i = 0; i < count; ++i) {
-      if (task_should_compute_output(i)) {
+      if (wants(i)) {
         result[i] = autograd::rotate_by_table_gradients(
-            inputs_[i].unpack(), cos, sin, positions, interleaved_, conjugate_, pair_axes_);
+            unpack(inputs_[i]), cos, sin, positions, interleaved_, conjugate_, pair_axes_);
       }
-      if (task_should_compute_output(count + i)) {
+      if (wants(count + i)) {
         result[count + i] = autograd::rotate_by_table_gradients(
-            grads_[i].unpack(), cos, sin, positions, interleaved_, !conjugate_, pair_axes_);
+            unpack(grads_[i]), cos, sin, positions, interleaved_, !conjugate_, pair_axes_);
       }
     }
     return result;
-  }
-
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (std::vector<SavedVariable>* saved : {&grads_, &inputs_}) {
-      for (SavedVariable& variable : *saved) {
-        variable.reset_data();
-      }
-    }
-    table_.reset_data();
-    positions_.reset_data();
   }
 
   std::string name() const override { return "RotaryEmbeddingTablesBackwardBackward"; }
@@ -86,7 +79,8 @@ class RotaryEmbeddingTablesBackwardBackward : public torch::autograd::Node {
  private:
   std::vector<SavedVariable> grads_, inputs_;
   SavedVariable table_, positions_;
-  bool interleaved_, conjugate_;
+  bool interleaved_ = false;
+  bool conjugate_ = false;
   std::vector<int64_t> pair_axes_;
 };
 

@@ -1,3 +1,4 @@
+#include <autograd/detail/node.h>
 #include <autograd/detail/record.h>
 #include <ops/rotary_tables.h>
 #include <ops/rotary_tables_backward.h>
@@ -9,6 +10,7 @@
 
 #include <array>
 #include <functional>
+#include <tuple>
 #include <utility>
 
 namespace posenc {
@@ -20,8 +22,9 @@ using torch::autograd::variable_list;
 
 /// The derivative of a cosine is a sine: the tables say all. They are outputs, and so lead a second derivative back to
 /// the frequencies.
-class RotaryTablesBackward : public torch::autograd::Node {
+class RotaryTablesBackward final : public autograd::Node<RotaryTablesBackward> {
  public:
+  RotaryTablesBackward() = default;
   explicit RotaryTablesBackward(at::ScalarType dtype) : dtype_(dtype) {}
 
   void save(const Tensor& cos, const Tensor& sin) {
@@ -29,12 +32,13 @@ class RotaryTablesBackward : public torch::autograd::Node {
     sin_ = SavedVariable(sin, /*is_output=*/true);
   }
 
-  variable_list apply(variable_list&& grads) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
+  auto state() { return std::tie(dtype_, cos_, sin_); }
+
+  variable_list differentiate(const variable_list& grads) {
     variable_list result(1);
-    if ((grads[0].defined() || grads[1].defined()) && task_should_compute_output(0)) {
-      const Tensor cos = cos_.unpack(getptr());
-      const Tensor sin = sin_.unpack(getptr());
+    if ((grads[0].defined() || grads[1].defined()) && wants(0)) {
+      const Tensor cos = unpack(cos_);
+      const Tensor sin = unpack(sin_);
       const Tensor grad_cos = grads[0].defined() ? grads[0] : at::zeros_like(cos);
       const Tensor grad_sin = grads[1].defined() ? grads[1] : at::zeros_like(sin);
       result[0] = rotary_tables_backward(grad_cos, grad_sin, cos, sin, dtype_);
@@ -42,16 +46,10 @@ class RotaryTablesBackward : public torch::autograd::Node {
     return result;
   }
 
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    cos_.reset_data();
-    sin_.reset_data();
-  }
-
   std::string name() const override { return "RotaryTablesBackward"; }
 
  private:
-  at::ScalarType dtype_;  // of the frequencies
+  at::ScalarType dtype_ = at::kFloat;  // of the frequencies
   SavedVariable cos_, sin_;
 };
 

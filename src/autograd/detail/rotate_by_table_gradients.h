@@ -16,11 +16,11 @@ inline at::Tensor rotate_by_table_gradients(
     bool interleaved,
     bool conjugate,
     at::IntArrayRef pair_axes) {
-  const int64_t rotary_dim = 2 * cos.size(-1);
-  const int64_t tail = x.size(-1) - rotary_dim;
+  const c10::SymInt rotary_dim = cos.sym_size(-1) * 2;
+  const c10::SymInt tail = x.sym_size(-1) - rotary_dim;
   const at::Tensor rotated =
-      rotary_embedding(x.narrow(-1, 0, rotary_dim), cos, sin, positions, interleaved, conjugate, pair_axes);
-  return tail == 0 ? rotated : at::constant_pad_nd(rotated, {0, tail});
+      rotary_embedding(x.narrow_symint(-1, 0, rotary_dim), cos, sin, positions, interleaved, conjugate, pair_axes);
+  return tail == 0 ? rotated : at::constant_pad_nd_symint(rotated, {0, tail});
 }
 
 }  // namespace posenc::autograd
