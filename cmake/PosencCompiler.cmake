@@ -36,8 +36,11 @@ if(POSENC_SANITIZE STREQUAL "address")
 elseif(POSENC_SANITIZE STREQUAL "undefined")
   # Without vptr: it needs type information that LibTorch keeps to itself.
   set(sanitize -fsanitize=undefined -fno-sanitize=vptr -fno-sanitize-recover=all)
+elseif(POSENC_SANITIZE STREQUAL "thread")
+  # GCC warns of the fences in LibTorch's headers, which ThreadSanitizer does not see.
+  set(sanitize -fsanitize=thread $<$<AND:$<COMPILE_LANGUAGE:CXX>,$<CXX_COMPILER_ID:GNU>>:-Wno-tsan>)
 elseif(POSENC_SANITIZE)
-  message(FATAL_ERROR "POSENC_SANITIZE is '${POSENC_SANITIZE}'; expected empty, address or undefined")
+  message(FATAL_ERROR "POSENC_SANITIZE is '${POSENC_SANITIZE}'; expected empty, address, undefined or thread")
 endif()
 if(POSENC_SANITIZE)
   if(POSENC_CUDA)

@@ -1,0 +1,102 @@
+#!/usr/bin/env python3
+"""Memory of packed attention: what its tokens cost, whatever the lengths of the sequences are.
+
+On the CPU the profiler's record of allocations is summed, on a GPU the caching allocator is asked: both are the same in
+every run. POSENC_LIBRARY names the library. Plain unittest: python3 tests/python/packed_memory_test.py [cpu | cuda]
+"""
+
+import sys
+import unittest
+
+from support import OnDevice, main
+
+import torch
+
+HEADS, HEAD_DIM = 2, 32
+MOST = 2.0  # times the peak of one padded sequence of as many tokens
+
+
+def cuts(lengths):
+    return [0] + torch.tensor(lengths).cumsum(0).tolist()
+
+
+# Name, lengths of the sequences.
+DISTRIBUTIONS = [
+    ("one sequence", [128]),
+    ("one long sequence and many of one token", [128] + [1] * 128),
+    ("many of one token and one long sequence", [1] * 128 + [128]),
+    ("one long sequence and many empty ones", [128] + [0] * 128),
+    ("one long, many short and many empty ones", [128] + [3, 0] * 64),
+    ("several of each length", [1, 2, 4, 8, 16, 32, 64, 128] * 4),
+]
+
+
+def host_peak(run):
+    """The most bytes that `run` holds at once on the host."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def device_peak(run):
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return torch.cuda.max_memory_allocated() - before
+
+
+class PackedMemory(OnDevice):
+    def peak(self, lengths, packed, dtype, k_heads=HEADS):
+        """Of a forward and a backward pass over as many tokens as the lengths have together."""
+        tokens = sum(lengths)
+        shapes = [(tokens, HEADS, HEAD_DIM), (tokens, k_heads, HEAD_DIM), (tokens, k_heads, HEAD_DIM)]
+        q, k, v = (torch.ones(shape, dtype=dtype, device=self.device, requires_grad=True) for shape in shapes)
+        slopes = torch.ones(HEADS, device=self.device, requires_grad=True)
+        grad = torch.ones_like(q)
+        kw = {"causal": True}
+        if packed:
+            kw["cu_seqlens_q"] = torch.tensor(cuts(lengths), device=self.device)
+            kw["max_seqlen_q"] = max(lengths)
+
+        def run():
+            arguments = (q, k, v) if packed else [x.unsqueeze(0) for x in (q, k, v)]
+            out, _ = torch.ops.posenc.alibi_attention(*arguments, slopes, **kw)
+            torch.autograd.grad(out, (q, k, v, slopes), grad.view_as(out))
+
+        run()  # what is allocated once
+        return device_peak(run) if self.device == "cuda" else host_peak(run)
+
+    def check(self, dtype, **kw):
+        for name, lengths in DISTRIBUTIONS:
+            with self.subTest(name):
+                padded = self.peak(lengths, packed=False, dtype=dtype, **kw)
+                packed = self.peak(lengths, packed=True, dtype=dtype, **kw)
+                self.assertGreater(padded, sum(lengths) * HEADS * HEAD_DIM * dtype.itemsize)
+                self.assertLessEqual(packed, MOST * padded, f"{packed / padded:.1f} times as much as padded")
+
+    def test_float32(self):
+        self.check(torch.float32)
+
+    def test_float16(self):
+        self.check(torch.float16)
+
+    def test_heads_that_share_keys(self):
+        self.check(torch.bfloat16, k_heads=1)
+
+
+class CpuTest(PackedMemory, unittest.TestCase):
+    pass
+
+
+class CudaTest(PackedMemory, unittest.TestCase):
+    device = "cuda"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""What the Python tests of the operators share: the library, samples of calls, devices, and the program around them.
+
+POSENC_LIBRARY names the library.
+"""
+
+import os
+import sys
+import unittest
+import warnings
+
+# Harmless, and said on import.
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+
+import torch
+import torch.distributed
+from torch.utils import _pytree as pytree
+
+ALL_SKIPPED = 77  # what ctest is told to take for "skipped"
+
+torch.ops.load_library(os.environ["POSENC_LIBRARY"])
+
+
+class Sample:
+    """One call: positional and keyword arguments of an operator."""
+
+    def __init__(self, *args, **kwargs):
+        self.args = args
+        self.kwargs = kwargs
+
+    def leaves(self):
+        """The tensors that require a gradient."""
+        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if differentiable(leaf)]
+
+    def function(self, op):
+        """`op` of the tensors that require a gradient, alone. One that mutates its first argument returns a copy."""
+        flat, spec = pytree.tree_flatten((self.args, self.kwargs))
+        op = functional(op)
+
+        def call(*leaves):
+            remaining = iter(leaves)
+            args, kwargs = pytree.tree_unflatten(
+                [next(remaining) if differentiable(leaf) else leaf for leaf in flat], spec
+            )
+            return op(*args, **kwargs)
+
+        return call
+
+
+def functional(op):
+    """`op`, also a plain function; of one in place, what has become of copies of the arguments that it changes."""
+    if not isinstance(op, torch._ops.OpOverload) or not op._schema.is_mutable:
+        return op
+    # Looked up here: torch.compile traces what is below.
+    changes = [argument.alias_info is not None and argument.alias_info.is_write for argument in op._schema.arguments]
+
+    def call(*args, **kwargs):
+        args = [arg.clone() if change else arg for arg, change in zip(args, changes)]
+        op(*args, **kwargs)
+        return tuple(arg for arg, change in zip(args, changes) if change)
+
+    return call
+
+
+def differentiable(value):
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+class Inputs:
+    """Draws the tensors of one call. `size` is what varies between the calls of one compiled function."""
+
+    def __init__(self, device, size, grad=True):
+        self.device = device
+        self.size = size
+        self.grad = grad
+        self.generator = torch.Generator().manual_seed(20210420)
+
+    def normal(self, *shape):
+        x = torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.device)
+        return x.requires_grad_(self.grad)
+
+    def positive(self, *shape):
+        return (self.normal(*shape).detach().abs() + 0.1).requires_grad_(self.grad)
+
+    def probabilities(self, *shape):
+        return self.normal(*shape).detach().softmax(-1).requires_grad_(self.grad)
+
+    def integers(self, values):
+        return torch.tensor(values, device=self.device)
+
+
+def registered():
+    """The names of all operators of the library."""
+    names = (schema.name for schema in torch._C._jit_get_all_schemas())
+    return sorted({name.split("::")[1] for name in names if name.startswith("posenc::")})
+
+
+def operator(name):
+    return getattr(torch.ops.posenc, name).default
+
+
+def mutable(name):
+    return operator(name)._schema.is_mutable
+
+
+def outputs(result):
+    """The differentiable tensors of a result."""
+    return tuple(x for x in pytree.tree_leaves(result) if differentiable(x))
+
+
+def finite(x):
+    """Zero where a key is hidden: differences of infinities are none."""
+    return x.masked_fill(x.isinf(), 0)
+
+
+class OnDevice:
+    """Base of a suite of tests that runs once on each device: `CpuTest` and `CudaTest` derive from it."""
+
+    device = "cpu"
+
+    def setUp(self):
+        if self.device == "cpu" or torch.cuda.is_available():
+            return
+        if os.environ.get("POSENC_REQUIRE_CUDA", "0") not in ("", "0"):
+            self.fail("no CUDA device, and POSENC_REQUIRE_CUDA is set")
+        self.skipTest("no CUDA device")
+
+    def for_each_sample(self, check, cases, size=5, grad=True, names=None):
+        """`check(name, case, sample)` of every case of `cases`, a dictionary of lists, each a subtest."""
+        for name in sorted(cases) if names is None else names:
+            for number, case in enumerate(cases[name]):
+                with self.subTest(operator=name, case=number):
+                    check(name, case, case(Inputs(self.device, size, grad)))
+
+
+def main():
+    """Runs the suite of the device that the command line names, `cpu` or `cuda`, or both."""
+    suites = {"cpu": "CpuTest", "cuda": "CudaTest"}
+    program = unittest.main(argv=[suites.get(arg, arg) for arg in sys.argv], exit=False, verbosity=2)
+    result = program.result
+    if not result.wasSuccessful():
+        return 1
+    return ALL_SKIPPED if result.testsRun == len(result.skipped) else 0
