@@ -250,7 +250,7 @@ class Derivatives(OnDevice):
         self.check_transform(torch.func.grad)
 
     def test_func_vjp(self):
-        self.check_transform(lambda f: lambda t: torch.func.vjp(f, t)[1](torch.ones((), dtype=t.dtype, device=t.device)))
+        self.check_transform(lambda f: lambda t: torch.func.vjp(f, t)[1](torch.ones_like(t[0])))
 
     def test_func_jacrev(self):
         self.check_transform(lambda f: torch.func.jacrev(lambda t: torch.stack([f(t), f(2 * t)])))

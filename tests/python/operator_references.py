@@ -1,4 +1,4 @@
-"""What each forward operator computes, in plain PyTorch operations: nothing of posenc, differentiated by autograd alone.
+"""What each forward operator computes, in plain PyTorch operations: nothing of posenc, differentiated by autograd.
 
 `REFERENCES` has a function of the arguments of each operator. Those in place return what their arguments become. All of
 them compute in the dtype of their inputs, which is float64 in the tests.

@@ -31,59 +31,63 @@ def with_argument(*names):
 
 
 class Recompilation(OnDevice):
-    def count_graphs(self, name, samples, grad):
-        """Calls the operator once for each sample, forward and backward, compiled; compares with eager.
+    def check(self, name, step, cases):
+        """Calls an operator once for each step, forward and backward, compiled; compares with eager.
 
+        `step(case, number)` gives the sample of a step. All cases of the operator are one graph, which is cheaper.
         torch.compile stops with an error at the first graph too many.
         """
+        op = functional(operator(name))
+
+        def every_case(calls):
+            return [op(*args, **kwargs) for args, kwargs in calls]
+
         torch._dynamo.reset()
         counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-        op = functional(operator(name))
-        compiled = torch.compile(lambda args, kwargs: op(*args, **kwargs), fullgraph=True, backend=counter)
-        for sample in samples:
-            expected = op(*sample.args, **sample.kwargs)
+        compiled = torch.compile(every_case, fullgraph=True, backend=counter)
+        for number in range(STEPS):
+            samples = [step(case, number) for case in cases]
+            calls = [(sample.args, sample.kwargs) for sample in samples]
+            expected = every_case(calls)
             with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
-                actual = compiled(sample.args, sample.kwargs)
+                actual = compiled(calls)
             torch.testing.assert_close(actual, expected, rtol=0, atol=0)
-            leaves = sample.leaves()
-            if grad and outputs(expected):
+            leaves = [leaf for sample in samples for leaf in sample.leaves()]
+            if outputs(expected):
                 found = [
                     torch.autograd.grad([x.sum() for x in outputs(y)], leaves, allow_unused=True)
                     for y in (actual, expected)
                 ]
                 torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
-        return counter.frame_count
+        self.assertLessEqual(counter.frame_count, MOST_GRAPHS)
 
-    def check(self, name, samples, grad=True):
-        self.assertLessEqual(self.count_graphs(name, samples, grad), MOST_GRAPHS)
+    def for_each_operator(self, names, step, takes=lambda sample: True):
+        """Over the cases whose sample `takes` accepts."""
+        for name in names:
+            cases = [case for case in CASES[name] if takes(case(Inputs(self.device, 5)))]
+            with self.subTest(operator=name):
+                self.check(name, step, cases)
 
     def test_decoding_with_a_growing_offset(self):
-        def check(name, case, sample):
-            samples = [case(Inputs(self.device, 5)) for _ in range(STEPS)]
-            for step, one in enumerate(samples):
-                one.kwargs["query_offset"] = 3 + step
-            self.check(name, samples)
+        def step(case, number):
+            sample = case(Inputs(self.device, 5))
+            sample.kwargs["query_offset"] = 3 + number
+            return sample
 
-        self.for_each_sample(check, CASES, names=with_argument("query_offset"))
+        self.for_each_operator(with_argument("query_offset"), step)
 
     def test_packed_sequences_with_growing_maxima(self):
-        def check(name, case, sample):
-            if "max_seqlen_q" not in sample.kwargs:
-                return
-            samples = [case(Inputs(self.device, 5)) for _ in range(STEPS)]
-            for step, one in enumerate(samples):
-                # Two numbers: equal ones would be one symbol.
-                one.kwargs.update(max_seqlen_q=5 + step, max_seqlen_k=30 + 2 * step)
-            self.check(name, samples)
+        def step(case, number):
+            sample = case(Inputs(self.device, 5))
+            # Two numbers: equal ones would be one symbol.
+            sample.kwargs.update(max_seqlen_q=5 + number, max_seqlen_k=30 + 2 * number)
+            return sample
 
-        self.for_each_sample(check, CASES, names=with_argument("max_seqlen_q"))
+        self.for_each_operator(with_argument("max_seqlen_q"), step, lambda sample: "max_seqlen_q" in sample.kwargs)
 
     def test_growing_sequences(self):
-        def check(name, case, _):
-            sizes = [4 + 2 * step for step in range(STEPS)]
-            self.check(name, [case(Inputs(self.device, size)) for size in sizes])
-
-        self.for_each_sample(check, CASES, names=[name for name in sorted(CASES) if name != "alibi_slopes"])
+        names = [name for name in sorted(CASES) if name != "alibi_slopes"]
+        self.for_each_operator(names, lambda case, number: case(Inputs(self.device, 4 + 2 * number)))
 
 
 class CpuTest(Recompilation, unittest.TestCase):
