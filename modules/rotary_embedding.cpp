@@ -3,6 +3,7 @@
 #include "detail/layout.h"
 #include "detail/rotary_table_cache.h"
 
+#include <posenc/detail/first_index.h>
 #include <posenc/frequencies.h>
 #include <posenc/pair_axes.h>
 #include <posenc/rotary_embedding.h>
@@ -25,7 +26,7 @@ torch::Device resolved(const torch::Device& device) {
 }
 
 /// Positions that a call goes through as far as the host can see. Positions on an accelerator cannot be read without
-/// waiting for it.
+/// waiting for it; those on a CPU are checked here.
 std::optional<int64_t> visible_length(const Tensor& x, const std::optional<Tensor>& positions) {
   if (!positions.has_value()) {
     return x.size(-3);
@@ -36,10 +37,16 @@ std::optional<int64_t> visible_length(const Tensor& x, const std::optional<Tenso
   if (!positions->is_cpu()) {
     return std::nullopt;
   }
-  const auto last = positions->max().item<int64_t>();
+  const auto [lowest, highest] = positions->aminmax();
+  const auto first = lowest.item<int64_t>();
+  const auto last = highest.item<int64_t>();
   TORCH_CHECK_INDEX(
-      last < std::numeric_limits<int32_t>::max(), "posenc::RotaryEmbedding: expected positions below 2^31 - 1, got ",
-      last);
+      first >= 0, kName, ": expected positions of at least 0, got ", first, " at index ",
+      torch::IntArrayRef(detail::first_index(positions->eq(first))),
+      "; a token of padding may have any position that there is, such as 0");
+  TORCH_CHECK_INDEX(
+      last < std::numeric_limits<int32_t>::max(), kName, ": expected positions below 2^31 - 1, got ", last,
+      " at index ", torch::IntArrayRef(detail::first_index(positions->eq(last))));
   return last + 1;
 }
 

@@ -23,11 +23,18 @@ namespace posenc {
 ///
 /// channels `R` to `D - 1` pass through. Narrow dtypes are computed in float32 and rounded once.
 ///
+/// NaN and infinity follow from these two lines and go no further: one in `x` reaches its own pair, of one head of one
+/// token; one in a table its pair of all tokens that read the row. The same holds for gradients of `x`; in those of the
+/// tables, a NaN in `x` or in the gradient of the output reaches its pair of the row that its token read.
+///
 /// @param x  `[B, S, H, D]`, or `[T, H, D]` for packed sequences: float16, bfloat16, float32 or float64, any
 ///   strides (also 0) without a copy. Other layouts are views of these, made with `transpose`.
 /// @param cos,sin  `[P, R/2]`: looked up by position, or row s for token s where `positions` is absent
 ///   (`P >= S`). Or `[B, S, R/2]` (B may be 1), one row a token, for `x` of four dimensions and without `positions`.
-///   float32, or float64 when `x` is float64. Any strides; dense rows are fastest.
+///   float32, or float64 when `x` is float64. Any strides; dense rows are fastest. Each pair has one column:
+///   transformers' tables of full width, `cat(freqs, freqs)` of `[.., R]`, are `table.narrow(-1, 0, R / 2)` here. Given
+///   whole where R is at most half of D, they would rotate 2 R channels by the wrong angles: no shape tells (see
+///   `set_position_check`).
 /// @param positions  `[S]` or `[B, S]` (`[T]` for packed `x`), int32 or int64, on the device of `x`. With `pair_axes`
 ///   there are 1 to 4 axes in front: `[A, S]` or `[A, B, S]` (`[A, T]`). A position outside `[0, P)` gives NaN for
 ///   its token, or, with `pair_axes`, for the pairs that read it: the host cannot see it without waiting for the
@@ -182,7 +189,9 @@ POSENC_API at::Tensor rotary_embedding_pack(
 
 /// Turns the check of `positions` against the tables on or off (default off; on at start when the environment
 /// variable `POSENC_CHECK_POSITIONS` is set to something other than 0). While it is on, a position outside
-/// the tables is an error instead of NaN, at the price of waiting for the device in every call with positions.
+/// the tables is an error instead of NaN, and so are tables whose left and right halves are equal, as those of
+/// transformers are (`cat(freqs, freqs)`); not where `pair_axes` are given, as tables of grids may be like that. The
+/// price is waiting for the device in every call.
 POSENC_API void set_position_check(bool enabled);
 
 /// Whether positions are checked; see `set_position_check`.

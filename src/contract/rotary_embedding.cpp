@@ -2,11 +2,13 @@
 #include <contract/rotary_embedding.h>
 #include <contract/tensor.h>
 
+#include <posenc/detail/first_index.h>
 #include <posenc/frequencies.h>
 #include <posenc/rotary_embedding.h>
 
 #include <ATen/ops/aminmax.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/equal.h>
 #include <c10/util/env.h>
 
 #include <atomic>
@@ -181,9 +183,31 @@ void check_position_range(const char* op, const Tensor& positions, int64_t rows)
   const auto [lowest, highest] = at::aminmax(positions);
   const auto low = lowest.item<int64_t>();
   const auto high = highest.item<int64_t>();
+  const int64_t worst = low < 0 ? low : high;
   TORCH_CHECK_INDEX(
       low >= 0 && high < rows, op, ": expected positions in [0, ", rows, "), the rows of cos and sin, got values from ",
-      low, " to ", high);
+      low, " to ", high, ", ", worst, " at index ", at::IntArrayRef(posenc::detail::first_index(positions.eq(worst))));
+}
+
+bool has_equal_halves(const Tensor& table) {
+  const int64_t half = table.size(-1) / 2;
+  return table.size(-1) == 2 * half && at::equal(table.narrow(-1, 0, half), table.narrow(-1, half, half));
+}
+
+/// Refuses what looks like tables of transformers, which have a column for each channel. Tables without any rotation,
+/// those of position 0, have equal halves too. Waits for the device.
+void check_table_width(const RotaryArguments& a, int64_t head_dim) {
+  const int64_t rotary_dim = 2 * a.cos.size(-1);
+  TORCH_CHECK_VALUE(
+      a.cos.numel() == 0 || !a.pair_axes.empty() || !has_equal_halves(a.cos) || !has_equal_halves(a.sin) ||
+          !a.sin.any().item<bool>(),
+      a.op,
+      ": expected cos and sin with one column for each pair, R/2 of R channels that are rotated, got two equal "
+      "halves of ",
+      a.cos.size(-1) / 2, " columns, which would rotate ", rotary_dim, " of ", head_dim,
+      " channels. Give cos.narrow(-1, 0, ", a.cos.size(-1) / 2,
+      ") and the same of sin if they are "
+      "cat(freqs, freqs)");
 }
 
 RotaryTable table_view(const Tensor& table) {
@@ -265,8 +289,11 @@ RotaryProblem rotary_problem(const RotaryArguments& arguments, const Rotated& q,
   problem.interleaved = arguments.interleaved;
   problem.conjugate = arguments.conjugate;
   problem.pair_axes = packed_pair_axes(arguments.pair_axes);
-  if (arguments.positions.has_value() && position_check()) {
-    check_position_range(arguments.op, *arguments.positions, problem.table_rows);
+  if (position_check()) {
+    check_table_width(arguments, problem.head_dim);
+    if (arguments.positions.has_value()) {
+      check_position_range(arguments.op, *arguments.positions, problem.table_rows);
+    }
   }
   return problem;
 }

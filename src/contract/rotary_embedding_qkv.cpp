@@ -36,19 +36,19 @@ PackedViews packed_views(
       " of shape [B, S, (Hq + 2 Hk) D], [T, (Hq + 2 Hk) D], [B, S, 3, H, D] or [T, 3, H, D], got ", packed.sizes());
   if (is_stacked(packed.dim())) {
     TORCH_CHECK(
-        packed.size(-3) == 3 && packed.size(-2) == num_q_heads && num_q_heads == num_kv_heads, op, ": expected ", name,
-        " of shape [.., 3, H, D] with H = num_q_heads = num_kv_heads, got ", packed.sizes(), ", ", num_q_heads, " and ",
-        num_kv_heads);
+        packed.sym_size(-3) == 3 && packed.sym_size(-2) == num_q_heads && num_q_heads == num_kv_heads, op,
+        ": expected ", name, " of shape [.., 3, H, D] with H = num_q_heads = num_kv_heads, got ", packed.sizes(), ", ",
+        num_q_heads, " and ", num_kv_heads);
     return {packed.select(-3, 0), packed.select(-3, 1), packed.select(-3, 2)};
   }
   // Not as a sum of what the user gave, which may overflow: no number of heads is above that of channels.
-  const int64_t channels = packed.size(-1);
+  const c10::SymInt channels = packed.sym_size(-1);
   TORCH_CHECK(
-      num_q_heads <= channels && num_kv_heads <= channels && channels % (num_q_heads + 2 * num_kv_heads) == 0, op,
+      channels >= num_q_heads && channels >= num_kv_heads && channels % (num_q_heads + 2 * num_kv_heads) == 0, op,
       ": expected ", name, " with a multiple of num_q_heads + 2 num_kv_heads channels, Hq = ", num_q_heads,
       " and Hk = ", num_kv_heads, ", got ", packed.sizes());
   const int64_t num_heads = num_q_heads + 2 * num_kv_heads;
-  const Tensor heads = packed.unflatten(-1, {num_heads, channels / num_heads});
+  const Tensor heads = packed.unflatten_symint(-1, {num_heads, channels / num_heads});
   return {
       heads.narrow(-2, 0, num_q_heads), heads.narrow(-2, num_q_heads, num_kv_heads),
       heads.narrow(-2, num_q_heads + num_kv_heads, num_kv_heads)};
