@@ -58,10 +58,10 @@ class AlibiSoftmaxBackward : public torch::autograd::Node {
 
 /// With what arrives for `(dscores, dslopes)`, u and w, the inner product of both with the results is
 ///
-///     F = sum of p (g - r) v,    r = sum over keys of g p,    v = scale u - w d,
+///     F = sum of P (g - r) v,    P = p / (sum of p),    r = sum over keys of g P,    v = scale u - w d,
 ///
-/// whose derivatives are dF/dg = p (v - sum of p v) and dF/dp = (g - r) v - g (sum of p v). In tensor operations, so
-/// that they can be differentiated further.
+/// whose derivatives are dF/dg = P (v - sum of P v) and dF/dP = (g - r) v - g (sum of P v); dF/dp is dF/dP less the sum of
+/// P dF/dP, divided by the sum of p. In tensor operations, so that they can be differentiated further.
 class AlibiSoftmaxBackwardBackward : public torch::autograd::Node {
  public:
   AlibiSoftmaxBackwardBackward(const Tensor& grad, const Tensor& probs, const Settings& settings)
@@ -78,7 +78,9 @@ class AlibiSoftmaxBackwardBackward : public torch::autograd::Node {
     const Tensor probs = probs_.unpack();
     const auto dtype = probs.scalar_type();
     const auto wide = dtype == at::kDouble ? at::kDouble : at::kFloat;
-    const Tensor p = probs.to(wide);
+    const Tensor sum = probs.to(wide).sum(-1, /*keepdim=*/true);
+    const Tensor total = sum.masked_fill(sum == 0, 1);  // of rows that see no key
+    const Tensor p = probs.to(wide) / total;
     const Tensor g = grad_.unpack().to(wide);
     Tensor v;
     if (grads[0].defined()) {
@@ -95,7 +97,8 @@ class AlibiSoftmaxBackwardBackward : public torch::autograd::Node {
     }
     if (task_should_compute_output(1)) {
       const Tensor r = (g * p).sum(-1, /*keepdim=*/true);
-      result[1] = ((g - r) * v - g * pv).to(dtype);
+      const Tensor dp = (g - r) * v - g * pv;
+      result[1] = ((dp - (p * dp).sum(-1, /*keepdim=*/true)) / total).to(dtype);
     }
     return result;
   }
