@@ -30,17 +30,17 @@ TEST(AlibiDispatcher, SchemasAreThePublicOnes) {
   EXPECT_EQ(
       schema("posenc::alibi_bias"),
       "posenc::alibi_bias(Tensor slopes, SymInt q_len, SymInt k_len, *, bool causal=False, ScalarType dtype=6, "
-      "int? query_offset=None) -> Tensor");
+      "SymInt? query_offset=None) -> Tensor");
   EXPECT_EQ(
       schema("posenc::alibi_add"),
-      "posenc::alibi_add(Tensor scores, Tensor slopes, *, bool causal=False, int? query_offset=None) -> Tensor");
+      "posenc::alibi_add(Tensor scores, Tensor slopes, *, bool causal=False, SymInt? query_offset=None) -> Tensor");
   EXPECT_EQ(
       schema("posenc::alibi_add_"),
-      "posenc::alibi_add_(Tensor(a!) scores, Tensor slopes, *, bool causal=False, int? query_offset=None) -> ()");
+      "posenc::alibi_add_(Tensor(a!) scores, Tensor slopes, *, bool causal=False, SymInt? query_offset=None) -> ()");
   EXPECT_EQ(
       schema("posenc::alibi_softmax"),
       "posenc::alibi_softmax(Tensor scores, Tensor slopes, *, float scale=1., bool causal=False, "
-      "Tensor? key_padding_mask=None, int? query_offset=None) -> Tensor");
+      "Tensor? key_padding_mask=None, SymInt? query_offset=None) -> Tensor");
 }
 
 TEST(AlibiDispatcher, EveryOperatorHasItsKernels) {

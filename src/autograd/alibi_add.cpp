@@ -1,7 +1,6 @@
 #include <autograd/detail/record.h>
 #include <ops/alibi_add.h>
 #include <ops/alibi_slopes_backward.h>
-#include <posenc/alibi.h>
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
@@ -9,6 +8,7 @@
 
 #include <array>
 #include <functional>
+#include <utility>
 
 namespace posenc {
 namespace {
@@ -19,7 +19,8 @@ using torch::autograd::variable_list;
 /// The gradient of scores is what comes in, and that of slopes needs nothing else: nothing is saved.
 class AlibiAddBackward : public torch::autograd::Node {
  public:
-  AlibiAddBackward(bool causal, std::optional<int64_t> query_offset) : causal_(causal), query_offset_(query_offset) {}
+  AlibiAddBackward(bool causal, std::optional<c10::SymInt> query_offset)
+      : causal_(causal), query_offset_(std::move(query_offset)) {}
 
   variable_list apply(variable_list&& grads) override {
     const Tensor& grad = grads[0];
@@ -40,13 +41,13 @@ class AlibiAddBackward : public torch::autograd::Node {
 
  private:
   bool causal_;
-  std::optional<int64_t> query_offset_;
+  std::optional<c10::SymInt> query_offset_;
 };
 
 /// A mask of zeros and ones is its own transpose.
 class AlibiMaskBackward : public torch::autograd::Node {
  public:
-  explicit AlibiMaskBackward(std::optional<int64_t> query_offset) : query_offset_(query_offset) {}
+  explicit AlibiMaskBackward(std::optional<c10::SymInt> query_offset) : query_offset_(std::move(query_offset)) {}
 
   variable_list apply(variable_list&& grads) override {
     variable_list result(1);
@@ -59,28 +60,29 @@ class AlibiMaskBackward : public torch::autograd::Node {
   std::string name() const override { return "AlibiMaskBackward"; }
 
  private:
-  std::optional<int64_t> query_offset_;
+  std::optional<c10::SymInt> query_offset_;
 };
 
 Tensor alibi_add_autograd(
     const Tensor& scores,
     const Tensor& slopes,
     bool causal,
-    std::optional<int64_t> query_offset) {
+    std::optional<c10::SymInt> query_offset) {
   autograd::check_no_tangent("posenc::alibi_add", scores);
   autograd::check_no_tangent("posenc::alibi_add", slopes);
   const Tensor output = [&] {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return alibi_add(scores, slopes, causal, query_offset);
+    return alibi_add_symint(scores, slopes, causal, query_offset);
   }();
   const std::array<std::reference_wrapper<const Tensor>, 2> differentiable{scores, slopes};
   if (autograd::any_requires_grad(differentiable)) {
-    torch::autograd::set_history(output, autograd::make_node<AlibiAddBackward>(differentiable, causal, query_offset));
+    torch::autograd::set_history(
+        output, autograd::make_node<AlibiAddBackward>(differentiable, causal, std::move(query_offset)));
   }
   return output;
 }
 
-void alibi_add_autograd_(Tensor& scores, const Tensor& slopes, bool causal, std::optional<int64_t> query_offset) {
+void alibi_add_autograd_(Tensor& scores, const Tensor& slopes, bool causal, std::optional<c10::SymInt> query_offset) {
   autograd::check_no_tangent("posenc::alibi_add_", scores);
   autograd::check_no_tangent("posenc::alibi_add_", slopes);
   const std::array<std::reference_wrapper<const Tensor>, 2> differentiable{scores, slopes};
@@ -95,7 +97,7 @@ void alibi_add_autograd_(Tensor& scores, const Tensor& slopes, bool causal, std:
   }
   {
     const at::AutoDispatchBelowAutograd below_autograd;  // to the kernel below that counts versions
-    alibi_add_(scores, slopes, causal, query_offset);
+    alibi_add_symint_(scores, slopes, causal, std::move(query_offset));
   }
   if (node != nullptr) {
     torch::autograd::rebase_history(scores, node);
@@ -103,15 +105,15 @@ void alibi_add_autograd_(Tensor& scores, const Tensor& slopes, bool causal, std:
 }
 
 /// Tells autograd that values saved of `scores` are stale.
-void alibi_add_version_(Tensor& scores, const Tensor& slopes, bool causal, std::optional<int64_t> query_offset) {
+void alibi_add_version_(Tensor& scores, const Tensor& slopes, bool causal, std::optional<c10::SymInt> query_offset) {
   {
     const at::AutoDispatchBelowADInplaceOrView below_version;
-    alibi_add_(scores, slopes, causal, query_offset);
+    alibi_add_symint_(scores, slopes, causal, std::move(query_offset));
   }
   torch::autograd::increment_version(scores);
 }
 
-Tensor alibi_mask_autograd(const Tensor& grad, std::optional<int64_t> query_offset) {
+Tensor alibi_mask_autograd(const Tensor& grad, std::optional<c10::SymInt> query_offset) {
   autograd::check_no_tangent("posenc::alibi_mask", grad);
   const Tensor output = [&] {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -119,7 +121,8 @@ Tensor alibi_mask_autograd(const Tensor& grad, std::optional<int64_t> query_offs
   }();
   const std::array<std::reference_wrapper<const Tensor>, 1> differentiable{grad};
   if (autograd::any_requires_grad(differentiable)) {
-    torch::autograd::set_history(output, autograd::make_node<AlibiMaskBackward>(differentiable, query_offset));
+    torch::autograd::set_history(
+        output, autograd::make_node<AlibiMaskBackward>(differentiable, std::move(query_offset)));
   }
   return output;
 }

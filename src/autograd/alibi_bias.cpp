@@ -18,7 +18,8 @@ using torch::autograd::variable_list;
 /// The bias is linear in the slopes, and its distances follow from its shape: nothing is saved.
 class AlibiBiasBackward : public torch::autograd::Node {
  public:
-  AlibiBiasBackward(bool causal, std::optional<int64_t> query_offset) : causal_(causal), query_offset_(query_offset) {}
+  AlibiBiasBackward(bool causal, std::optional<c10::SymInt> query_offset)
+      : causal_(causal), query_offset_(std::move(query_offset)) {}
 
   variable_list apply(variable_list&& grads) override {
     variable_list result(1);
@@ -32,7 +33,7 @@ class AlibiBiasBackward : public torch::autograd::Node {
 
  private:
   bool causal_;
-  std::optional<int64_t> query_offset_;
+  std::optional<c10::SymInt> query_offset_;
 };
 
 Tensor alibi_bias_autograd(
@@ -41,7 +42,7 @@ Tensor alibi_bias_autograd(
     c10::SymInt k_len,
     bool causal,
     at::ScalarType dtype,
-    std::optional<int64_t> query_offset) {
+    std::optional<c10::SymInt> query_offset) {
   autograd::check_no_tangent("posenc::alibi_bias", slopes);
   const Tensor output = [&] {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -49,7 +50,8 @@ Tensor alibi_bias_autograd(
   }();
   const std::array<std::reference_wrapper<const Tensor>, 1> differentiable{slopes};
   if (autograd::any_requires_grad(differentiable)) {
-    torch::autograd::set_history(output, autograd::make_node<AlibiBiasBackward>(differentiable, causal, query_offset));
+    torch::autograd::set_history(
+        output, autograd::make_node<AlibiBiasBackward>(differentiable, causal, std::move(query_offset)));
   }
   return output;
 }

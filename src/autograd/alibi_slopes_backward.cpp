@@ -1,13 +1,14 @@
 #include <autograd/detail/record.h>
 #include <ops/alibi_add.h>
+#include <ops/alibi_bias.h>
 #include <ops/alibi_slopes_backward.h>
-#include <posenc/alibi.h>
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
 #include <array>
 #include <functional>
+#include <utility>
 #include <vector>
 
 namespace posenc {
@@ -20,19 +21,22 @@ using torch::autograd::variable_list;
 /// as slopes, and zero where the mask hides a key.
 class AlibiSlopesBackwardBackward : public torch::autograd::Node {
  public:
-  AlibiSlopesBackwardBackward(const Tensor& grad, bool causal, std::optional<int64_t> query_offset)
-      : sizes_(grad.sizes().vec()), dtype_(grad.scalar_type()), causal_(causal), query_offset_(query_offset) {}
+  AlibiSlopesBackwardBackward(const Tensor& grad, bool causal, std::optional<c10::SymInt> query_offset)
+      : sizes_(grad.sym_sizes().vec()),
+        dtype_(grad.scalar_type()),
+        causal_(causal),
+        query_offset_(std::move(query_offset)) {}
 
   variable_list apply(variable_list&& grads) override {
     variable_list result(1);
     if (grads[0].defined() && task_should_compute_output(0)) {
-      const int64_t q_len = sizes_[sizes_.size() - 2];
-      const int64_t k_len = sizes_.back();
-      Tensor bias = alibi_bias(grads[0], q_len, k_len, /*causal=*/false, dtype_, query_offset_);
+      const c10::SymInt& q_len = sizes_[sizes_.size() - 2];
+      const c10::SymInt& k_len = sizes_.back();
+      Tensor bias = alibi_bias_symint(grads[0], q_len, k_len, /*causal=*/false, dtype_, query_offset_);
       if (causal_) {
         bias = alibi_mask(bias, query_offset_);
       }
-      result[0] = bias.expand(sizes_);
+      result[0] = bias.expand_symint(sizes_);
     }
     return result;
   }
@@ -40,13 +44,13 @@ class AlibiSlopesBackwardBackward : public torch::autograd::Node {
   std::string name() const override { return "AlibiSlopesBackwardBackward"; }
 
  private:
-  std::vector<int64_t> sizes_;
+  std::vector<c10::SymInt> sizes_;
   at::ScalarType dtype_;
   bool causal_;
-  std::optional<int64_t> query_offset_;
+  std::optional<c10::SymInt> query_offset_;
 };
 
-Tensor alibi_slopes_backward_autograd(const Tensor& grad, bool causal, std::optional<int64_t> query_offset) {
+Tensor alibi_slopes_backward_autograd(const Tensor& grad, bool causal, std::optional<c10::SymInt> query_offset) {
   autograd::check_no_tangent("posenc::alibi_slopes_backward", grad);
   const Tensor output = [&] {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -55,7 +59,8 @@ Tensor alibi_slopes_backward_autograd(const Tensor& grad, bool causal, std::opti
   const std::array<std::reference_wrapper<const Tensor>, 1> differentiable{grad};
   if (autograd::any_requires_grad(differentiable)) {
     torch::autograd::set_history(
-        output, autograd::make_node<AlibiSlopesBackwardBackward>(differentiable, grad, causal, query_offset));
+        output,
+        autograd::make_node<AlibiSlopesBackwardBackward>(differentiable, grad, causal, std::move(query_offset)));
   }
   return output;
 }

@@ -1,6 +1,6 @@
 #include <autograd/detail/record.h>
+#include <ops/alibi_bias.h>
 #include <ops/alibi_softmax.h>
-#include <posenc/alibi.h>
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -11,6 +11,7 @@
 #include <array>
 #include <functional>
 #include <tuple>
+#include <utility>
 
 namespace posenc {
 namespace {
@@ -22,13 +23,13 @@ using torch::autograd::variable_list;
 struct Settings {
   double scale;
   bool causal;
-  std::optional<int64_t> query_offset;
+  std::optional<c10::SymInt> query_offset;
 };
 
 /// Saves the probabilities alone: what the masks hid has probability zero.
 class AlibiSoftmaxBackward : public torch::autograd::Node {
  public:
-  explicit AlibiSoftmaxBackward(const Settings& settings) : settings_(settings) {}
+  explicit AlibiSoftmaxBackward(Settings settings) : settings_(std::move(settings)) {}
 
   /// After the node has become the history of `probs`.
   void save(const Tensor& probs) { probs_ = SavedVariable(probs, /*is_output=*/true); }
@@ -64,8 +65,8 @@ class AlibiSoftmaxBackward : public torch::autograd::Node {
 /// P dF/dP, divided by the sum of p. In tensor operations, so that they can be differentiated further.
 class AlibiSoftmaxBackwardBackward : public torch::autograd::Node {
  public:
-  AlibiSoftmaxBackwardBackward(const Tensor& grad, const Tensor& probs, const Settings& settings)
-      : settings_(settings), grad_(grad, /*is_output=*/false), probs_(probs, /*is_output=*/false) {}
+  AlibiSoftmaxBackwardBackward(const Tensor& grad, const Tensor& probs, Settings settings)
+      : settings_(std::move(settings)), grad_(grad, /*is_output=*/false), probs_(probs, /*is_output=*/false) {}
 
   variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -87,8 +88,8 @@ class AlibiSoftmaxBackwardBackward : public torch::autograd::Node {
       v = grads[0].to(wide) * settings_.scale;
     }
     if (slopes_grad.defined()) {
-      const Tensor bias =
-          alibi_bias(slopes_grad, p.size(-2), p.size(-1), /*causal=*/false, wide, settings_.query_offset);  // -w d
+      const Tensor bias = alibi_bias_symint(
+          slopes_grad, p.sym_size(-2), p.sym_size(-1), /*causal=*/false, wide, settings_.query_offset);  // -w d
       v = v.defined() ? v + bias : bias;
     }
     const Tensor pv = (p * v).sum(-1, /*keepdim=*/true);
@@ -122,16 +123,17 @@ Tensor alibi_softmax_autograd(
     double scale,
     bool causal,
     const std::optional<Tensor>& key_padding_mask,
-    std::optional<int64_t> query_offset) {
+    std::optional<c10::SymInt> query_offset) {
   autograd::check_no_tangent("posenc::alibi_softmax", scores);
   autograd::check_no_tangent("posenc::alibi_softmax", slopes);
   const Tensor output = [&] {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return alibi_softmax(scores, slopes, scale, causal, key_padding_mask, query_offset);
+    return alibi_softmax_symint(scores, slopes, scale, causal, key_padding_mask, query_offset);
   }();
   const std::array<std::reference_wrapper<const Tensor>, 2> differentiable{scores, slopes};
   if (autograd::any_requires_grad(differentiable)) {
-    const auto node = autograd::make_node<AlibiSoftmaxBackward>(differentiable, Settings{scale, causal, query_offset});
+    const auto node =
+        autograd::make_node<AlibiSoftmaxBackward>(differentiable, Settings{scale, causal, std::move(query_offset)});
     torch::autograd::set_history(output, node);
     static_cast<AlibiSoftmaxBackward&>(*node).save(output);
   }
@@ -143,7 +145,7 @@ std::tuple<Tensor, Tensor> alibi_softmax_backward_autograd(
     const Tensor& probs,
     double scale,
     bool causal,
-    std::optional<int64_t> query_offset,
+    std::optional<c10::SymInt> query_offset,
     bool slopes_grad) {
   autograd::check_no_tangent("posenc::alibi_softmax_backward", grad);
   autograd::check_no_tangent("posenc::alibi_softmax_backward", probs);
@@ -154,7 +156,7 @@ std::tuple<Tensor, Tensor> alibi_softmax_backward_autograd(
   const std::array<std::reference_wrapper<const Tensor>, 2> differentiable{grad, probs};
   if (autograd::any_requires_grad(differentiable)) {
     const auto node = autograd::make_node<AlibiSoftmaxBackwardBackward>(
-        differentiable, grad, probs, Settings{scale, causal, query_offset});
+        differentiable, grad, probs, Settings{scale, causal, std::move(query_offset)});
     torch::autograd::set_history(std::get<0>(outputs), node);
     if (slopes_grad) {
       torch::autograd::set_history(std::get<1>(outputs), node);

@@ -1,11 +1,21 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/SymInt.h>
 
 #include <optional>
 #include <tuple>
 
 namespace posenc {
+
+/// `alibi_softmax` with an offset that may still be a symbol, as under torch.compile.
+at::Tensor alibi_softmax_symint(
+    const at::Tensor& scores,
+    const at::Tensor& slopes,
+    double scale,
+    bool causal,
+    const std::optional<at::Tensor>& key_padding_mask,
+    std::optional<c10::SymInt> query_offset);
 
 /// The gradients of `alibi_softmax` from its result `probs`. With P = `probs` divided by their sum over the keys, and r the
 /// sum of `grad * P` over the keys,
@@ -24,7 +34,7 @@ std::tuple<at::Tensor, at::Tensor> alibi_softmax_backward(
     const at::Tensor& probs,
     double scale,
     bool causal,
-    std::optional<int64_t> query_offset,
+    std::optional<c10::SymInt> query_offset,
     bool slopes_grad);
 
 }  // namespace posenc
