@@ -423,6 +423,17 @@ TEST_P(Alibi, ResultsLargerThanCachesAreTheSame) {
   }
 }
 
+TEST_P(Alibi, LargeScoresOfOneValueARowAreReadWithTheirStride) {
+  AlibiCase c;
+  c.batched = false;
+  c.q_len = 512;
+  c.k_len = 5472;
+  c.strides = Strides::one_channel;
+  const AlibiInputs in = inputs(c);
+  ASSERT_EQ(in.scores.stride(-1), 0);
+  expect_same_bits(add_of(in), posenc::alibi_add(in.scores.contiguous(), in.slopes));
+}
+
 TEST_P(Alibi, SoftmaxOfAnyRowLength) {
   for (const int64_t keys : {1, 7, 8, 9, 1023, 1024, 1025, 2047, 2048, 2049, 4096, 8192, 16384, 16385, 40000}) {
     for (const bool flags : {false, true}) {
