@@ -1,6 +1,7 @@
 #include <posenc/modules/alibi_bias.h>
 
 #include <posenc/alibi.h>
+#include <posenc/detail/stream_capture.h>
 
 #include <torch/utils.h>
 
@@ -19,7 +20,11 @@ class ALiBiBiasImpl::FixedSlopes {
  public:
   explicit FixedSlopes(Tensor on_cpu) : copies_{std::move(on_cpu)} {}
 
-  bool serve(const Tensor& on_cpu) const { return on_cpu.equal(copies_.front()); }
+  /// Whether these are the slopes `on_cpu`. Clones share this object, and another one may be adding a copy.
+  bool serve(const Tensor& on_cpu) const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return on_cpu.equal(copies_.front());
+  }
 
   Tensor on(const torch::Device& device) {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -28,6 +33,11 @@ class ALiBiBiasImpl::FixedSlopes {
     if (found != copies_.end()) {
       return *found;
     }
+    TORCH_CHECK(
+        !detail::is_capturing(device), "posenc::ALiBiBias: expected the fixed slopes to be on ", device,
+        " before a graph is captured, got slopes on the CPU alone during a capture; call slopes_on, or forward with "
+        "scores "
+        "on that device, before the capture");
     // With a wait, so that no other stream reads them before they are there. Not under the caller's inference mode: a
     // training step may use them next.
     const torch::InferenceMode no_inference(false);
@@ -36,7 +46,7 @@ class ALiBiBiasImpl::FixedSlopes {
   }
 
  private:
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
   std::vector<Tensor> copies_;  // the first one on the CPU
 };
 

@@ -353,9 +353,6 @@ TEST_P(AlibiAutograd, SlopeGradientsOfLongSequencesAreThoseOfFloat64) {
 }
 
 TEST_P(AlibiAutograd, SlopeGradientOfALongSoftmaxIsThatOfFloat64) {
-  if (dtype() == at::kHalf || dtype() == at::kBFloat16) {
-    GTEST_SKIP() << "the saved probabilities themselves are rounded to 11 or 8 bits";
-  }
   AlibiCase c;
   c.batched = false;
   c.heads = 1;
@@ -368,7 +365,9 @@ TEST_P(AlibiAutograd, SlopeGradientOfALongSoftmaxIsThatOfFloat64) {
   const at::Tensor grad = (scalar_distances(c.q_len, c.k_len) / 4096).unsqueeze(0).to(device(), dtype());
   const AlibiGradients expected = scalar_softmax_gradients(in, grad);
   const at::Tensor found = gradients({softmax_of(in)}, {in.slopes}, {grad})[0];
-  EXPECT_NEAR(found.item<double>(), expected.slopes.item<double>(), 1e-5 * expected.slopes.abs().item<double>());
+  // Probabilities are saved with 11 or 8 bits in half and bfloat16.
+  const double relative = dtype() == at::kHalf || dtype() == at::kBFloat16 ? 1e-2 : 1e-5;
+  EXPECT_NEAR(found.item<double>(), expected.slopes.item<double>(), relative * expected.slopes.abs().item<double>());
 }
 
 TEST_P(AlibiAutograd, GradientOfASumMatchesTheScalarLoop) {

@@ -260,6 +260,18 @@ TEST_F(AlibiCudaGraph, ReplayedModuleUsesItsSlopes) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Sizes
 
+TEST_F(AlibiCudaGraph, CopyingSlopesDuringACaptureIsAnError) {
+  ALiBiBias alibi{ALiBiBiasOptions(3)};
+  const at::Tensor scores = at::randn({1, 3, 4, 4}, at::kCUDA);
+  const c10::cuda::CUDAStreamGuard guard(c10::cuda::getStreamFromPool());
+  at::cuda::CUDAGraph graph;
+  graph.capture_begin();
+  expect_error([&] { alibi->forward(scores); }, {"ALiBiBias", "before a graph is captured", "slopes_on"});
+  graph.capture_end();
+  alibi->slopes_on(at::kCUDA);
+  capture(graph, [&] { alibi->forward(scores); });
+}
+
 TEST_F(AlibiCuda, MoreThan65535QueriesOrKeysWork) {
   constexpr int64_t kMany = 65'537;
   const auto check = [](const std::function<void(AlibiCase&)>& change) {

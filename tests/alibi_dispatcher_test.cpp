@@ -6,7 +6,9 @@
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include <algorithm>
 #include <cmath>
+#include <numeric>
 
 namespace posenc::test {
 namespace {
@@ -30,17 +32,17 @@ TEST(AlibiDispatcher, SchemasAreThePublicOnes) {
   EXPECT_EQ(
       schema("posenc::alibi_bias"),
       "posenc::alibi_bias(Tensor slopes, SymInt q_len, SymInt k_len, *, bool causal=False, ScalarType dtype=6, "
-      "int? query_offset=None) -> Tensor");
+      "SymInt? query_offset=None) -> Tensor");
   EXPECT_EQ(
       schema("posenc::alibi_add"),
-      "posenc::alibi_add(Tensor scores, Tensor slopes, *, bool causal=False, int? query_offset=None) -> Tensor");
+      "posenc::alibi_add(Tensor scores, Tensor slopes, *, bool causal=False, SymInt? query_offset=None) -> Tensor");
   EXPECT_EQ(
       schema("posenc::alibi_add_"),
-      "posenc::alibi_add_(Tensor(a!) scores, Tensor slopes, *, bool causal=False, int? query_offset=None) -> ()");
+      "posenc::alibi_add_(Tensor(a!) scores, Tensor slopes, *, bool causal=False, SymInt? query_offset=None) -> ()");
   EXPECT_EQ(
       schema("posenc::alibi_softmax"),
       "posenc::alibi_softmax(Tensor scores, Tensor slopes, *, float scale=1., bool causal=False, "
-      "Tensor? key_padding_mask=None, int? query_offset=None) -> Tensor");
+      "Tensor? key_padding_mask=None, SymInt? query_offset=None) -> Tensor");
 }
 
 TEST(AlibiDispatcher, EveryOperatorHasItsKernels) {
@@ -104,6 +106,68 @@ TEST(AlibiMeta, ResultsHaveTheShapeDtypeAndStridesOfTheCpu) {
         EXPECT_EQ(meta.strides(), cpu.strides());
         EXPECT_EQ(meta.scalar_type(), cpu.scalar_type());
       }
+    }
+  }
+}
+
+/// All results of an operator called by name.
+TensorList results_of(const char* name, std::vector<c10::IValue> stack) {
+  find(name).callBoxed(stack);
+  TensorList results;
+  for (const c10::IValue& value : stack) {
+    results.push_back(value.toTensor());
+  }
+  return results;
+}
+
+/// Every result of every operator for scores in this memory; `scores` are probabilities and gradients too.
+TensorList all_results(const at::Tensor& scores) {
+  const at::Tensor slopes = at::ones({scores.size(-3)}, scores.options().dtype(at::kFloat));
+  const std::optional<int64_t> offset(1);
+  TensorList results{scores};
+  const auto add = [&results](const TensorList& more) { results.insert(results.end(), more.begin(), more.end()); };
+  add(results_of("posenc::alibi_bias", {slopes, scores.size(-2), scores.size(-1), true, scores.scalar_type(), offset}));
+  add(results_of("posenc::alibi_add", {scores, slopes, true, offset}));
+  add(results_of("posenc::alibi_mask", {scores, offset}));
+  add(results_of("posenc::alibi_slopes_backward", {scores, true, offset}));
+  add(results_of("posenc::alibi_softmax", {scores, slopes, 0.5, true, std::optional<at::Tensor>(), offset}));
+  for (const bool slopes_grad : {false, true}) {
+    add(results_of("posenc::alibi_softmax_backward", {scores, scores, 0.5, true, offset, slopes_grad}));
+  }
+  return results;
+}
+
+TEST(AlibiMeta, AllResultsHaveTheLayoutOfTheCpuWhateverTheMemory) {
+  for (const at::ScalarType dtype : {at::kHalf, at::kBFloat16, at::kFloat, at::kDouble}) {
+    for (const std::vector<int64_t>& sizes : {std::vector<int64_t>{2, 3, 5, 7}, {3, 5, 7}, {1, 3, 1, 7}}) {
+      std::vector<int64_t> order(sizes.size());
+      std::iota(order.begin(), order.end(), 0);
+      do {
+        // Dense memory whose dimensions are in `order`, the outermost first.
+        std::vector<int64_t> strides(sizes.size());
+        int64_t stride = 1;
+        for (size_t i = order.size(); i-- > 0;) {
+          strides[static_cast<size_t>(order[i])] = stride;
+          stride *= sizes[static_cast<size_t>(order[i])];
+        }
+        SCOPED_TRACE(::testing::Message() << dtype << " " << at::IntArrayRef(sizes) << " " << at::IntArrayRef(strides));
+        const auto on = [&](at::DeviceType device) {
+          return all_results(at::empty_strided(sizes, strides, at::device(device).dtype(dtype)).zero_());
+        };
+        const TensorList cpu = on(at::kCPU);
+        const TensorList meta = on(at::kMeta);
+        ASSERT_EQ(meta.size(), cpu.size());
+        for (size_t i = 0; i < cpu.size(); ++i) {
+          SCOPED_TRACE(i);
+          ASSERT_EQ(meta[i].defined(), cpu[i].defined());
+          if (cpu[i].defined()) {
+            EXPECT_TRUE(meta[i].is_meta());
+            EXPECT_EQ(meta[i].sizes(), cpu[i].sizes());
+            EXPECT_EQ(meta[i].strides(), cpu[i].strides());
+            EXPECT_EQ(meta[i].scalar_type(), cpu[i].scalar_type());
+          }
+        }
+      } while (std::next_permutation(order.begin(), order.end()));
     }
   }
 }

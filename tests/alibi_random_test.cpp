@@ -79,6 +79,7 @@ void check_case(RandomCases& random, const Target& target) {
   expect_softmax(softmax, in);
   const TensorList of_softmax = gradients({softmax}, {in.scores, in.slopes}, {grad});
   expect_softmax_gradients(of_softmax[0], of_softmax[1], in, grad);
+  expect_accurate_slopes(of_softmax[1], in, grad);
 }
 
 TEST_P(AlibiRandom, CallsMatchTheFormula) {

@@ -200,9 +200,13 @@ AlibiGradients scalar_softmax_gradients(const AlibiInputs& in, const at::Tensor&
 
 namespace {
 
+bool is_narrow(at::ScalarType dtype) {
+  return dtype == at::kHalf || dtype == at::kBFloat16;
+}
+
 /// What one rounding of values of these sizes to `dtype` adds, beyond the arithmetic, which is float32 or float64.
 at::Tensor store_error(const at::Tensor& magnitude, at::ScalarType dtype) {
-  const bool narrows = dtype == at::kHalf || dtype == at::kBFloat16;
+  const bool narrows = is_narrow(dtype);
   const double half_subnormal = dtype == at::kHalf ? 0x1p-25 : 0;
   return narrows ? magnitude * unit_roundoff(dtype) + half_subnormal : at::zeros_like(magnitude);
 }
@@ -282,7 +286,8 @@ void expect_softmax(const at::Tensor& actual, const AlibiInputs& in) {
 }
 
 // ds = scale p (g - D) with D = sum g p. p carries its own error, and that of its dtype where the result is what was
-// saved; D the errors of its terms and of their sum.
+// saved, and through the division by their sum also the errors of the other probabilities of the row; D the errors of its
+// terms and of their sum.
 void expect_softmax_gradients(
     const at::Tensor& scores,
     const at::Tensor& slopes,
@@ -294,7 +299,9 @@ void expect_softmax_gradients(
   const at::Tensor p = scalar_softmax(in);
   const at::Tensor g = widened(grad);
   const double n = static_cast<double>(p.size(-1));
-  const at::Tensor p_error = p * softmax_relative_error(in, p) + smallest_exponential(dtype) + store_error(p, dtype);
+  const at::Tensor saved_error =
+      p * softmax_relative_error(in, p) + smallest_exponential(dtype) + store_error(p, dtype);
+  const at::Tensor p_error = saved_error + p * (saved_error.sum(-1, /*keepdim=*/true) + (n + 4) * u);
   const at::Tensor gp = g * p;
   const at::Tensor mean = gp.sum(-1, /*keepdim=*/true);
   const at::Tensor mean_error = (g.abs() * p_error + gp.abs() * ((n + 2) * u)).sum(-1, /*keepdim=*/true);
@@ -317,6 +324,29 @@ void expect_softmax_gradients(
     const at::Tensor sum_error = expected.slopes_magnitude * 1e-6;
     expect_within(slopes, expected.slopes, error + sum_error + expected.slopes.abs() * unit_roundoff(at::kFloat));
   }
+}
+
+void expect_accurate_slopes(const at::Tensor& actual, const AlibiInputs& in, const at::Tensor& grad) {
+  const at::ScalarType dtype = in.scores.scalar_type();
+  const double relative = is_narrow(dtype) ? 1e-2 : dtype == at::kFloat ? 1e-5 : 1e-12;
+  const at::Tensor hidden = scalar_bias(in).isinf();
+  const at::Tensor p = scalar_softmax(in);
+  const at::Tensor g = widened(grad).masked_fill(hidden, 0);
+  const auto mean = [&p](const at::Tensor& x) { return (p * x).sum(-1, /*keepdim=*/true); };
+  const at::Tensor centred_g = g - mean(g);
+  const at::Tensor d = distances_of(in).expand_as(p);
+  const at::Tensor centred_d = d - mean(d);
+  const at::Tensor terms = p * centred_g * centred_d;
+  const at::Tensor expected = -per_head(terms);
+  const double size = std::max(expected.norm().item<double>(), terms.norm().item<double>());
+  // Rounding of the mean of g in the arithmetic of the kernel, and of probabilities to subnormal numbers of half.
+  const double arithmetic = 32 * arithmetic_roundoff(dtype) * (p * g.abs() * centred_d.abs()).sum().item<double>();
+  const double subnormal =
+      dtype == at::kHalf ? 0x1p-25 * (centred_g * centred_d).masked_fill(hidden, 0).abs().sum().item<double>() : 0;
+  EXPECT_EQ(actual.scalar_type(), table_dtype(dtype));
+  EXPECT_LE((widened(actual) - expected).norm().item<double>(), relative * size + arithmetic + subnormal)
+      << "gradient " << expected.norm().item<double>() << ", root of the sum of squared terms "
+      << terms.norm().item<double>();
 }
 
 void expect_slope_gradient(const at::Tensor& actual, const AlibiGradients& expected, double relative) {

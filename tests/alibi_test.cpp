@@ -72,6 +72,27 @@ TEST(AlibiSlopes, OfPowersOfTwoEndAtMaxBias) {
   }
 }
 
+// Powers of float64, by the rule of the authors written out, rounded once: powers of float32 differ in the last bit.
+TEST(AlibiSlopes, AreFloat64RoundedOnce) {
+  for (const double max_bias : {8.0, 5.0, 12.5}) {
+    for (int64_t heads = 1; heads <= 130; ++heads) {
+      int64_t power = 1;
+      while (2 * power <= heads) {
+        power *= 2;
+      }
+      const at::Tensor expected = at::empty({heads}, at::kFloat);
+      for (int64_t h = 0; h < heads; ++h) {
+        const auto n = static_cast<double>(power);
+        const double exponent =
+            h < power ? static_cast<double>(h + 1) / n : static_cast<double>(2 * (h - power) + 1) / (2 * n);
+        expected.data_ptr<float>()[h] = static_cast<float>(std::exp2(-max_bias * exponent));
+      }
+      SCOPED_TRACE(heads);
+      expect_same_bits(posenc::alibi_slopes(heads, max_bias), expected);
+    }
+  }
+}
+
 TEST(AlibiSlopes, WithMaxBias) {
   expect_slopes(posenc::alibi_slopes(4, 4), {0.5, 0.25, 0.125, 0.0625});
   expect_slopes(posenc::alibi_slopes(3, 4), {0.25, 0.0625, 0.5});
@@ -400,6 +421,17 @@ TEST_P(Alibi, ResultsLargerThanCachesAreTheSame) {
       expect_same_bits(bias.narrow(0, 1, 1), bias_of(part, dtype()));
     }
   }
+}
+
+TEST_P(Alibi, LargeScoresOfOneValueARowAreReadWithTheirStride) {
+  AlibiCase c;
+  c.batched = false;
+  c.q_len = 512;
+  c.k_len = 5472;
+  c.strides = Strides::one_channel;
+  const AlibiInputs in = inputs(c);
+  ASSERT_EQ(in.scores.stride(-1), 0);
+  expect_same_bits(add_of(in), posenc::alibi_add(in.scores.contiguous(), in.slopes));
 }
 
 TEST_P(Alibi, SoftmaxOfAnyRowLength) {

@@ -2,7 +2,6 @@
 #include <autograd/detail/record.h>
 #include <ops/alibi_add.h>
 #include <ops/alibi_slopes_backward.h>
-#include <posenc/alibi.h>
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
@@ -11,6 +10,7 @@
 #include <array>
 #include <functional>
 #include <tuple>
+#include <utility>
 
 namespace posenc {
 namespace {
@@ -22,7 +22,7 @@ using torch::autograd::variable_list;
 class AlibiAddBackward final : public autograd::Node<AlibiAddBackward> {
  public:
   AlibiAddBackward() = default;
-  AlibiAddBackward(bool causal, std::optional<int64_t> query_offset) : causal_(causal), query_offset_(query_offset) {}
+  AlibiAddBackward(bool causal, std::optional<c10::SymInt> query_offset) : causal_(causal), query_offset_(std::move(query_offset)) {}
 
   auto state() { return std::tie(causal_, query_offset_); }
 
@@ -45,14 +45,14 @@ class AlibiAddBackward final : public autograd::Node<AlibiAddBackward> {
 
  private:
   bool causal_ = false;
-  std::optional<int64_t> query_offset_;
+  std::optional<c10::SymInt> query_offset_;
 };
 
 /// A mask of zeros and ones is its own transpose.
 class AlibiMaskBackward final : public autograd::Node<AlibiMaskBackward> {
  public:
   AlibiMaskBackward() = default;
-  explicit AlibiMaskBackward(std::optional<int64_t> query_offset) : query_offset_(query_offset) {}
+  explicit AlibiMaskBackward(std::optional<c10::SymInt> query_offset) : query_offset_(std::move(query_offset)) {}
 
   auto state() { return std::tie(query_offset_); }
 
@@ -67,28 +67,29 @@ class AlibiMaskBackward final : public autograd::Node<AlibiMaskBackward> {
   std::string name() const override { return "AlibiMaskBackward"; }
 
  private:
-  std::optional<int64_t> query_offset_;
+  std::optional<c10::SymInt> query_offset_;
 };
 
 Tensor alibi_add_autograd(
     const Tensor& scores,
     const Tensor& slopes,
     bool causal,
-    std::optional<int64_t> query_offset) {
+    std::optional<c10::SymInt> query_offset) {
   autograd::check_no_tangent("posenc::alibi_add", scores);
   autograd::check_no_tangent("posenc::alibi_add", slopes);
   const Tensor output = [&] {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return alibi_add(scores, slopes, causal, query_offset);
+    return alibi_add_symint(scores, slopes, causal, query_offset);
   }();
   const std::array<std::reference_wrapper<const Tensor>, 2> differentiable{scores, slopes};
   if (autograd::any_requires_grad(differentiable)) {
-    torch::autograd::set_history(output, autograd::make_node<AlibiAddBackward>(differentiable, causal, query_offset));
+    torch::autograd::set_history(
+        output, autograd::make_node<AlibiAddBackward>(differentiable, causal, std::move(query_offset)));
   }
   return output;
 }
 
-void alibi_add_autograd_(Tensor& scores, const Tensor& slopes, bool causal, std::optional<int64_t> query_offset) {
+void alibi_add_autograd_(Tensor& scores, const Tensor& slopes, bool causal, std::optional<c10::SymInt> query_offset) {
   autograd::check_no_tangent("posenc::alibi_add_", scores);
   autograd::check_no_tangent("posenc::alibi_add_", slopes);
   const std::array<std::reference_wrapper<const Tensor>, 2> differentiable{scores, slopes};
@@ -103,7 +104,7 @@ void alibi_add_autograd_(Tensor& scores, const Tensor& slopes, bool causal, std:
   }
   {
     const at::AutoDispatchBelowAutograd below_autograd;  // to the kernel below that counts versions
-    alibi_add_(scores, slopes, causal, query_offset);
+    alibi_add_symint_(scores, slopes, causal, std::move(query_offset));
   }
   if (node != nullptr) {
     torch::autograd::rebase_history(scores, node);
@@ -111,15 +112,15 @@ void alibi_add_autograd_(Tensor& scores, const Tensor& slopes, bool causal, std:
 }
 
 /// Tells autograd that values saved of `scores` are stale.
-void alibi_add_version_(Tensor& scores, const Tensor& slopes, bool causal, std::optional<int64_t> query_offset) {
+void alibi_add_version_(Tensor& scores, const Tensor& slopes, bool causal, std::optional<c10::SymInt> query_offset) {
   {
     const at::AutoDispatchBelowADInplaceOrView below_version;
-    alibi_add_(scores, slopes, causal, query_offset);
+    alibi_add_symint_(scores, slopes, causal, std::move(query_offset));
   }
   torch::autograd::increment_version(scores);
 }
 
-Tensor alibi_mask_autograd(const Tensor& grad, std::optional<int64_t> query_offset) {
+Tensor alibi_mask_autograd(const Tensor& grad, std::optional<c10::SymInt> query_offset) {
   autograd::check_no_tangent("posenc::alibi_mask", grad);
   const Tensor output = [&] {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -127,7 +128,8 @@ Tensor alibi_mask_autograd(const Tensor& grad, std::optional<int64_t> query_offs
   }();
   const std::array<std::reference_wrapper<const Tensor>, 1> differentiable{grad};
   if (autograd::any_requires_grad(differentiable)) {
-    torch::autograd::set_history(output, autograd::make_node<AlibiMaskBackward>(differentiable, query_offset));
+    torch::autograd::set_history(
+        output, autograd::make_node<AlibiMaskBackward>(differentiable, std::move(query_offset)));
   }
   return output;
 }

@@ -21,7 +21,7 @@ using torch::autograd::variable_list;
 class AlibiBiasBackward final : public autograd::Node<AlibiBiasBackward> {
  public:
   AlibiBiasBackward() = default;
-  AlibiBiasBackward(bool causal, std::optional<int64_t> query_offset) : causal_(causal), query_offset_(query_offset) {}
+  AlibiBiasBackward(bool causal, std::optional<c10::SymInt> query_offset) : causal_(causal), query_offset_(std::move(query_offset)) {}
 
   auto state() { return std::tie(causal_, query_offset_); }
 
@@ -37,7 +37,7 @@ class AlibiBiasBackward final : public autograd::Node<AlibiBiasBackward> {
 
  private:
   bool causal_ = false;
-  std::optional<int64_t> query_offset_;
+  std::optional<c10::SymInt> query_offset_;
 };
 
 Tensor alibi_bias_autograd(
@@ -46,7 +46,7 @@ Tensor alibi_bias_autograd(
     c10::SymInt k_len,
     bool causal,
     at::ScalarType dtype,
-    std::optional<int64_t> query_offset) {
+    std::optional<c10::SymInt> query_offset) {
   autograd::check_no_tangent("posenc::alibi_bias", slopes);
   const Tensor output = [&] {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -54,7 +54,8 @@ Tensor alibi_bias_autograd(
   }();
   const std::array<std::reference_wrapper<const Tensor>, 1> differentiable{slopes};
   if (autograd::any_requires_grad(differentiable)) {
-    torch::autograd::set_history(output, autograd::make_node<AlibiBiasBackward>(differentiable, causal, query_offset));
+    torch::autograd::set_history(
+        output, autograd::make_node<AlibiBiasBackward>(differentiable, causal, std::move(query_offset)));
   }
   return output;
 }

@@ -2,7 +2,6 @@
 #include <autograd/detail/record.h>
 #include <ops/alibi_bias.h>
 #include <ops/alibi_softmax.h>
-#include <posenc/alibi.h>
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -13,6 +12,7 @@
 #include <array>
 #include <functional>
 #include <tuple>
+#include <utility>
 
 namespace posenc {
 namespace {
@@ -24,7 +24,7 @@ using torch::autograd::variable_list;
 struct Settings {
   double scale = 1;
   bool causal = false;
-  std::optional<int64_t> query_offset;
+  std::optional<c10::SymInt> query_offset;
 
   auto state() { return std::tie(scale, causal, query_offset); }
 };
@@ -33,7 +33,7 @@ struct Settings {
 class AlibiSoftmaxBackward final : public autograd::Node<AlibiSoftmaxBackward> {
  public:
   AlibiSoftmaxBackward() = default;
-  explicit AlibiSoftmaxBackward(const Settings& settings) : settings_(settings) {}
+  explicit AlibiSoftmaxBackward(Settings settings) : settings_(std::move(settings)) {}
 
   /// After the node has become the history of `probs`.
   void save(const Tensor& probs) { probs_ = SavedVariable(probs, /*is_output=*/true); }
@@ -59,15 +59,15 @@ class AlibiSoftmaxBackward final : public autograd::Node<AlibiSoftmaxBackward> {
 
 /// With what arrives for `(dscores, dslopes)`, u and w, the inner product of both with the results is
 ///
-///     F = sum of p (g - r) v,    r = sum over keys of g p,    v = scale u - w d,
+///     F = sum of P (g - r) v,    P = p / (sum of p),    r = sum over keys of g P,    v = scale u - w d,
 ///
-/// whose derivatives are dF/dg = p (v - sum of p v) and dF/dp = (g - r) v - g (sum of p v). In tensor operations, so
-/// that they can be differentiated further.
+/// whose derivatives are dF/dg = P (v - sum of P v) and dF/dP = (g - r) v - g (sum of P v); dF/dp is dF/dP less the sum of
+/// P dF/dP, divided by the sum of p. In tensor operations, so that they can be differentiated further.
 class AlibiSoftmaxBackwardBackward final : public autograd::Node<AlibiSoftmaxBackwardBackward> {
  public:
   AlibiSoftmaxBackwardBackward() = default;
-  AlibiSoftmaxBackwardBackward(const Tensor& grad, const Tensor& probs, const Settings& settings)
-      : settings_(settings), grad_(grad, /*is_output=*/false), probs_(probs, /*is_output=*/false) {}
+  AlibiSoftmaxBackwardBackward(const Tensor& grad, const Tensor& probs, Settings settings)
+      : settings_(std::move(settings)), grad_(grad, /*is_output=*/false), probs_(probs, /*is_output=*/false) {}
 
   auto state() { return std::tuple_cat(settings_.state(), std::tie(grad_, probs_)); }
 
@@ -81,7 +81,9 @@ class AlibiSoftmaxBackwardBackward final : public autograd::Node<AlibiSoftmaxBac
     const Tensor probs = unpack(probs_);
     const auto dtype = probs.scalar_type();
     const auto wide = dtype == at::kDouble ? at::kDouble : at::kFloat;
-    const Tensor p = probs.to(wide);
+    const Tensor sum = probs.to(wide).sum(-1, /*keepdim=*/true);
+    const Tensor total = sum.masked_fill(sum == 0, 1);  // of rows that see no key
+    const Tensor p = probs.to(wide) / total;
     const Tensor g = unpack(grad_).to(wide);
     Tensor v;
     if (grads[0].defined()) {
@@ -98,7 +100,8 @@ class AlibiSoftmaxBackwardBackward final : public autograd::Node<AlibiSoftmaxBac
     }
     if (wants(1)) {
       const Tensor r = (g * p).sum(-1, /*keepdim=*/true);
-      result[1] = ((g - r) * v - g * pv).to(dtype);
+      const Tensor dp = (g - r) * v - g * pv;
+      result[1] = ((dp - (p * dp).sum(-1, /*keepdim=*/true)) / total).to(dtype);
     }
     return result;
   }
@@ -116,16 +119,17 @@ Tensor alibi_softmax_autograd(
     double scale,
     bool causal,
     const std::optional<Tensor>& key_padding_mask,
-    std::optional<int64_t> query_offset) {
+    std::optional<c10::SymInt> query_offset) {
   autograd::check_no_tangent("posenc::alibi_softmax", scores);
   autograd::check_no_tangent("posenc::alibi_softmax", slopes);
   const Tensor output = [&] {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return alibi_softmax(scores, slopes, scale, causal, key_padding_mask, query_offset);
+    return alibi_softmax_symint(scores, slopes, scale, causal, key_padding_mask, query_offset);
   }();
   const std::array<std::reference_wrapper<const Tensor>, 2> differentiable{scores, slopes};
   if (autograd::any_requires_grad(differentiable)) {
-    const auto node = autograd::make_node<AlibiSoftmaxBackward>(differentiable, Settings{scale, causal, query_offset});
+    const auto node =
+        autograd::make_node<AlibiSoftmaxBackward>(differentiable, Settings{scale, causal, std::move(query_offset)});
     torch::autograd::set_history(output, node);
     static_cast<AlibiSoftmaxBackward&>(*node).save(output);
   }
@@ -137,7 +141,7 @@ std::tuple<Tensor, Tensor> alibi_softmax_backward_autograd(
     const Tensor& probs,
     double scale,
     bool causal,
-    std::optional<int64_t> query_offset,
+    std::optional<c10::SymInt> query_offset,
     bool slopes_grad) {
   autograd::check_no_tangent("posenc::alibi_softmax_backward", grad);
   autograd::check_no_tangent("posenc::alibi_softmax_backward", probs);
@@ -148,7 +152,7 @@ std::tuple<Tensor, Tensor> alibi_softmax_backward_autograd(
   const std::array<std::reference_wrapper<const Tensor>, 2> differentiable{grad, probs};
   if (autograd::any_requires_grad(differentiable)) {
     const auto node = autograd::make_node<AlibiSoftmaxBackwardBackward>(
-        differentiable, grad, probs, Settings{scale, causal, query_offset});
+        differentiable, grad, probs, Settings{scale, causal, std::move(query_offset)});
     torch::autograd::set_history(std::get<0>(outputs), node);
     if (slopes_grad) {
       torch::autograd::set_history(std::get<1>(outputs), node);

@@ -146,18 +146,24 @@ void run_typed(const AlibiSoftmaxProblem& problem) {
   });
 }
 
-/// The gradient of one row and, where wanted, the sum of `probs * (grad - r) * distance`. Strides are 1 where `Dense`.
+/// One row of a backward pass. Strides are 1 where `Dense`.
 template <typename T>
 struct BackwardRow {
   const T* grad;
   const T* probs;
   T* out;
   int64_t grad_stride, probs_stride, out_stride;
-  int32_t position, count;
+  int32_t nearest, count;  // the key that distances are counted from, and the number of visible keys
 };
 
-template <typename T, bool Dense>
-POSENC_CPU_CLONES double backward_row(const BackwardRow<T>& row, double scale, bool slopes_grad) {
+/// Writes the gradient of the scores of one row. Returns the sum of `P * (grad - r) * distance` where `SlopesGrad`, with
+/// `P` the saved probabilities divided by their sum and `r` the sum of `P * grad`.
+///
+/// Saved probabilities of half and bfloat16 are rounded: their sum differs from 1 by up to 2^-8, which would multiply the
+/// mean of `grad`, and distances of thousands. Hence the division, and distances counted from their mean under `P`, which
+/// leave the exact sum unchanged.
+template <typename T, bool Dense, bool SlopesGrad>
+POSENC_CPU_CLONES double backward_row(const BackwardRow<T>& row, double scale) {
   using Real = cpu::arithmetic_t<T>;
   const T* grad = row.grad;
   const T* probs = row.probs;
@@ -165,30 +171,48 @@ POSENC_CPU_CLONES double backward_row(const BackwardRow<T>& row, double scale, b
   const int64_t grad_step = Dense ? 1 : row.grad_stride;
   const int64_t probs_step = Dense ? 1 : row.probs_stride;
   const int64_t out_step = Dense ? 1 : row.out_stride;
-  const int32_t position = row.position;
+  const int32_t nearest = row.nearest;
   const int32_t count = row.count;
   const auto g = [&](int32_t j) { return static_cast<Real>(grad[j * grad_step]); };
   const auto p = [&](int32_t j) { return static_cast<Real>(probs[j * probs_step]); };
 
   cpu::Lanes<Real, kLanes> products(0);
+  cpu::Lanes<Real, kLanes> totals(0);
+  [[maybe_unused]] cpu::Lanes<Real, kLanes> moments(0);
+  [[maybe_unused]] const auto moment = [&](int32_t key) {
+    return p(key) * static_cast<Real>(AlibiShape::distance(nearest, key));
+  };
   int32_t j = 0;
   for (; count - j >= kLanes; j += kLanes) {
     for (int lane = 0; lane < kLanes; ++lane) {
       products.values[lane] += g(j + lane) * p(j + lane);
+      totals.values[lane] += p(j + lane);
+      if constexpr (SlopesGrad) {
+        moments.values[lane] += moment(j + lane);
+      }
     }
   }
   for (int lane = 0; j < count; ++j, ++lane) {
     products.values[lane] += g(j) * p(j);
+    totals.values[lane] += p(j);
+    if constexpr (SlopesGrad) {
+      moments.values[lane] += moment(j);
+    }
   }
-  const Real r = products.sum();
-  const Real factor = static_cast<Real>(scale);
+  const Real total = totals.sum();
+  const Real normaliser = total == 0 ? Real(0) : 1 / total;
+  const Real r = products.sum() * normaliser;
+  const Real factor = static_cast<Real>(scale) * normaliser;
   for (j = 0; j < count; ++j) {
     out[j * out_step] = static_cast<T>(factor * (p(j) * (g(j) - r)));
   }
-  if (!slopes_grad) {
+  if constexpr (SlopesGrad) {
+    const Real mean = moments.sum() * normaliser;
+    const auto term = [&](int32_t key) { return p(key) * (g(key) - r); };
+    return cpu::moment_of_row<Real>(nearest, count, term, mean) * static_cast<double>(normaliser);
+  } else {
     return 0;
   }
-  return cpu::moment_of_row<Real>(position, count, [&](int32_t key) { return p(key) * (g(key) - r); });
 }
 
 template <typename T>
@@ -199,7 +223,9 @@ void run_backward_typed(const AlibiSoftmaxBackwardProblem& problem) {
   };
   const int64_t strides[] = {problem.grad.strides.key, problem.probs.strides.key, problem.out.strides.key};
   const bool dense = strides[0] == 1 && strides[1] == 1 && strides[2] == 1;
-  const auto backward = dense ? backward_row<T, true> : backward_row<T, false>;
+  const bool slopes_grad = problem.row_sums != nullptr;
+  const auto backward = slopes_grad ? (dense ? backward_row<T, true, true> : backward_row<T, false, true>)
+                                    : (dense ? backward_row<T, true, false> : backward_row<T, false, false>);
   cpu::for_each_row(shape, /*head_first=*/true, [&](const cpu::ScoreRow& at) {
     const int32_t position = shape.position(at.query);
     const BackwardRow<T> row{
@@ -209,10 +235,10 @@ void run_backward_typed(const AlibiSoftmaxBackwardProblem& problem) {
         strides[0],
         strides[1],
         strides[2],
-        position,
+        shape.nearest_key(position),
         shape.visible(position)};
-    const double sum = backward(row, problem.scale, problem.row_sums != nullptr);
-    if (problem.row_sums != nullptr) {
+    const double sum = backward(row, problem.scale);
+    if (slopes_grad) {
       problem.row_sums[at.index] = sum;
     }
     fill_zero(row.out, row.out_stride, row.count, shape.k_len);

@@ -256,28 +256,76 @@ __global__ void __launch_bounds__(kMaxRowThreads) alibi_softmax_long_kernel(
 
 // --- Backward -------------------------------------------------------------------------------------------------------
 
-/// What the gradient of one vector adds to the sum that slopes receive; stores the gradient of the scores.
-template <typename T, int V>
-__device__ arithmetic_t<T> softmax_gradient(
-    const Vector<T, V>& grads,
-    const Vector<T, V>& probs,
-    arithmetic_t<T> r,
-    arithmetic_t<T> scale,
-    int32_t position,
-    uint32_t key,
-    uint32_t visible,
-    Vector<T, V>& result) {
+/// Sums over the visible keys of a row, of one thread and then of all, and what follows from them. With P the saved
+/// probabilities divided by their sum and r the sum of P g,
+///
+///     dscores = scale P (g - r),    row_sum = sum of P (g - r) d.
+///
+/// Saved probabilities of half and bfloat16 are rounded: their sum differs from 1 by up to 2^-8, which would multiply the
+/// mean of g, and distances of thousands. Hence the division, and distances d counted from their mean under P, which leave
+/// the exact sum unchanged.
+template <typename T>
+struct GradientRow {
   using Real = arithmetic_t<T>;
-  Real moment = 0;
-#pragma unroll
-  for (int i = 0; i < V; ++i) {
-    const bool seen = key + i < visible;
-    const Real gradient = seen ? widen(probs[i]) * (widen(grads[i]) - r) : Real(0);
-    moment = multiply_add(gradient, distance<Real>(position, key + i), moment);
-    result[i] = narrow<T>(scale * gradient);
+  enum Term { total, product, moment, kTerms };
+
+  int32_t nearest;  // the key that distances are counted from
+  uint32_t visible;
+  bool slopes_grad;
+  Real sums[kTerms] = {};
+  Real normaliser, r, mean;
+
+  __device__ GradientRow(const AlibiSoftmaxBackwardProblem& problem, uint32_t query, bool causal)
+      : slopes_grad(problem.row_sums != nullptr) {
+    const int32_t position = problem.shape.position(static_cast<int32_t>(query));
+    nearest = problem.shape.nearest_key(position);
+    visible = static_cast<uint32_t>(causal ? problem.shape.visible(position) : problem.shape.k_len);
   }
-  return moment;
-}
+
+  /// The distance of key `key + i` from `nearest`: counted on, as a conversion costs more.
+  __device__ Real distance_of(Real from, int i) const { return fabs(from + static_cast<Real>(i)); }
+  __device__ Real first_distance(uint32_t key) const { return static_cast<Real>(static_cast<int32_t>(key) - nearest); }
+
+  template <int V>
+  __device__ void add(const Vector<T, V>& grads, const Vector<T, V>& probs, uint32_t key) {
+    const Real from = first_distance(key);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      if (key + i < visible) {
+        const Real p = widen(probs[i]);
+        sums[total] += p;
+        sums[product] = multiply_add(widen(grads[i]), p, sums[product]);
+        if (slopes_grad) {
+          sums[moment] = multiply_add(p, distance_of(from, i), sums[moment]);
+        }
+      }
+    }
+  }
+
+  /// Once for all threads of the row, between `add` and `gradient`.
+  __device__ void reduce(Real (*scratch)[kTerms]) {
+    sum_row(sums, scratch);
+    normaliser = reciprocal_or_zero(sums[total]);
+    r = sums[product] * normaliser;
+    mean = sums[moment] * normaliser;
+  }
+
+  /// The gradient of the scores; returns what V keys add to `row_sum`, not yet divided by the sum of probabilities.
+  template <int V>
+  __device__ Real
+  gradient(const Vector<T, V>& grads, const Vector<T, V>& probs, Real scale, uint32_t key, Vector<T, V>& result) const {
+    const Real from = first_distance(key);
+    const Real factor = scale * normaliser;
+    Real part = 0;
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const Real term = key + i < visible ? widen(probs[i]) * (widen(grads[i]) - r) : Real(0);
+      part = multiply_add(term, distance_of(from, i) - mean, part);
+      result[i] = narrow<T>(factor * term);
+    }
+    return part;
+  }
+};
 
 /// With `Staged` the incoming gradients wait in shared memory, each thread's own, and only the probabilities in
 /// registers: rows of 16,384 float32 keys would leave an SM room for one block otherwise.
@@ -293,7 +341,7 @@ __global__ void __launch_bounds__(
   using Real = arithmetic_t<T>;
   constexpr int V = Policy::kVectorWidth;
   constexpr int U = Policy::kCount;
-  __shared__ Real scratch[kMaxRowWarps];
+  __shared__ Real scratch[kMaxRowWarps][GradientRow<T>::kTerms];
   __shared__ double moments[kMaxRowWarps];
   extern __shared__ uint4 stage_bytes[];
   const uint32_t matrix = Matrices::of_block();
@@ -306,8 +354,8 @@ __global__ void __launch_bounds__(
   const auto q_len = static_cast<uint32_t>(shape.q_len);
   const auto k_len = static_cast<uint32_t>(shape.k_len);
   const uint32_t query = own_query < q_len ? own_query : q_len - 1;
-  const int32_t position = shape.position(static_cast<int32_t>(query));
-  const uint32_t visible = Policy::kCausal ? static_cast<uint32_t>(shape.visible(position)) : k_len;
+  GradientRow<T> row(problem, query, Policy::kCausal);
+  const uint32_t visible = row.visible;
   const uint32_t step = blockDim.x * V;
   const uint32_t first = threadIdx.x * V;
   const T* grad = static_cast<const T*>(problem.grad.data) + problem.grad.strides.row(batch, head, query);
@@ -345,18 +393,11 @@ __global__ void __launch_bounds__(
     }
   };
 
-  Real r = 0;
 #pragma unroll
   for (int u = 0; u < U; ++u) {
-    const Vector<T, V> g = grads_of(u);
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      if (first + u * step + i < visible) {
-        r = multiply_add(widen(g[i]), widen(probs[u][i]), r);
-      }
-    }
+    row.add(grads_of(u), probs[u], first + u * step);
   }
-  r = reduce_row(r, Real(0), Sum(), scratch);
+  row.reduce(scratch);
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     keep_packed(probs[u]);
@@ -373,14 +414,14 @@ __global__ void __launch_bounds__(
     const uint32_t key = first + u * step;
     if (key < k_len && live) {
       Vector<T, V> result;
-      moment += softmax_gradient(grads_of(u), probs[u], r, scale, position, key, visible, result);
+      moment += row.gradient(grads_of(u), probs[u], scale, key, result);
       store_keys<V>(out, key, problem.out.strides.key, result);
     }
   }
-  if (problem.row_sums != nullptr) {
+  if (row.slopes_grad) {
     const double sum = reduce_row(static_cast<double>(moment), 0.0, Sum(), moments);
     if (threadIdx.x == 0 && live) {
-      problem.row_sums[(head * shape.batch + batch) * q_len + query] = sum;
+      problem.row_sums[(head * shape.batch + batch) * q_len + query] = sum * static_cast<double>(row.normaliser);
     }
   }
 }
@@ -391,7 +432,7 @@ __global__ void __launch_bounds__(kMaxRowThreads) alibi_softmax_backward_long_ke
     const __grid_constant__ AlibiSoftmaxBackwardProblem problem,
     const __grid_constant__ Matrices matrices) {
   using Real = arithmetic_t<T>;
-  __shared__ Real scratch[kMaxRowWarps];
+  __shared__ Real scratch[kMaxRowWarps][GradientRow<T>::kTerms];
   __shared__ double moments[kMaxRowWarps];
   const uint32_t matrix = Matrices::of_block();
   if (matrix >= matrices.count) {
@@ -400,42 +441,33 @@ __global__ void __launch_bounds__(kMaxRowThreads) alibi_softmax_backward_long_ke
   const auto [batch, head] = matrices.index(matrix);
   const AlibiShape& shape = problem.shape;
   const uint32_t query = blockIdx.x;
-  const int32_t position = shape.position(static_cast<int32_t>(query));
-  const auto visible = static_cast<uint32_t>(shape.visible(position));
+  GradientRow<T> row(problem, query, shape.causal);
   const uint32_t step = blockDim.x * V;
   const uint32_t first = threadIdx.x * V;
   const T* grad = static_cast<const T*>(problem.grad.data) + problem.grad.strides.row(batch, head, query);
   const T* prob = static_cast<const T*>(problem.probs.data) + problem.probs.strides.row(batch, head, query);
-  Real r = 0;
-  for (uint32_t key = first; key < visible; key += step) {
-    const auto grads = load_keys<V>(grad, key, problem.grad.strides.key);
-    const auto probs = load_keys<V>(prob, key, problem.probs.strides.key);
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      if (key + i < visible) {
-        r = multiply_add(widen(grads[i]), widen(probs[i]), r);
-      }
-    }
+  for (uint32_t key = first; key < row.visible; key += step) {
+    row.add(load_keys<V>(grad, key, problem.grad.strides.key), load_keys<V>(prob, key, problem.probs.strides.key), key);
   }
-  r = reduce_row(r, Real(0), Sum(), scratch);
+  row.reduce(scratch);
   T* out = static_cast<T*>(problem.out.data) + problem.out.strides.row(batch, head, query);
   double moment = 0;
   for (uint32_t key = first; key < static_cast<uint32_t>(shape.k_len); key += step) {
     Vector<T, V> grads{};
     Vector<T, V> probs{};
-    if (key < visible) {
+    if (key < row.visible) {
       grads = load_keys<V>(grad, key, problem.grad.strides.key);
       probs = load_keys<V>(prob, key, problem.probs.strides.key);
     }
     Vector<T, V> result;
-    moment += static_cast<double>(
-        softmax_gradient(grads, probs, r, static_cast<Real>(problem.scale), position, key, visible, result));
+    moment += static_cast<double>(row.gradient(grads, probs, static_cast<Real>(problem.scale), key, result));
     store_keys<V>(out, key, problem.out.strides.key, result);
   }
-  if (problem.row_sums != nullptr) {
+  if (row.slopes_grad) {
     moment = reduce_row(moment, 0.0, Sum(), moments);
     if (threadIdx.x == 0) {
-      problem.row_sums[(head * shape.batch + batch) * shape.q_len + query] = moment;
+      problem.row_sums[(head * shape.batch + batch) * shape.q_len + query] =
+          moment * static_cast<double>(row.normaliser);
     }
   }
 }

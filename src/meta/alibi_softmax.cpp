@@ -7,6 +7,8 @@
 
 #include <tuple>
 
+// An argument by value is how the dispatcher knows a symbol.
+// NOLINTBEGIN(performance-unnecessary-value-param)
 namespace posenc {
 namespace {
 
@@ -19,12 +21,12 @@ Tensor alibi_softmax_meta(
     double scale,
     bool causal,
     const std::optional<Tensor>& key_padding_mask,
-    std::optional<int64_t> query_offset) {
+    std::optional<c10::SymInt> query_offset) {
   const bool symbolic = has_symbolic_sizes(scores) || has_symbolic_sizes(slopes) ||
-      (key_padding_mask.has_value() && has_symbolic_sizes(*key_padding_mask));
+      (key_padding_mask.has_value() && has_symbolic_sizes(*key_padding_mask)) || meta::is_symbolic(query_offset);
   if (!symbolic) {
     contract::alibi_softmax_problem(
-        {"posenc::alibi_softmax", causal, query_offset}, scores, slopes, scale, key_padding_mask);
+        {"posenc::alibi_softmax", causal, meta::concrete(query_offset)}, scores, slopes, scale, key_padding_mask);
   }
   return at::empty_like(scores);
 }
@@ -34,11 +36,11 @@ std::tuple<Tensor, Tensor> alibi_softmax_backward_meta(
     const Tensor& probs,
     double scale,
     bool causal,
-    std::optional<int64_t> query_offset,
+    std::optional<c10::SymInt> query_offset,
     bool slopes_grad) {
-  if (!has_symbolic_sizes(grad) && !has_symbolic_sizes(probs)) {
+  if (!meta::any_symbolic({grad, probs}) && !meta::is_symbolic(query_offset)) {
     contract::alibi_softmax_backward_problem(
-        {"posenc::alibi_softmax_backward", causal, query_offset}, grad, probs, scale);
+        {"posenc::alibi_softmax_backward", causal, meta::concrete(query_offset)}, grad, probs, scale);
   }
   Tensor slopes;
   if (slopes_grad) {
@@ -49,6 +51,7 @@ std::tuple<Tensor, Tensor> alibi_softmax_backward_meta(
 }
 
 }  // namespace
+// NOLINTEND(performance-unnecessary-value-param)
 
 TORCH_LIBRARY_IMPL(posenc, Meta, m) {
   m.impl("alibi_softmax", alibi_softmax_meta);

@@ -14,7 +14,7 @@ using at::Tensor;
 TORCH_LIBRARY_FRAGMENT(posenc, m) {
   m.def(
       "alibi_bias(Tensor slopes, SymInt q_len, SymInt k_len, *, bool causal=False, ScalarType dtype=float, "
-      "int? query_offset=None) -> Tensor",
+      "SymInt? query_offset=None) -> Tensor",
       {at::Tag::pt2_compliant_tag});
 }
 
@@ -24,10 +24,10 @@ Tensor alibi_bias_symint(
     c10::SymInt k_len,
     bool causal,
     at::ScalarType dtype,
-    std::optional<int64_t> query_offset) {
+    std::optional<c10::SymInt> query_offset) {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("posenc::alibi_bias", "").typed<decltype(alibi_bias_symint)>();
-  return op.call(slopes, std::move(q_len), std::move(k_len), causal, dtype, query_offset);
+  return op.call(slopes, std::move(q_len), std::move(k_len), causal, dtype, std::move(query_offset));
 }
 
 Tensor alibi_bias(

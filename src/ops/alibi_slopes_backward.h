@@ -1,6 +1,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/SymInt.h>
 
 #include <optional>
 
@@ -14,6 +15,6 @@ namespace posenc {
 ///
 /// @param grad  of the bias or the sum: `[B, H, Sq, Sk]` or `[H, Sq, Sk]`, any strides.
 /// @return `[H]`: float64 for float64, float32 for all others.
-at::Tensor alibi_slopes_backward(const at::Tensor& grad, bool causal, std::optional<int64_t> query_offset);
+at::Tensor alibi_slopes_backward(const at::Tensor& grad, bool causal, std::optional<c10::SymInt> query_offset);
 
 }  // namespace posenc

@@ -5,6 +5,8 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
+#include <utility>
+
 namespace posenc {
 
 using at::Tensor;
@@ -13,12 +15,25 @@ using contract::check_defined;
 TORCH_LIBRARY_FRAGMENT(posenc, m) {
   m.def(
       "alibi_softmax(Tensor scores, Tensor slopes, *, float scale=1.0, bool causal=False, "
-      "Tensor? key_padding_mask=None, int? query_offset=None) -> Tensor",
+      "Tensor? key_padding_mask=None, SymInt? query_offset=None) -> Tensor",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "alibi_softmax_backward(Tensor grad, Tensor probs, *, float scale=1.0, bool causal=False, "
-      "int? query_offset=None, bool slopes_grad=True) -> (Tensor, Tensor)",
+      "SymInt? query_offset=None, bool slopes_grad=True) -> (Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
+}
+
+Tensor alibi_softmax_symint(
+    const Tensor& scores,
+    const Tensor& slopes,
+    double scale,
+    bool causal,
+    const std::optional<Tensor>& key_padding_mask,
+    std::optional<c10::SymInt> query_offset) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("posenc::alibi_softmax", "")
+                             .typed<decltype(alibi_softmax_symint)>();
+  return op.call(scores, slopes, scale, causal, key_padding_mask, std::move(query_offset));
 }
 
 Tensor alibi_softmax(
@@ -29,9 +44,7 @@ Tensor alibi_softmax(
     const std::optional<Tensor>& key_padding_mask,
     std::optional<int64_t> query_offset) {
   check_defined("posenc::alibi_softmax", "scores", scores);
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("posenc::alibi_softmax", "").typed<decltype(alibi_softmax)>();
-  return op.call(scores, slopes, scale, causal, key_padding_mask, query_offset);
+  return alibi_softmax_symint(scores, slopes, scale, causal, key_padding_mask, query_offset);
 }
 
 std::tuple<Tensor, Tensor> alibi_softmax_backward(
@@ -39,12 +52,12 @@ std::tuple<Tensor, Tensor> alibi_softmax_backward(
     const Tensor& probs,
     double scale,
     bool causal,
-    std::optional<int64_t> query_offset,
+    std::optional<c10::SymInt> query_offset,
     bool slopes_grad) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("posenc::alibi_softmax_backward", "")
                              .typed<decltype(alibi_softmax_backward)>();
-  return op.call(grad, probs, scale, causal, query_offset, slopes_grad);
+  return op.call(grad, probs, scale, causal, std::move(query_offset), slopes_grad);
 }
 
 }  // namespace posenc

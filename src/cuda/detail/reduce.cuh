@@ -46,6 +46,33 @@ __device__ T reduce_row(T value, T identity, Op op, T* scratch) {
   return reduce_warp(lane < warps ? row[lane] : identity, op);
 }
 
+/// Sums each of N values over the threads of a block that have the same y, and gives all of them the results, at the cost
+/// of one barrier. Conditions as in `reduce_row`; `scratch` has N entries for each warp.
+template <int N, typename T>
+__device__ void sum_row(T (&values)[N], T (*scratch)[N]) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    values[n] = reduce_warp(values[n], Sum());
+  }
+  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  if (warps == 1) {
+    return;
+  }
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  T(*row)[N] = scratch + threadIdx.y * warps;
+  if (lane == 0) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      row[threadIdx.x / kWarp][n] = values[n];
+    }
+  }
+  __syncthreads();
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    values[n] = reduce_warp(lane < warps ? row[lane][n] : T(0), Sum());
+  }
+}
+
 /// The sum over all threads of a block of any shape of whole warps, for its first thread. `scratch` has one entry for
 /// each of at most 32 warps.
 template <typename T>
