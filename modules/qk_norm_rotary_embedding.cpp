@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor> QKNormRotaryEmbeddingImpl::forward(
   const auto [cos, sin] = rotary->tables_for(q_view, positions, seq_len);
   auto [q_out, k_out] = qk_norm_rotary_embedding(
       q_view, detail::reordered(k, rotation.layout()), q_weight, k_weight, cos, sin, positions, options.eps(),
-      options.unit_offset(), rotation.interleaved(), /*conjugate=*/false, rotary->axes_for(positions));
+      options.unit_offset(), rotation.interleaved(), rotation.conjugate(), rotary->axes_for(positions));
   return {detail::reordered(q_out, rotation.layout()), detail::reordered(k_out, rotation.layout())};
 }
 

@@ -94,14 +94,7 @@ void RotaryEmbeddingImpl::reset() {
   TORCH_CHECK(
       options.max_position_embeddings() > 0,
       "posenc::RotaryEmbedding: expected a positive max_position_embeddings, got ", options.max_position_embeddings());
-  pair_axes_.clear();
-  if (!options.sections().empty()) {
-    pair_axes_ = mrope_pair_axes(options.sections(), options.interleaved_sections());
-    TORCH_CHECK(
-        2 * static_cast<int64_t>(pair_axes_.size()) == rotary_dim,
-        "posenc::RotaryEmbedding: expected sections that add up to rotary_dim / 2 = ", rotary_dim / 2, ", got ",
-        torch::IntArrayRef(options.sections()));
-  }
+  set_pairs(rotary_dim / 2);
   if (parameters_.contains("inv_freq")) {  // a second call; clones come without
     parameters_.erase("inv_freq");
   }
@@ -116,14 +109,49 @@ void RotaryEmbeddingImpl::reset() {
     const torch::InferenceMode no_inference(false);
     const RotaryFrequencies start = rotary_frequencies(rotary_dim, options.base(), options.scaling());
     attention_factor_ = start.attention_factor;
-    inv_freq = register_parameter("inv_freq", start.inv_freq.to(torch::kFloat32));
+    const Tensor of_pairs = detail::frequencies_of_pairs(start.inv_freq, options.pair_frequencies());
+    inv_freq = register_parameter("inv_freq", of_pairs.to(torch::kFloat32));
     return;
   }
   inv_freq = Tensor();
   // Cloneable resets every clone: it keeps the tables it shares with the original.
-  const auto [base, length] = std::pair(options.base(), options.max_position_embeddings());
-  if (tables_ == nullptr || !tables_->serves(rotary_dim, base, options.scaling(), length)) {
-    tables_ = std::make_shared<detail::RotaryTableCache>(rotary_dim, base, options.scaling(), length);
+  detail::RotaryTableSource source{rotary_dim, options.base(), options.scaling(), options.pair_frequencies()};
+  const int64_t length = options.max_position_embeddings();
+  if (tables_ == nullptr || !tables_->serves(source, length)) {
+    tables_ = std::make_shared<detail::RotaryTableCache>(std::move(source), length);
+  }
+}
+
+void RotaryEmbeddingImpl::set_pairs(int64_t num_pairs) {
+  pair_axes_.clear();
+  num_axes_ = 1;
+  TORCH_CHECK(
+      options.sections().empty() || options.pair_axes().empty(), kName,
+      ": expected sections or pair_axes, got both: ", torch::IntArrayRef(options.sections()), " and ",
+      torch::IntArrayRef(options.pair_axes()));
+  if (!options.sections().empty()) {
+    pair_axes_ = mrope_pair_axes(options.sections(), options.interleaved_sections());
+    num_axes_ = static_cast<int64_t>(options.sections().size());
+    TORCH_CHECK(
+        static_cast<int64_t>(pair_axes_.size()) == num_pairs,
+        "posenc::RotaryEmbedding: expected sections that add up to rotary_dim / 2 = ", num_pairs, ", got ",
+        torch::IntArrayRef(options.sections()));
+  }
+  const auto check_pairs = [num_pairs](const char* name, torch::IntArrayRef values, int64_t end) {
+    TORCH_CHECK(
+        static_cast<int64_t>(values.size()) == num_pairs &&
+            std::all_of(values.begin(), values.end(), [end](int64_t value) { return value >= 0 && value < end; }),
+        kName, ": expected ", name, " to be rotary_dim / 2 = ", num_pairs, " values of 0 to ", end - 1, ", got ",
+        values);
+  };
+  if (!options.pair_axes().empty()) {
+    constexpr int64_t kMostAxes = 4;  // of the operators
+    check_pairs("pair_axes", options.pair_axes(), kMostAxes);
+    pair_axes_ = options.pair_axes();
+    num_axes_ = 1 + *std::max_element(pair_axes_.begin(), pair_axes_.end());
+  }
+  if (!options.pair_frequencies().empty()) {
+    check_pairs("pair_frequencies", options.pair_frequencies(), num_pairs);
   }
 }
 
@@ -153,7 +181,7 @@ std::tuple<Tensor, Tensor> RotaryEmbeddingImpl::forward(
   const Tensor q_view = detail::reordered(q, layout);
   const auto [cos, sin] = tables_for(q_view, positions, seq_len);
   auto [q_out, k_out] = rotary_embedding_qk(
-      q_view, detail::reordered(k, layout), cos, sin, positions, options.interleaved(), /*conjugate=*/false,
+      q_view, detail::reordered(k, layout), cos, sin, positions, options.interleaved(), options.conjugate(),
       axes_for(positions));
   return {detail::reordered(q_out, layout), detail::reordered(k_out, layout)};
 }
@@ -166,7 +194,7 @@ Tensor RotaryEmbeddingImpl::rotate(
   const Tensor view = detail::reordered(x, options.layout());
   const auto [cos, sin] = tables_for(view, positions, seq_len);
   return detail::reordered(
-      rotary_embedding(view, cos, sin, positions, options.interleaved(), /*conjugate=*/false, axes_for(positions)),
+      rotary_embedding(view, cos, sin, positions, options.interleaved(), options.conjugate(), axes_for(positions)),
       options.layout());
 }
 
@@ -181,14 +209,14 @@ void RotaryEmbeddingImpl::forward_(
   Tensor k_view = detail::reordered(k, options.layout());
   const auto [cos, sin] = tables_for(q_view, positions, seq_len);
   rotary_embedding_qk_(
-      q_view, k_view, cos, sin, positions, options.interleaved(), /*conjugate=*/false, axes_for(positions));
+      q_view, k_view, cos, sin, positions, options.interleaved(), options.conjugate(), axes_for(positions));
 }
 
 void RotaryEmbeddingImpl::rotate_(Tensor& x, const std::optional<Tensor>& positions, std::optional<int64_t> seq_len) {
   detail::check_input(kName, "x", x, options);
   Tensor view = detail::reordered(x, options.layout());
   const auto [cos, sin] = tables_for(view, positions, seq_len);
-  rotary_embedding_(view, cos, sin, positions, options.interleaved(), /*conjugate=*/false, axes_for(positions));
+  rotary_embedding_(view, cos, sin, positions, options.interleaved(), options.conjugate(), axes_for(positions));
 }
 
 std::tuple<Tensor, Tensor, Tensor> RotaryEmbeddingImpl::forward_qkv(
@@ -215,7 +243,7 @@ std::tuple<Tensor, Tensor, Tensor> RotaryEmbeddingImpl::forward_qkv(
   const Tensor tokens = stacked ? view.select(-3, 0) : view.unsqueeze(-2);
   const auto [cos, sin] = tables_for(tokens, positions, seq_len);
   const auto [q, k, v] = rotary_embedding_qkv(
-      view, num_q_heads, num_kv_heads, cos, sin, positions, options.interleaved(), /*conjugate=*/false,
+      view, num_q_heads, num_kv_heads, cos, sin, positions, options.interleaved(), options.conjugate(),
       axes_for(positions));
   return {detail::reordered(q, layout), detail::reordered(k, layout), detail::reordered(v, layout)};
 }
@@ -226,9 +254,8 @@ torch::IntArrayRef RotaryEmbeddingImpl::axes_for(const std::optional<Tensor>& po
     return {};
   }
   TORCH_CHECK(
-      positions->size(0) == static_cast<int64_t>(options.sections().size()), kName,
-      ": expected positions with an axis for each of the ", options.sections().size(), " sections in front, got ",
-      positions->sizes());
+      positions->size(0) == num_axes_, kName, ": expected positions with an axis for each of the ", num_axes_,
+      options.sections().empty() ? " axes of pair_axes" : " sections", " in front, got ", positions->sizes());
   return pair_axes_;
 }
 
@@ -252,9 +279,18 @@ void RotaryEmbeddingImpl::pretty_print(std::ostream& stream) const {
          << ", interleaved=" << options.interleaved() << ", layout=" << detail::name_of(options.layout())
          << ", scaling=" << to_string(options.scaling())
          << ", learnable_frequencies=" << options.learnable_frequencies();
-  if (!pair_axes_.empty()) {
+  if (!options.sections().empty()) {
     stream << ", sections=" << torch::IntArrayRef(options.sections())
            << ", interleaved_sections=" << options.interleaved_sections();
+  }
+  if (!options.pair_axes().empty()) {
+    stream << ", pair_axes=" << torch::IntArrayRef(options.pair_axes());
+  }
+  if (!options.pair_frequencies().empty()) {
+    stream << ", pair_frequencies=" << torch::IntArrayRef(options.pair_frequencies());
+  }
+  if (options.conjugate()) {
+    stream << ", conjugate=" << options.conjugate();
   }
   stream << ")";
 }

@@ -114,9 +114,9 @@ RotaryFrequencies rotary_frequencies(int64_t rotary_dim, double base, const Yarn
   check_length(kPlan, "original_max_position_embeddings", scaling.original_max_position_embeddings);
   check_positive(kPlan, "beta_slow", scaling.beta_slow);
   TORCH_CHECK(
-      scaling.beta_fast > scaling.beta_slow && std::isfinite(scaling.beta_fast),
-      "posenc::rotary_frequencies: YaRN: expected a finite beta_fast above beta_slow = ", scaling.beta_slow, ", got ",
-      scaling.beta_fast);
+      scaling.beta_fast >= scaling.beta_slow && std::isfinite(scaling.beta_fast),
+      "posenc::rotary_frequencies: YaRN: expected a finite beta_fast of at least beta_slow = ", scaling.beta_slow,
+      ", got ", scaling.beta_fast);
   TORCH_CHECK(base > 1, "posenc::rotary_frequencies: YaRN: expected a base above 1, got ", base);
   const Tensor inv_freq = rotary_inv_freq(rotary_dim, base);
   const auto dim = static_cast<double>(rotary_dim);

@@ -336,6 +336,64 @@ TEST(RotaryEmbeddingSections, ThatDoNotFitAreErrors) {
       {"without pair_axes", "got [3, 2, 5]"});
 }
 
+TEST(RotaryEmbeddingPairs, ReadTheirAxesAndFrequencies) {
+  RotaryEmbedding rope(RotaryEmbeddingOptions(8).pair_axes({0, 0, 1, 1}).pair_frequencies({0, 2, 0, 2}));
+  const at::Tensor x = at::randn({1, 3, 2, 8}, at::kDouble);
+  const at::Tensor positions = at::tensor({{3, 1, 4}, {1, 5, 9}}, at::kLong);
+  const at::Tensor of_pairs = positions.index_select(0, at::tensor({0, 0, 1, 1})).t().to(at::kDouble);  // [3, 4]
+  const at::Tensor angles = of_pairs * at::tensor({1.0, 0.01, 1.0, 0.01}, at::kDouble);  // 10000^(-2i/8) for i = 0, 2
+  const at::Tensor cos = angles.cos().unsqueeze(1);
+  const at::Tensor sin = angles.sin().unsqueeze(1);
+  const auto halves = x.chunk(2, -1);
+  const at::Tensor expected = at::cat({halves[0] * cos - halves[1] * sin, halves[0] * sin + halves[1] * cos}, -1);
+  EXPECT_TRUE(at::allclose(rope->rotate(x, positions.unsqueeze(1)), expected, 1e-12, 1e-12));
+}
+
+TEST(RotaryEmbeddingPairs, AreLearntFromTheirFrequencies) {
+  RotaryEmbedding rope(RotaryEmbeddingOptions(8).pair_frequencies({0, 2, 0, 2}).learnable_frequencies(true));
+  EXPECT_TRUE(at::allclose(rope->inv_freq.detach(), at::tensor({1.0f, 0.01f, 1.0f, 0.01f})));
+}
+
+TEST(RotaryEmbeddingPairs, ThatDoNotFitAreErrors) {
+  const auto make = [](RotaryEmbeddingOptions options) { RotaryEmbedding{std::move(options)}; };
+  expect_error(
+      [&] { make(RotaryEmbeddingOptions(8).pair_axes({0, 1, 0})); }, {"pair_axes", "4 values of 0 to 3", "[0, 1, 0]"});
+  expect_error([&] { make(RotaryEmbeddingOptions(8).pair_axes({0, 1, 0, 4})); }, {"pair_axes", "[0, 1, 0, 4]"});
+  expect_error(
+      [&] { make(RotaryEmbeddingOptions(8).pair_frequencies({0, 1, -1, 2})); }, {"pair_frequencies", "[0, 1, -1, 2]"});
+  expect_error(
+      [&] { make(RotaryEmbeddingOptions(8).pair_axes({0, 1, 0, 1}).sections({2, 2})); },
+      {"sections or pair_axes", "both"});
+  RotaryEmbedding rope(RotaryEmbeddingOptions(8).pair_axes({0, 1, 0, 1}));
+  expect_error(
+      [&] { rope->rotate(at::zeros({2, 5, 4, 8}), at::zeros({3, 2, 5}, at::kLong)); },
+      {"axis for each of the 2 axes of pair_axes", "got [3, 2, 5]"});
+}
+
+TEST(RotaryEmbeddingConjugate, TurnsBackInEveryMethod) {
+  RotaryEmbedding rope(RotaryEmbeddingOptions{8});
+  RotaryEmbedding back(RotaryEmbeddingOptions(8).conjugate(true));
+  const at::Tensor x = at::randn({2, 5, 3, 8}, at::kDouble);
+  const auto expect_x = [&x](const at::Tensor& y) { EXPECT_TRUE(at::allclose(y, x, 1e-12, 1e-12)); };
+  const at::Tensor turned = rope->rotate(x);
+  EXPECT_FALSE(at::allclose(turned, x));
+  expect_x(back->rotate(turned));
+  const auto [q, k] = back->forward(turned, turned);
+  expect_x(q);
+  expect_x(k);
+  const auto qkv = back->forward_qkv(at::stack({turned, turned, x}, 2), 3, 3);
+  expect_x(std::get<0>(qkv));
+  expect_x(std::get<1>(qkv));
+  at::Tensor in_place = turned.clone();
+  back->rotate_(in_place);
+  expect_x(in_place);
+  at::Tensor other = turned.clone();
+  in_place = turned.clone();
+  back->forward_(in_place, other);
+  expect_x(in_place);
+  expect_x(other);
+}
+
 TEST(RotaryEmbeddingPackedProjection, ThatDoesNotFitIsAnError) {
   RotaryEmbedding rope(RotaryEmbeddingOptions{kHeadDim});
   const auto expect_rejected = [&](const at::Tensor& qkv, int64_t q_heads, int64_t kv_heads) {
@@ -715,6 +773,10 @@ TEST(RotaryEmbeddingSubmodule, PrintsItsOptions) {
         "interleaved=true", "layout=bhsd", "learnable_frequencies=false"}) {
     EXPECT_NE(text.find(part), std::string::npos) << "'" << part << "' is not in: " << text;
   }
+  std::ostringstream of_pairs;
+  of_pairs << *RotaryEmbedding(RotaryEmbeddingOptions(4).pair_axes({0, 1}).pair_frequencies({0, 0}).conjugate(true));
+  EXPECT_NE(of_pairs.str().find("pair_axes=[0, 1], pair_frequencies=[0, 0], conjugate=true)"), std::string::npos)
+      << of_pairs.str();
 }
 
 }  // namespace

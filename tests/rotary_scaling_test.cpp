@@ -119,6 +119,17 @@ TEST(RotaryScalingValues, OfYarnTakeEveryOption) {
   expect_frequencies(posenc::rotary_frequencies(8, 10000, yarn(2, 4)), data::kYarnWithOneBoundary);
 }
 
+TEST(RotaryScalingValues, OfYarnMayHaveEqualBetas) {
+  // Kimi-K2: c(1) = 64 ln(4096 / (2 pi)) / (2 ln 50000) = 19.17, so that pair 19 is the last one left alone and pair 20
+  // the first one divided by 32.
+  YarnScaling scaling = yarn(32, 4096);
+  scaling.beta_fast = scaling.beta_slow = 1;
+  const at::Tensor plain = posenc::rotary_inv_freq(64, 50000);
+  const at::Tensor divided = at::arange(32).ge(20);
+  const at::Tensor expected = at::where(divided, plain / 32, plain);
+  EXPECT_TRUE(at::allclose(posenc::rotary_frequencies(64, 50000, scaling).inv_freq, expected, 1e-14, 0));
+}
+
 TEST(RotaryScalingValues, OfYarnNeedBothMscales) {
   YarnScaling scaling = yarn(40, 4096);
   const double alone = posenc::rotary_frequencies(64, 10000, scaling).attention_factor;
@@ -246,8 +257,8 @@ TEST(RotaryScalingErrors, NameBoundariesOfYarn) {
   YarnScaling scaling = yarn(4, 4096);
   scaling.beta_slow = 0;
   expect_plan_error(scaling, {"YaRN", "beta_slow", "got 0"});
-  scaling.beta_slow = 32;
-  expect_plan_error(scaling, {"YaRN", "beta_fast", "beta_slow = 32", "got 32"});
+  scaling.beta_slow = 33;
+  expect_plan_error(scaling, {"YaRN", "beta_fast", "beta_slow = 33", "got 32"});
   scaling = yarn(4, 4096);
   scaling.attention_factor = -1;
   expect_plan_error(scaling, {"YaRN", "attention_factor", "got -1"});

@@ -83,7 +83,7 @@ struct StaticNtkScaling {
 struct YarnScaling {
   double factor = 1.0;
   int64_t original_max_position_embeddings = 0;
-  double beta_fast = 32.0;  ///< Pairs that turn more often are left alone. More than `beta_slow`.
+  double beta_fast = 32.0;  ///< Pairs that turn more often are left alone. At least `beta_slow`.
   double beta_slow = 1.0;   ///< Pairs that turn less often are interpolated.
   bool truncate = true;     ///< Take floor and ceil in lo and hi.
   /// Default: m(mscale)/m(mscale_all_dim) where both are given and not zero, else m(1), with m(k) = 0.1 k ln s + 1, or

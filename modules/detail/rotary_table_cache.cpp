@@ -13,14 +13,17 @@ namespace posenc::detail {
 
 using torch::Tensor;
 
-RotaryTableCache::RotaryTableCache(int64_t rotary_dim, double base, RotaryScaling scaling, int64_t initial_length)
-    : rotary_dim_(rotary_dim), base_(base), scaling_(std::move(scaling)), initial_length_(initial_length) {
+Tensor frequencies_of_pairs(const Tensor& inv_freq, const std::vector<int64_t>& pair_frequencies) {
+  return pair_frequencies.empty() ? inv_freq : inv_freq.index_select(0, torch::tensor(pair_frequencies));
+}
+
+RotaryTableCache::RotaryTableCache(RotaryTableSource source, int64_t initial_length)
+    : source_(std::move(source)), initial_length_(initial_length) {
   find_or_add_set(0);  // so that bad options are an error now
 }
 
-bool RotaryTableCache::serves(int64_t rotary_dim, double base, const RotaryScaling& scaling, int64_t initial_length)
-    const {
-  return rotary_dim_ == rotary_dim && base_ == base && scaling_ == scaling && initial_length_ == initial_length;
+bool RotaryTableCache::serves(const RotaryTableSource& source, int64_t initial_length) const {
+  return source_ == source && initial_length_ == initial_length;
 }
 
 std::tuple<Tensor, Tensor> RotaryTableCache::get(int64_t seq_len, const torch::Device& device, torch::Dtype dtype) {
@@ -58,7 +61,7 @@ int64_t RotaryTableCache::length(const torch::Device& device, torch::Dtype dtype
 }
 
 RotaryTableCache::Set& RotaryTableCache::find_or_add_set(int64_t seq_len) {
-  const int64_t frequency_length = rotary_frequency_length(scaling_, seq_len);
+  const int64_t frequency_length = rotary_frequency_length(source_.scaling, seq_len);
   const auto found = std::find_if(
       sets_.begin(), sets_.end(), [=](const Set& set) { return set.frequency_length == frequency_length; });
   if (found != sets_.end()) {
@@ -66,11 +69,12 @@ RotaryTableCache::Set& RotaryTableCache::find_or_add_set(int64_t seq_len) {
     return sets_.front();
   }
   // Frequencies of one length serve no longer sequence: their tables need not have rows to spare.
-  const auto* dynamic = std::get_if<DynamicNtkScaling>(&scaling_);
+  const auto* dynamic = std::get_if<DynamicNtkScaling>(&source_.scaling);
   const bool of_one_length = dynamic != nullptr && frequency_length > dynamic->max_position_embeddings;
   const torch::InferenceMode no_inference(false);
   const torch::NoGradGuard no_grad;
-  RotaryFrequencies frequencies = rotary_frequencies(rotary_dim_, base_, scaling_, seq_len);
+  RotaryFrequencies frequencies = rotary_frequencies(source_.rotary_dim, source_.base, source_.scaling, seq_len);
+  frequencies.inv_freq = frequencies_of_pairs(frequencies.inv_freq, source_.pair_frequencies);
   return sets_.emplace_front(
       Set{frequency_length,
           std::move(frequencies),

@@ -12,6 +12,22 @@
 
 namespace posenc::detail {
 
+/// What tables are computed from.
+struct RotaryTableSource {
+  int64_t rotary_dim;
+  double base;
+  RotaryScaling scaling;
+  std::vector<int64_t> pair_frequencies;  // see RotaryEmbeddingOptions
+
+  friend bool operator==(const RotaryTableSource& a, const RotaryTableSource& b) {
+    return std::tie(a.rotary_dim, a.base, a.scaling, a.pair_frequencies) ==
+        std::tie(b.rotary_dim, b.base, b.scaling, b.pair_frequencies);
+  }
+};
+
+/// The frequency of each pair: `inv_freq[pair_frequencies[j]]`, or `inv_freq` where `pair_frequencies` is empty.
+torch::Tensor frequencies_of_pairs(const torch::Tensor& inv_freq, const std::vector<int64_t>& pair_frequencies);
+
 /// The tables of one plan, by set of frequencies, device and dtype. Safe to use from several threads.
 ///
 /// Tables are never replaced in place nor freed while kernels in flight or captured graphs may read them. Where a plan
@@ -23,10 +39,10 @@ namespace posenc::detail {
 class RotaryTableCache {
  public:
   /// @param initial_length  rows of tables when they are first built, if no more are needed.
-  RotaryTableCache(int64_t rotary_dim, double base, RotaryScaling scaling, int64_t initial_length);
+  RotaryTableCache(RotaryTableSource source, int64_t initial_length);
 
   /// Whether these are the tables that the constructor would start with the same arguments.
-  bool serves(int64_t rotary_dim, double base, const RotaryScaling& scaling, int64_t initial_length) const;
+  bool serves(const RotaryTableSource& source, int64_t initial_length) const;
 
   /// `cos` and `sin` for a sequence of `seq_len` positions, and of at least as many rows.
   std::tuple<torch::Tensor, torch::Tensor> get(int64_t seq_len, const torch::Device& device, torch::Dtype dtype);
@@ -62,9 +78,7 @@ class RotaryTableCache {
   static const Table* find(const Set& set, const torch::Device& device, torch::Dtype dtype);
   static const Table& find_or_build(Set& set, int64_t length, const torch::Device& device, torch::Dtype dtype);
 
-  int64_t rotary_dim_;
-  double base_;
-  RotaryScaling scaling_;
+  RotaryTableSource source_;
   int64_t initial_length_;
   mutable std::mutex mutex_;
   std::list<Set> sets_;  // the one last used first

@@ -37,23 +37,29 @@ struct POSENC_API RotaryEmbeddingOptions {
 
   /// The options of a published model, from its Hugging Face `config.json`.
   ///
-  /// Read are the size of a head (`head_dim`, else `hidden_size / num_attention_heads`; `qk_rope_head_dim` for
-  /// multi-head latent attention), the base (`rope_theta`), the part that is rotated (`partial_rotary_factor`,
-  /// `rotary_pct`, `rotary_dim`), the pairing (`rope_interleave`, else by `model_type`: GPT-J, Cohere, GLM, Llama 4,
-  /// DeepSeek and others interleave), and the plan (`rope_parameters` or `rope_scaling`: default, linear, dynamic,
-  /// yarn, llama3, longrope and its old name su, proportional, mrope with `mrope_section` and `mrope_interleaved`). The
-  /// text model of a `text_config` is taken.
-  /// Where a file leaves out what its `model_type` implies, the defaults of transformers apply; a missing `rope_theta`
-  /// is 10000.
+  /// What a file leaves out is what its `model_type` implies in transformers 5.24: some 360 of them are known, with
+  /// their pairing, base, plan, size of a head, part that is rotated, axes, and layers without rotation
+  /// (`modules/detail/hf_models.json`). Of the file are read
+  /// - the size of a head: `head_dim`, else `hidden_size / num_attention_heads`; `qk_rope_head_dim` for multi-head
+  ///   latent attention, which rotates a tensor of its own;
+  /// - the base, `rope_theta`, and the part that is rotated, `partial_rotary_factor`;
+  /// - the plan, `rope_parameters` or `rope_scaling`: default, linear, dynamic, ntk, yarn, llama3, longrope and its old
+  ///   name su, proportional, mrope with `mrope_section`; a field of another plan is a warning in the log;
+  ///
+  /// and older names of these. An unknown `model_type` needs a field of rotary embedding in the file, and gets half
+  /// pairing and a warning. Of a model with several parts the text model is taken, from `text_config` and the like; a
+  /// vision encoder is a file of its own, `vision_config`.
   ///
   /// `max_position_embeddings` becomes that of the file, at most 131072 (64 MiB of tables at 128 channels); tables grow
   /// beyond it as described there.
   ///
   /// @param path_or_json  a path, or the text of the file: what begins with `{`.
   /// @param layer_type  for models with other frequencies in some layers (Gemma 3: `full_attention` and
-  ///   `sliding_attention`): which of them.
+  ///   `sliding_attention`): which of them. Or the number of a layer, "3", where `layer_types`, `no_rope_layers` or
+  ///   `layer_rope_theta` list all of them. Default: the layers that are rotated, where these are alike.
   /// @throws c10::Error  on a file that cannot be read, malformed JSON, missing or mistyped fields, an unknown type of
-  ///   plan or layer, each named; and where the library was built without nlohmann_json.
+  ///   plan or layer, layers that are not rotated, a model without rotary embedding or with one that the options cannot
+  ///   express, each named; and where the library was built without nlohmann_json.
   ///
   /// Example:
   /// ```
@@ -83,6 +89,14 @@ struct POSENC_API RotaryEmbeddingOptions {
   TORCH_ARG(std::vector<int64_t>, sections);
   /// The sections are interleaved (Qwen3-VL), not one after the other (Qwen2-VL). Default: false.
   TORCH_ARG(bool, interleaved_sections) = false;
+  /// Axis of multi-axis positions that each pair reads, R/2 values of 0 to 3, in place of `sections`: for axes that are
+  /// no sections (see `grid_pair_axes`). Default: none.
+  TORCH_ARG(std::vector<int64_t>, pair_axes);
+  /// Index of the frequency of each pair, R/2 values of 0 to R/2 - 1: pair j turns with frequency `pair_frequencies[j]`
+  /// of the plan. So axes can share frequencies, as in vision encoders. Default: none, pair j has frequency j.
+  TORCH_ARG(std::vector<int64_t>, pair_frequencies);
+  /// Rotates by minus the angle, `-position * frequency` (nanochat). Default: false.
+  TORCH_ARG(bool, conjugate) = false;
   /// The inverse frequencies are a parameter, `inv_freq`. Default: false.
   TORCH_ARG(bool, learnable_frequencies) = false;
 };
@@ -125,7 +139,8 @@ class POSENC_API RotaryEmbeddingImpl : public detail::KeepsDtype<RotaryEmbedding
   /// @param positions  `[S]`, `[B, S]` (`[T]` for `Layout::thd`), int32 or int64, on the device of `q`. Default:
   ///   token s is at position s. Positions on a CPU grow the tables as needed; a negative one is an error. Those on a GPU
   ///   cannot be read without waiting for it: they must be below `max_position_embeddings` or what `reserve` was given.
-  ///   Beyond that, and below 0, they give NaN. With `sections` there may be an axis for each of them in front, `[A, B, S]` (`[A, T]`);
+  ///   Beyond that, and below 0, they give NaN. With `sections` or `pair_axes` there may be an axis in front,
+  ///   `[A, B, S]` (`[A, T]`);
   ///   fewer dimensions, or no positions, mean the same position on every axis, as plain text has it.
   /// @param seq_len  positions of the sequence: more than any of `positions`, at least the tokens of q without them.
   ///   Tables get as many rows. Needed for positions on a GPU where frequencies depend on the length; not read by
@@ -209,7 +224,10 @@ class POSENC_API RotaryEmbeddingImpl : public detail::KeepsDtype<RotaryEmbedding
       {3, torch::nn::AnyValue(std::optional<int64_t>())})
 
  private:
-  std::vector<int64_t> pair_axes_;                    // of the sections
+  void set_pairs(int64_t num_pairs);
+
+  std::vector<int64_t> pair_axes_;                    // of the sections, or those of the options
+  int64_t num_axes_ = 1;                              // of positions, as many as pair_axes_ reads
   std::shared_ptr<detail::RotaryTableCache> tables_;  // where frequencies are fixed
   double attention_factor_ = 1.0;                     // where they are learnable
   int64_t rows_on_device_ = 0;                        // there too: of the tables for positions on a GPU
