@@ -170,9 +170,9 @@ TEST_P(AlibiAttentionPackedMemory, GrowsWithTheTokensWhateverTheirDistribution) 
     return peak_of_both_passes(make_attention_inputs(c, {GetParam(), at::kFloat}));
   };
   const int64_t alike = peak_of(std::vector<int64_t>(16, kTokens / 16));
-  // On a GPU a batch of padded length L has room for as many sequences as may be of that length: twice the tokens, and
-  // as many entries as are rounded up to.
-  const double factor = GetParam() == at::kCPU ? 1.5 : 3;
+  // On a GPU a batch of padded length L has room for as many sequences as may be of that length, twice the tokens, and
+  // their number is rounded up by up to a quarter. To that come the results.
+  const double factor = GetParam() == at::kCPU ? 1.5 : 4;
   const auto expect_bounded = [&](const char* name, const std::vector<int64_t>& lengths) {
     EXPECT_LE(static_cast<double>(peak_of(lengths)), factor * static_cast<double>(alike)) << name;
   };

@@ -83,8 +83,23 @@ std::tuple<at::Tensor, at::Tensor> attend_with_lse(const AttentionInputs& in) {
 
 at::Tensor slope_sums(const AttentionInputs& in, const at::Tensor& grad, const at::Tensor& lse) {
   const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("posenc::alibi_attention_slope_sums", "");
+  const ALiBiAttentionOptions& o = in.options;
   std::vector<c10::IValue> stack{
-      grad, in.q, in.k, in.v, in.slopes, lse, in.options.scale(), in.options.causal(), in.options.query_offset()};
+      grad,
+      in.q,
+      in.k,
+      in.v,
+      in.slopes,
+      lse,
+      o.scale(),
+      o.causal(),
+      o.query_offset(),
+      o.seqlens_q(),
+      o.seqlens_k(),
+      o.cu_seqlens_q(),
+      o.cu_seqlens_k(),
+      o.max_seqlen_q(),
+      o.max_seqlen_k()};
   op.callBoxed(stack);
   return stack.at(0).toTensor();
 }

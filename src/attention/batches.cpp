@@ -118,19 +118,19 @@ PackedBatches::PackedBatches(const contract::AlibiAttention& call, int64_t q_tok
           call.cu_seqlens_k.is_same(call.cu_seqlens_q) && call.k_len == call.q_len && k_tokens == q_tokens
               ? of_q_
               : Sequences(call.cu_seqlens_k, k_tokens, call.k_len)) {
+  if (of_q_.broken.defined()) {
+    const Tensor broken = of_q_.broken.logical_or(of_k_.broken);
+    of_q_.lengths = of_q_.lengths.masked_fill(broken, 0);
+    of_k_.lengths = of_k_.lengths.masked_fill(broken, 0);
+    broken_q_ = broken.index_select(0, of_q_.sequence);
+    broken_k_ = broken.index_select(0, of_k_.sequence);
+  }
   if (call.batch == 0 || call.q_len == 0 || call.k_len == 0 || q_tokens == 0 || k_tokens == 0) {
     return;
   }
   if (of_q_.begins.is_cpu()) {
     divide_on_cpu();
-    return;
-  }
-  const Tensor broken = of_q_.broken.logical_or(of_k_.broken);
-  of_q_.lengths = of_q_.lengths.masked_fill(broken, 0);
-  of_k_.lengths = of_k_.lengths.masked_fill(broken, 0);
-  of_q_.broken = broken.index_select(0, of_q_.sequence);
-  of_k_.broken = broken.index_select(0, of_k_.sequence);
-  if (call.batch * (call.q_len + call.k_len) <= 2 * (q_tokens + k_tokens)) {
+  } else if (call.batch * (call.q_len + call.k_len) <= 2 * (q_tokens + k_tokens)) {
     extents_.push_back({{}, {}, call.batch, call.q_len, call.k_len});
   } else {
     divide_by_capacity(call.q_len, call.k_len);

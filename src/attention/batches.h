@@ -60,15 +60,15 @@ class PackedBatches {
 
   /// Bool `[Tq]` and `[Tk]`: tokens of sequences that are longer than `max_seqlen` or not within the tensors. Undefined
   /// on a CPU, where such lengths are errors.
-  const at::Tensor& broken_q() const { return of_q_.broken; }
-  const at::Tensor& broken_k() const { return of_k_.broken; }
+  const at::Tensor& broken_q() const { return broken_q_; }
+  const at::Tensor& broken_k() const { return broken_k_; }
 
  private:
   /// All sequences of queries or of keys.
   struct Sequences {
     at::Tensor begins, lengths;   // int64 [N]
     at::Tensor sequence, offset;  // int64 [T]: of each token; the offset is -1 for tokens of no sequence
-    at::Tensor broken;            // bool [N] at first, then [T]
+    at::Tensor broken;            // bool [N]; undefined on a CPU
 
     Sequences(const at::Tensor& cu_seqlens, int64_t tokens, int64_t max_len);
   };
@@ -86,6 +86,7 @@ class PackedBatches {
 
   int64_t q_tokens_, k_tokens_;
   Sequences of_q_, of_k_;
+  at::Tensor broken_q_, broken_k_;
   at::Tensor order_;  // int64 [N]: sequences in the order of batches; undefined: one batch in their own order
   at::Tensor rank_;   // int64 [N]: the place of each sequence in `order_`
   std::vector<Extent> extents_;

@@ -94,7 +94,7 @@ Tensor zeros_behind(const Tensor& x, const Tensor& seqlens, int64_t dim) {
   std::vector<int64_t> sizes(x.dim(), 1);
   sizes[0] = x.size(0);
   sizes[dim] = x.size(dim);
-  return x.masked_fill(behind.view(sizes), 0);
+  return x.clone().masked_fill_(behind.view(sizes), 0);  // clone() keeps the memory layout, masked_fill() would not
 }
 
 /// A call of padded tensors, with zeros behind the lengths: NaN there would reach other rows as 0 * NaN.

@@ -106,6 +106,12 @@ def attention_backward(i, make=attention, **kw):
     return Sample(torch.ones_like(out), torch.ones_like(lse), q, k, v, slopes, out, lse, **kw)
 
 
+def attention_double_backward(i, make=attention, **kw):
+    backward = attention_backward(i, make, **kw)
+    grad_out, grad_lse, q, k, v, slopes, _, _ = backward.args
+    return Sample(q.cos(), k.cos(), v.cos(), slopes.cos(), grad_out, grad_lse, q, k, v, slopes, **backward.kwargs)
+
+
 def attention_slope_sums(i, **kw):
     forward = attention(i, **kw)
     q, k, v, slopes = (x.detach() for x in forward.args)
@@ -207,6 +213,12 @@ CASES = {
         lambda i: attention_backward(i, scale=0.5, causal=True, query_offset=1),
         lambda i: attention_backward(i, seqlens_q=i.integers([3, 2]), seqlens_k=i.integers([2, 3])),
         lambda i: attention_backward(i, packed_attention, causal=True),
+    ],
+    "alibi_attention_double_backward": [
+        lambda i: attention_double_backward(i),
+        lambda i: attention_double_backward(i, scale=0.5, causal=True, query_offset=1),
+        lambda i: attention_double_backward(i, seqlens_q=i.integers([3, 2]), seqlens_k=i.integers([2, 3])),
+        lambda i: attention_double_backward(i, packed_attention, causal=True),
     ],
     "alibi_attention_slope_sums": [
         lambda i: attention_slope_sums(i),

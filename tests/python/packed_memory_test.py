@@ -12,8 +12,10 @@ from support import OnDevice, main
 
 import torch
 
-HEADS, HEAD_DIM = 2, 32
-MOST = 2.0  # times the peak of one padded sequence of as many tokens
+HEADS, HEAD_DIM = 2, 128
+# Times the peak of one padded sequence of as many tokens. On a GPU, where the host does not see the lengths, a batch of
+# padded length L has room for as many sequences as may be of that length: twice the tokens, and rounded up.
+MOST = {"cpu": 2.0, "cuda": 6.0}
 
 
 def cuts(lengths):
@@ -78,7 +80,7 @@ class PackedMemory(OnDevice):
                 padded = self.peak(lengths, packed=False, dtype=dtype, **kw)
                 packed = self.peak(lengths, packed=True, dtype=dtype, **kw)
                 self.assertGreater(padded, sum(lengths) * HEADS * HEAD_DIM * dtype.itemsize)
-                self.assertLessEqual(packed, MOST * padded, f"{packed / padded:.1f} times as much as padded")
+                self.assertLessEqual(packed, MOST[self.device] * padded, f"{packed / padded:.1f} times as much as padded")
 
     def test_float32(self):
         self.check(torch.float32)
