@@ -38,7 +38,7 @@ elseif(POSENC_SANITIZE STREQUAL "undefined")
   set(sanitize -fsanitize=undefined -fno-sanitize=vptr -fno-sanitize-recover=all)
 elseif(POSENC_SANITIZE STREQUAL "thread")
   # GCC warns of the fences in LibTorch's headers, which ThreadSanitizer does not see.
-  set(sanitize -fsanitize=thread $<$<AND:$<COMPILE_LANGUAGE:CXX>,$<CXX_COMPILER_ID:GNU>>:-Wno-tsan>)
+  set(sanitize -fsanitize=thread $<$<CXX_COMPILER_ID:GNU>:-Wno-tsan>)
 elseif(POSENC_SANITIZE)
   message(FATAL_ERROR "POSENC_SANITIZE is '${POSENC_SANITIZE}'; expected empty, address, undefined or thread")
 endif()
