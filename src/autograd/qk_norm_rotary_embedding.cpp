@@ -1,6 +1,7 @@
 #include <autograd/detail/node.h>
 #include <autograd/detail/record.h>
 #include <contract/qk_norm_rotary_embedding.h>
+#include <meta/detail/symbolic.h>
 #include <ops/qk_norm_rotary_embedding.h>
 #include <ops/rotary_embedding_tables_backward.h>
 #include <posenc/qk_norm_rotary_embedding.h>
@@ -12,6 +13,7 @@
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
 #include <functional>
 #include <tuple>
@@ -208,15 +210,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rotary_embedding_backward_aut
         grad_q, grad_k, q, k, q_weight, k_weight, cos, sin, positions, eps, unit_offset, interleaved, conjugate,
         pair_axes, weights_grad);
   }
-  contract::check_qk_norm_rotary_backward(
-      {{"posenc::qk_norm_rotary_embedding_backward", cos, sin, positions, interleaved, conjugate, pair_axes},
-       q,
-       k,
-       q_weight,
-       k_weight,
-       eps,
-       unit_offset},
-      grad_q, grad_k);
+  if (!std::any_of(differentiable.begin(), differentiable.end(), meta::has_symbolic_sizes) &&
+      !(positions.has_value() && meta::has_symbolic_sizes(*positions))) {
+    contract::check_qk_norm_rotary_backward(
+        {{"posenc::qk_norm_rotary_embedding_backward", cos, sin, positions, interleaved, conjugate, pair_axes},
+         q,
+         k,
+         q_weight,
+         k_weight,
+         eps,
+         unit_offset},
+        grad_q, grad_k);
+  }
   const Tables tables{cos, sin, positions};
   const Settings settings{eps, unit_offset, interleaved, conjugate, pair_axes.vec()};
   const auto gradients_of = [&](const std::optional<Tensor>& grad, const Tensor& x, const Tensor& weight) {

@@ -1,5 +1,6 @@
 #include <autograd/detail/record.h>
 #include <contract/rotary_frequencies.h>
+#include <meta/detail/symbolic.h>
 #include <ops/rotary_tables_backward.h>
 
 #include <ATen/TensorOperators.h>
@@ -31,9 +32,11 @@ Tensor rotary_tables_backward_autograd(
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return rotary_tables_backward(grad_cos, grad_sin, cos, sin, dtype);
   }
-  contract::check_frequencies_backward({grad_cos, grad_sin, cos, sin, dtype});
+  if (!meta::any_symbolic({std::cref(grad_cos), std::cref(grad_sin), std::cref(cos), std::cref(sin)})) {
+    contract::check_frequencies_backward({grad_cos, grad_sin, cos, sin, dtype});
+  }
   const auto wide = [](const Tensor& tensor) { return tensor.to(at::kDouble); };
-  const Tensor positions = at::arange(cos.size(0), cos.options().dtype(at::kDouble)).unsqueeze(1);
+  const Tensor positions = at::arange(c10::Scalar(cos.sym_size(0)), cos.options().dtype(at::kDouble)).unsqueeze(1);
   return ((wide(cos) * wide(grad_sin) - wide(sin) * wide(grad_cos)) * positions).sum(0).to(dtype);
 }
 

@@ -48,7 +48,11 @@ PackedViews packed_views(
       ": expected ", name, " with a multiple of num_q_heads + 2 num_kv_heads channels, Hq = ", num_q_heads,
       " and Hk = ", num_kv_heads, ", got ", packed.sizes());
   const int64_t num_heads = num_q_heads + 2 * num_kv_heads;
-  const Tensor heads = packed.unflatten_symint(-1, {num_heads, channels / num_heads});
+  // A view, not unflatten, which has no rule for batched gradients.
+  std::vector<c10::SymInt> sizes = packed.sym_sizes().slice(0, packed.dim() - 1).vec();
+  sizes.emplace_back(num_heads);
+  sizes.push_back(channels / num_heads);
+  const Tensor heads = packed.view_symint(sizes);
   return {
       heads.narrow(-2, 0, num_q_heads), heads.narrow(-2, num_q_heads, num_kv_heads),
       heads.narrow(-2, num_q_heads + num_kv_heads, num_kv_heads)};

@@ -1,11 +1,9 @@
+#pragma once
+
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
 #include <ATen/functorch/BatchedFallback.h>
-#include <ATen/functorch/BatchedTensorImpl.h>
-#include <ATen/functorch/DynamicLayer.h>
-#include <ATen/functorch/PlumbingHelper.h>
 #include <ATen/ops/stack.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -13,9 +11,11 @@
 #include <utility>
 #include <vector>
 
-// torch.func.vmap and batched gradients. LibTorch's own fallback takes neither lists of tensors nor undefined results.
-namespace posenc {
-namespace {
+// vmap as a loop over the batch. LibTorch's own fallbacks take neither lists of tensors nor undefined results.
+//
+// `Level` is one level of a vmap: `Level(arguments)` finds it, `unwrapped(tensor)` is the tensor with its batch dimension
+// first, nullopt if it has none at this level, and `wrapped` undoes that.
+namespace posenc::functorch {
 
 using at::IValue;
 using at::Tensor;
@@ -23,7 +23,8 @@ using at::Tensor;
 /// The arguments of one call under vmap: each tensor with its batch dimension first, if it has one.
 class BatchedArguments {
  public:
-  BatchedArguments(c10::ArrayRef<IValue> arguments, int64_t level) {
+  template <typename Level>
+  BatchedArguments(c10::ArrayRef<IValue> arguments, const Level& level) {
     for (const IValue& argument : arguments) {
       Argument& added = arguments_.emplace_back();
       added.value = argument;
@@ -81,13 +82,14 @@ class BatchedArguments {
     std::vector<BatchFirst> tensors;
   };
 
-  BatchFirst batch_first(const Tensor& tensor, int64_t level) {
-    auto [value, dim] = at::functorch::unwrapTensorAtLevel(tensor, level);
-    if (!dim.has_value()) {
-      return {value, false};
+  template <typename Level>
+  BatchFirst batch_first(const Tensor& tensor, const Level& level) {
+    std::optional<Tensor> value = level.unwrapped(tensor);
+    if (!value.has_value()) {
+      return {tensor, false};
     }
-    batch_size_ = value.size(*dim);
-    return {value.movedim(*dim, 0), true};
+    batch_size_ = value->size(0);
+    return {std::move(*value), true};
   }
 
   std::vector<Argument> arguments_;
@@ -95,14 +97,15 @@ class BatchedArguments {
 };
 
 /// One result of the operator, of all elements of the batch in one tensor; undefined where the operator returns none.
-Tensor joined(const std::vector<Tensor>& elements, int64_t batch_size, int64_t level) {
+template <typename Level>
+Tensor joined(const std::vector<Tensor>& elements, int64_t batch_size, const Level& level) {
   if (!elements[0].defined()) {
     return {};
   }
-  return at::functorch::makeBatched(at::stack(elements).narrow(0, 0, batch_size), 0, level);
+  return level.wrapped(at::stack(elements).narrow(0, 0, batch_size));
 }
 
-void check_written_arguments(const c10::OperatorHandle& op, const BatchedArguments& arguments) {
+inline void check_written_arguments(const c10::OperatorHandle& op, const BatchedArguments& arguments) {
   for (size_t i = 0; i < op.schema().arguments().size(); ++i) {
     const c10::Argument& argument = op.schema().arguments()[i];
     TORCH_CHECK(
@@ -114,13 +117,10 @@ void check_written_arguments(const c10::OperatorHandle& op, const BatchedArgumen
 }
 
 /// Calls the operator for each element of the batch, and stacks the results.
+template <typename Level>
 void loop_over_batch(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
-  const auto layer = at::functorch::maybeCurrentDynamicLayer();
-  TORCH_INTERNAL_ASSERT(layer.has_value());
-  const int64_t level = layer->layerId();
-  const c10::impl::ExcludeDispatchKeyGuard below_vmap(c10::DispatchKey::FuncTorchBatched);
-
   const size_t num_arguments = op.schema().arguments().size();
+  const Level level(torch::jit::last(*stack, num_arguments));
   const BatchedArguments arguments(torch::jit::last(*stack, num_arguments), level);
   if (!arguments.batch_size().has_value()) {
     op.callBoxed(stack);
@@ -161,9 +161,8 @@ void loop_over_batch(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   }
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(posenc, FuncTorchBatched, m) {
+template <typename Level>
+void implement(torch::Library& m) {
   for (const char* op :
        {"rotary_embedding",
         "rotary_embedding_",
@@ -187,8 +186,8 @@ TORCH_LIBRARY_IMPL(posenc, FuncTorchBatched, m) {
         "alibi_attention",
         "alibi_attention_backward",
         "alibi_attention_slope_sums"}) {
-    m.impl(op, torch::CppFunction::makeFromBoxedFunction<&loop_over_batch>());
+    m.impl(op, torch::CppFunction::makeFromBoxedFunction<&loop_over_batch<Level>>());
   }
 }
 
-}  // namespace posenc
+}  // namespace posenc::functorch
