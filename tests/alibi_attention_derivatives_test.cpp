@@ -264,6 +264,35 @@ TEST_P(AlibiAttentionDerivatives, WithCreateGraphAreThePlainOnesThroughEachOutpu
   }
 }
 
+/// The rounding of `out` times a distance of thousands would be larger than the gradient.
+TEST_P(AlibiAttentionDerivatives, OfSlopesOverManyKeysAreWithinOnePercent) {
+  AttentionCase c;
+  c.batch = 1;
+  c.q_len = 8;
+  c.k_len = 4096;
+  c.q_heads = c.k_heads = 2;
+  c.head_dim = 16;
+  c.largest_slope = 0x1p-8;
+  c.causal = true;
+  for (const at::ScalarType dtype : {at::kHalf, at::kBFloat16, at::kFloat}) {
+    const AttentionInputs narrow = make_attention_inputs(c, {GetParam(), dtype});
+    // A mean that has no part in the gradient.
+    const at::Tensor grad = (at::randn(narrow.q.sizes(), at::kFloat) + 4).to(narrow.q.options());
+    const auto slopes_gradient = [&](const AttentionInputs& inputs) {
+      const AttentionInputs in = attention_leaves(inputs);
+      const at::Tensor out = attend(in);
+      return gradients({out}, {in.slopes}, {grad.to(out.scalar_type())})[0].to(at::kDouble);
+    };
+    AttentionInputs wide = narrow;
+    for (at::Tensor* x : {&wide.q, &wide.k, &wide.v, &wide.slopes}) {
+      *x = x->to(at::kDouble);
+    }
+    const at::Tensor expected = slopes_gradient(wide);
+    const double error = ((slopes_gradient(narrow) - expected).norm() / expected.norm()).item<double>();
+    EXPECT_LE(error, dtype == at::kFloat ? 1e-5 : 0.01) << dtype;
+  }
+}
+
 TEST_P(AlibiAttentionDerivatives, WithinAutocastKeepTheirDtypes) {
   const AttentionInputs in = attention_leaves(make_attention_inputs(AttentionCase(), {GetParam(), at::kFloat}));
   const at::Tensor out = attend(in);

@@ -189,23 +189,17 @@ TEST(ContextParallelAlibiAttention, TheGroupOutlivesTheCallersHandle) {
   expect_equal(everything(in, out, grad), everything(in, attend(in), grad));
 }
 
-class ContextParallelRing : public ::testing::TestWithParam<std::tuple<int, bool>> {};
-
-TEST_P(ContextParallelRing, EqualsTheWhole) {
-  const auto [ranks, causal] = GetParam();
-  AttentionCase c;
-  c.q_len = c.k_len = 6 * ranks;
-  c.causal = causal;
-  AttentionInputs whole = make_attention_inputs(c, {at::kCPU, at::kDouble});
-  whole.slopes = whole.slopes.to(at::kDouble);  // so that its gradient is float64
-  whole = attention_leaves(whole);
-  const at::Tensor grad = at::randn_like(whole.q);
-  const TensorList expected = everything(whole, attend(whole), grad);
-  at::Tensor slopes_grad = at::zeros_like(whole.slopes);
+/// A call over `ranks` ranks that are threads, put together again: output and gradients of q, k, v and slopes, the latter
+/// summed over the ranks.
+TensorList everything_of_ring(const AttentionInputs& whole, const at::Tensor& grad, int ranks, bool causal) {
+  TensorList result{at::zeros_like(whole.q)};
+  for (const at::Tensor& x : {whole.q, whole.k, whole.v, whole.slopes}) {
+    result.push_back(at::zeros_like(x));
+  }
   std::mutex mutex;
   const auto options = ContextParallelALiBiAttentionOptions().causal(causal);
   for_each_rank(ranks, [&](const Group& group) {
-    const at::Tensor tokens = context_parallel_positions(c.q_len, group->getRank(), group->getSize());
+    const at::Tensor tokens = context_parallel_positions(whole.q.size(1), group->getRank(), group->getSize());
     const auto part = [&tokens](const at::Tensor& x) { return x.detach().index_select(1, tokens); };
     AttentionInputs in = whole;
     in.q = part(whole.q), in.k = part(whole.k), in.v = part(whole.v);
@@ -213,18 +207,61 @@ TEST_P(ContextParallelRing, EqualsTheWhole) {
     const at::Tensor out = context_parallel_alibi_attention(in.q, in.k, in.v, in.slopes, group, options);
     const TensorList actual = everything(in, out, part(grad));
     const std::lock_guard<std::mutex> lock(mutex);
-    expect_equal(
-        {actual.begin(), actual.begin() + 4},
-        {part(expected[0]), part(expected[1]), part(expected[2]), part(expected[3])});
-    slopes_grad += actual[4];
+    for (size_t i = 0; i < 4; ++i) {
+      result[i].index_copy_(1, tokens, actual[i].detach());
+    }
+    result[4] += actual[4];
   });
-  expect_equal({slopes_grad}, {expected[4]});
+  return result;
+}
+
+AttentionCase ring_case(int ranks, bool causal) {
+  AttentionCase c;
+  c.q_len = c.k_len = 6 * ranks;
+  c.causal = causal;
+  return c;
+}
+
+class ContextParallelThreads : public ::testing::TestWithParam<std::tuple<int, bool>> {};
+
+TEST_P(ContextParallelThreads, EqualTheWhole) {
+  const auto [ranks, causal] = GetParam();
+  AttentionInputs whole = make_attention_inputs(ring_case(ranks, causal), {at::kCPU, at::kDouble});
+  whole.slopes = whole.slopes.to(at::kDouble);  // so that its gradient is float64
+  const at::Tensor grad = at::randn_like(whole.q);
+  const AttentionInputs leaves = attention_leaves(whole);
+  expect_equal(everything_of_ring(whole, grad, ranks, causal), everything(leaves, attend(leaves), grad));
+}
+
+/// Parts of an output are rounded to its dtype, and their sum once more. Two independent roundings are about 0.6 of a
+/// roundoff in the norm; with sums in that dtype it would be one for each rank.
+TEST_P(ContextParallelThreads, SumInTheDtypeOfSums) {
+  const auto [ranks, causal] = GetParam();
+  for (const at::ScalarType dtype : {at::kHalf, at::kBFloat16, at::kFloat}) {
+    const AttentionInputs narrow = make_attention_inputs(ring_case(ranks, causal), {at::kCPU, dtype});
+    const at::Tensor grad = at::randn(narrow.q.sizes(), at::kFloat).to(dtype);
+    AttentionInputs wide = narrow;
+    for (at::Tensor* x : {&wide.q, &wide.k, &wide.v, &wide.slopes}) {
+      *x = x->to(at::kDouble);
+    }
+    wide = attention_leaves(wide);
+    const TensorList expected = everything(wide, attend(wide), grad.to(at::kDouble));
+    const TensorList actual = everything_of_ring(narrow, grad, ranks, causal);
+    // Sums of float32 are of dozens of terms.
+    const double u = unit_roundoff(dtype) * (dtype == at::kFloat ? 8 : 1);
+    const double bounds[] = {0.8 * u, 2 * u, 2 * u, 2 * u, 0.01};
+    for (size_t i = 0; i < actual.size(); ++i) {
+      const double error =
+          ((actual[i].to(at::kDouble) - expected[i].detach()).norm() / expected[i].norm()).item<double>();
+      EXPECT_LE(error, bounds[i]) << "result " << i << ", " << dtype;
+    }
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(
     All,
-    ContextParallelRing,
-    ::testing::Combine(::testing::Values(2, 3, 5), ::testing::Bool()),
+    ContextParallelThreads,
+    ::testing::Combine(::testing::Values(2, 3, 5, 8), ::testing::Bool()),
     [](const auto& test) {
       return std::to_string(std::get<0>(test.param)) + (std::get<1>(test.param) ? "RanksCausal" : "RanksSymmetric");
     });

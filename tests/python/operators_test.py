@@ -17,7 +17,7 @@ import torch
 from operator_cases import CASES
 
 # Operators without a second derivative of their own: the gradients of attention say so when they are differentiated.
-ONCE = {"alibi_attention", "context_parallel_alibi_attention"}
+ONCE = {"context_parallel_alibi_attention"}
 
 
 class Operators(OnDevice):
