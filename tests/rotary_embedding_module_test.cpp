@@ -265,6 +265,18 @@ TEST_P(RotaryEmbeddingModule, SectionsReadTheirAxes) {
     expect_same_bits(q, expected_q);
     expect_same_bits(k, expected_k);
     expect_same_bits(rope->rotate(in.q, p), expected_q);
+    at::Tensor changed_q = in.q.clone();
+    at::Tensor changed_k = in.k.clone();
+    rope->forward_(changed_q, changed_k, p);
+    expect_same_bits(changed_q, expected_q);
+    expect_same_bits(changed_k, expected_k);
+    changed_q = in.q.clone();
+    rope->rotate_(changed_q, p);
+    expect_same_bits(changed_q, expected_q);
+    const auto [split_q, split_k, split_v] = rope->forward_qkv(at::cat({in.q, in.k, in.k}, 2).flatten(-2), 4, 2, p);
+    expect_same_bits(split_q, expected_q);
+    expect_same_bits(split_k, expected_k);
+    expect_same_bits(split_v, in.k);
   }
 }
 
@@ -669,12 +681,23 @@ TEST(RotaryEmbeddingHostPositions, BeyondAnyTableAreAnError) {
   EXPECT_LE(rope->table_length(at::kCPU), 8);
 }
 
-TEST(RotaryEmbeddingHostPositions, BelowZeroGiveNan) {
-  RotaryEmbedding rope(RotaryEmbeddingOptions(kHeadDim).max_position_embeddings(8));
-  const at::Tensor y = rope->rotate(at::randn({1, 3, 2, kHeadDim}), at::tensor({0, -1, 2}, at::kLong));
-  EXPECT_TRUE(y.select(1, 1).isnan().all().item<bool>());
-  EXPECT_FALSE(y.select(1, 0).isnan().any().item<bool>());
-  EXPECT_FALSE(y.select(1, 2).isnan().any().item<bool>());
+TEST(RotaryEmbeddingHostPositions, BelowZeroAreAnError) {
+  for (const bool learnable : {false, true}) {
+    RotaryEmbedding rope(RotaryEmbeddingOptions(kHeadDim).max_position_embeddings(8).learnable_frequencies(learnable));
+    at::Tensor x = at::randn({2, 3, 2, kHeadDim});
+    for (const at::ScalarType dtype : {at::kInt, at::kLong}) {
+      // As a mask of padding gives them: cumsum - 1.
+      const at::Tensor p = at::tensor({0, 1, 2, -1, -1, 0}, dtype).view({2, 3});
+      const std::vector<std::string> parts{"expected positions of at least 0", "got -1 at index [1, 0]"};
+      expect_error([&] { rope->forward(x, x, p); }, parts);
+      expect_error([&] { rope->rotate(x, p); }, parts);
+      expect_error([&] { rope->rotate_(x, p); }, parts);
+      expect_error([&] { rope->forward_qkv(at::stack({x, x, x}, 2), 2, 2, p); }, parts);
+      expect_error([&] { rope->tables_for(x, p); }, parts);
+    }
+    const auto lowest = std::numeric_limits<int64_t>::min();
+    expect_error([&] { rope->rotate(x, at::tensor({int64_t{0}, int64_t{1}, lowest}, at::kLong)); }, {"at index [2]"});
+  }
 }
 
 class RotaryEmbeddingDevicePositions : public DeviceTest {};

@@ -513,7 +513,8 @@ TEST_P(RotaryEmbedding, PositionOutsideTheTableGivesNanForThePairsThatReadIt) {
     RotaryInputs in = model_inputs(c);
     in.pair_axes = {0, 1, 1, 0, 2, 1, 0, 2};
     const at::Tensor inside = at::zeros({3, 5}, at::kLong).to(device());
-    for (const int64_t outside : std::vector<int64_t>{-1, 64, (1LL << 32) + 1}) {
+    for (const int64_t outside :
+         std::vector<int64_t>{-1, -2, std::numeric_limits<int64_t>::min(), 64, (1LL << 32) + 1}) {
       SCOPED_TRACE(outside);
       in.positions = inside;
       const at::Tensor expected = rotate(in, in.q);
@@ -555,6 +556,37 @@ TEST_P(RotaryEmbedding, AxesOfEqualPositionsEqualOneAxisBitForBit) {
   }
 }
 
+TEST_P(RotaryEmbedding, TablesMayHaveDifferentStrides) {
+  for (const TableShape shape : {TableShape::by_position, TableShape::per_token}) {
+    for (const bool with_axes : {false, true}) {
+      RotaryCase c;
+      c.tables = shape;
+      c.axes = with_axes && shape == TableShape::by_position ? 2 : 0;
+      c.positions = c.axes > 0 ? PositionShape::per_batch : PositionShape::absent;
+      RotaryInputs in = make_inputs(c, GetParam());
+      const auto [q, k] = rotate_qk(in);
+      const auto expect_same = [&, expected_q = q, expected_k = k] {
+        const auto [actual_q, actual_k] = rotate_qk(in);
+        expect_same_bits(actual_q, expected_q);
+        expect_same_bits(actual_k, expected_k);
+      };
+      const at::Tensor cos = in.cos;
+      const at::Tensor sin = in.sin;
+      const auto columns_apart = [](const at::Tensor& x) { return at::stack({x, x + 1}, -1).select(-1, 0); };
+      const auto rows_apart = [](const at::Tensor& x) { return at::cat({x, x + 1}, -1).narrow(-1, 0, x.size(-1)); };
+      in.cos = columns_apart(cos);
+      expect_same();
+      in.cos = rows_apart(cos);
+      expect_same();
+      in.cos = cos;
+      in.sin = columns_apart(sin);
+      expect_same();
+      in.sin = rows_apart(sin);
+      expect_same();
+    }
+  }
+}
+
 /// Turns the check of positions on for the lifetime of the object.
 class PositionCheck {
  public:
@@ -573,7 +605,7 @@ TEST_P(RotaryEmbedding, CheckedPositionOutsideTheTableIsAnError) {
   EXPECT_TRUE(posenc::position_check());
   for (const int64_t outside : std::vector<int64_t>{-1, 64, (1LL << 32) + 1}) {
     in.positions = positions({0, 1, outside, 3, 4});
-    const std::vector<std::string> parts{"positions", "64", std::to_string(outside)};
+    const std::vector<std::string> parts{"positions", "64", std::to_string(outside) + " at index [2]"};
     expect_error([&] { rotate(in, in.q); }, parts);
     expect_error([&] { rotate_qk(in); }, parts);
   }
@@ -584,7 +616,7 @@ TEST_P(RotaryEmbedding, CheckedPositionOfAnyAxisOutsideTheTableIsAnError) {
   in.pair_axes = {0, 0, 0, 0, 1, 1, 1, 1};
   in.positions = positions({0, 1, 2, 3, 4, 0, 1, 2, 64, 4}).view({2, 5});
   const PositionCheck check;
-  expect_error([&] { rotate(in, in.q); }, {"positions", "[0, 64)", "0 to 64"});
+  expect_error([&] { rotate(in, in.q); }, {"positions", "[0, 64)", "0 to 64, 64 at index [1, 3]"});
 }
 
 TEST_P(RotaryEmbedding, CheckedPositionsInsideTheTablePass) {
@@ -593,6 +625,40 @@ TEST_P(RotaryEmbedding, CheckedPositionsInsideTheTablePass) {
   const at::Tensor expected = rotate(in, in.q);
   const PositionCheck check;
   expect_same_bits(rotate(in, in.q), expected);
+}
+
+TEST_P(RotaryEmbedding, CheckedTablesOfFullWidthForAPartOfTheHeadAreAnError) {
+  for (const int64_t rotary_dim : {4, 8}) {
+    RotaryCase c;
+    c.rotary_dim = rotary_dim;
+    RotaryInputs in = model_inputs(c);
+    in.cos = at::cat({in.cos, in.cos}, -1);
+    in.sin = at::cat({in.sin, in.sin}, -1);
+    EXPECT_NO_THROW(rotate(in, in.q));  // as no shape tells
+    const PositionCheck check;
+    const std::string half = std::to_string(rotary_dim / 2);
+    const std::vector<std::string> parts{
+        "two equal halves of " + half + " columns", std::to_string(2 * rotary_dim) + " of 16 channels",
+        "cos.narrow(-1, 0, " + half + ")"};
+    expect_error([&] { rotate(in, in.q); }, parts);
+    expect_error([&] { rotate_qk(in); }, parts);
+  }
+}
+
+TEST_P(RotaryEmbedding, CheckedTablesOfOneColumnForEachPairPass) {
+  RotaryCase c;
+  c.rotary_dim = 8;
+  RotaryInputs in = model_inputs(c);
+  const at::Tensor expected = rotate(in, in.q);
+  const PositionCheck check;
+  expect_same_bits(rotate(in, in.q), expected);
+  in.cos = at::ones_like(in.cos);  // no rotation at all
+  in.sin = at::zeros_like(in.sin);
+  expect_same_bits(rotate(in, in.q), in.q);
+  in.sin = at::ones_like(in.sin);  // a grid with the same frequencies on both axes
+  in.positions = positions({0, 1, 2, 3, 4, 0, 1, 2, 3, 4}).view({2, 5});
+  in.pair_axes = {0, 0, 1, 1};
+  EXPECT_NO_THROW(rotate(in, in.q));
 }
 
 TEST(RotaryEmbeddingPositionCheck, IsOffByDefault) {

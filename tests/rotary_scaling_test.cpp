@@ -10,6 +10,7 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <sstream>
@@ -104,6 +105,16 @@ TEST(RotaryScalingValues, OfYarnAreThoseOfItsModels) {
   expect_frequencies(posenc::rotary_frequencies(64, 10000, deepseek), data::kDeepSeekV2);
   deepseek.mscale = deepseek.mscale_all_dim = 1;
   expect_frequencies(posenc::rotary_frequencies(64, 10000, deepseek), data::kDeepSeekV3);
+}
+
+TEST(RotaryScalingValues, OfYarnMayRampBeyondTheLastPair) {
+  // The frequencies that turn 32 times and once in 131072 positions are those of pairs 45.03 and 69.1, of 64.
+  const at::Tensor actual = posenc::rotary_frequencies(128, 10000, yarn(4, 131072)).inv_freq;
+  for (int64_t i = 0; i < 64; ++i) {
+    const double ramp = std::clamp((static_cast<double>(i) - 45) / (70 - 45), 0.0, 1.0);
+    const double expected = std::pow(10000.0, -static_cast<double>(i) / 64) * (ramp / 4 + 1 - ramp);
+    EXPECT_NEAR(actual[i].item<double>(), expected, expected * 16 * unit_roundoff(at::kDouble)) << i;
+  }
 }
 
 TEST(RotaryScalingValues, OfYarnTakeEveryOption) {
