@@ -185,6 +185,7 @@ void implement(torch::Library& m) {
         "alibi_softmax_backward",
         "alibi_attention",
         "alibi_attention_backward",
+        "alibi_attention_double_backward",
         "alibi_attention_slope_sums"}) {
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&loop_over_batch<Level>>());
   }

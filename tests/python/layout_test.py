@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from operator_cases import CASES
 
 # Arguments that are float32 beside inputs of 16 bits, and results that follow them.
-WIDE = {"cos", "sin", "table", "slopes", "inv_freq", "lse", "grad_lse", "grad_cos", "grad_sin"}
+WIDE = {"grad_grad_slopes", "cos", "sin", "table", "slopes", "inv_freq", "lse", "grad_lse", "grad_cos", "grad_sin"}
 # Tables of cosines and sines have no 16 bits.
 WIDE_OPERATORS = {"rotary_tables", "rotary_tables_backward"}
 
