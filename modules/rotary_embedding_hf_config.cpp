@@ -138,6 +138,16 @@ void set_axes(RotaryEmbeddingOptions& options, const HfModelConfig& model, const
   for (const int64_t section : *sections) {
     sum += section;
   }
+  if (axes == "interleaved" && sections->size() == 3 && sum != num_pairs) {
+    // Sections of another head: axis 0 has the pairs that are left, as in transformers.
+    std::vector<int64_t> pair_axes;
+    for (int64_t pair = 0; pair < num_pairs; ++pair) {
+      const int64_t axis = pair % 3;
+      pair_axes.push_back(axis != 0 && pair < 3 * sections->at(static_cast<size_t>(axis)) ? axis : 0);
+    }
+    options.pair_axes(std::move(pair_axes));
+    return;
+  }
   if (sum != num_pairs) {
     fail_hf_config(
         "expected an mrope_section that adds up to half the rotated channels, ", num_pairs, ", got ",

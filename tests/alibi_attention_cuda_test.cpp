@@ -83,6 +83,8 @@ TensorList everything_in_float64(const AttentionInputs& inputs, const at::Tensor
 }
 
 constexpr const char* kNames[] = {"out", "lse", "dq", "dk", "dv", "dslopes"};
+constexpr size_t kFirstGradientOfScores = 2;
+constexpr size_t kGradientOfValues = 4;
 
 /// In the norm, a result is off by its own rounding and by that of the probabilities, independent ones: about one
 /// roundoff; gradients by that of `out` and of dS too. The sum of the gradient of a slope cancels most of its terms.
@@ -221,9 +223,15 @@ TEST_P(AlibiAttentionForms, AreFusedAndRight) {
     SCOPED_TRACE(kNames[i]);
     const at::Tensor infinite = expected[i].isinf();
     EXPECT_TRUE(actual[i].isinf().eq(infinite).all().item<bool>());
-    EXPECT_LE(
-        relative_error(actual[i].masked_fill(infinite, 0), expected[i].masked_fill(infinite, 0)),
-        tolerance(i, in.q.scalar_type()));
+    const at::Tensor result = actual[i].masked_fill(infinite, 0);
+    if (c.k_len == 1 && i >= kFirstGradientOfScores && i != kGradientOfValues) {
+      // The probability of a single key is 1 whatever its score: what is left is the rounding of `out`.
+      EXPECT_LE(result.norm().item<double>(), 2 * unit_roundoff(dtype) * (grad.norm() * in.v.norm()).item<double>());
+      continue;
+    }
+    // Gradients of few scores cancel most of their terms.
+    const double factor = c.k_len <= 8 ? 2 : 1;
+    EXPECT_LE(relative_error(result, expected[i].masked_fill(infinite, 0)), factor * tolerance(i, dtype));
   }
 }
 

@@ -264,11 +264,12 @@ TEST_F(AlibiCudaGraph, CopyingSlopesDuringACaptureIsAnError) {
   ALiBiBias alibi{ALiBiBiasOptions(3)};
   const at::Tensor scores = at::randn({1, 3, 4, 4}, at::kCUDA);
   const c10::cuda::CUDAStreamGuard guard(c10::cuda::getStreamFromPool());
-  at::cuda::CUDAGraph graph;
-  graph.capture_begin();
+  at::cuda::CUDAGraph refused;
+  refused.capture_begin();
   expect_error([&] { alibi->forward(scores); }, {"ALiBiBias", "before a graph is captured", "slopes_on"});
-  graph.capture_end();
+  refused.capture_end();
   alibi->slopes_on(at::kCUDA);
+  at::cuda::CUDAGraph graph;
   capture(graph, [&] { alibi->forward(scores); });
 }
 

@@ -65,7 +65,8 @@ TEST(RotaryEmbeddingHfConfigErrors, NameMissingFields) {
 TEST(RotaryEmbeddingHfConfigErrors, NameFieldsOfTheWrongType) {
   expect_error([] { from(R"({"model_type": "llama", "head_dim": "64"})"); }, {"head_dim", "an integer", "\"64\""});
   expect_error([] { from(R"({"model_type": "llama", "head_dim": 64.5})"); }, {"head_dim", "an integer", "64.5"});
-  expect_error([] { from(R"({"head_dim": 64, "rope_theta": [1]})"); }, {"rope_theta", "a number", "[1]"});
+  expect_error([] { from(R"({"head_dim": 64, "rope_theta": "1"})"); }, {"rope_theta", "a number", "\"1\""});
+  expect_error([] { from(R"({"head_dim": 64, "rope_theta": ["1"]})"); }, {"rope_theta", "a list of numbers", "\"1\""});
   expect_error([] { from(with("7")); }, {"rope_scaling", "an object", "number"});
   expect_error([] { from(with(R"({"type": 7})")); }, {"type", "a string", "7"});
   expect_error(

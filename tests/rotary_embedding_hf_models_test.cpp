@@ -79,6 +79,17 @@ TEST(RotaryEmbeddingHfModels, AreRefusedWhereTheyHaveNoOptions) {
   }
 }
 
+// Models that transformers has no rotary module for, or one that takes no positions.
+constexpr const char* kRefused[] = {"esmfold2", "jamba", "kimi_linear", "nemotron_h", "vjepa2"};
+
+TEST(RotaryEmbeddingHfModels, AreRefusedWithAReason) {
+  for (const char* model_type : kRefused) {
+    expect_error(
+        [&] { RotaryEmbeddingOptions::from_hf_config(alone(model_type)); },
+        {"rotary embedding the options can express", std::string("'") + model_type + "': its "});
+  }
+}
+
 /// A file with the fields that matter, and what it means.
 struct Published {
   const char* json;
@@ -127,6 +138,7 @@ const Published kPublished[] = {
     {R"({"model_type":"moonshine","hidden_size":416,"decoder_num_attention_heads":8,"partial_rotary_factor":0.62})", nullptr, 52, 32, 10000, "interleaved", "default"},
     {R"({"model_type":"ministral3","rope_parameters":{"rope_type":"yarn","factor":16.0,"original_max_position_embeddings":16384.0,"rope_theta":1000000.0}})", nullptr, 128, 128, 1e6, "half", "yarn(factor=16, original_max_position_embeddings=16384, beta_fast=32, beta_slow=1, truncate=true)"},
     {R"({"model_type":"hunyuan_vl","head_dim":128,"rope_scaling":{"type":"xdrope","alpha":1000.0,"xdrope_section":[16,16,16,16]}})", nullptr, 128, 128, 10000, "half", "ntk(factor=1000)"},
+    {R"({"model_type":"hunyuan_vl_text","head_dim":128})", nullptr, 128, 128, 10000, "half", "default"},
     {R"({"model_type":"new","hidden_size":768,"num_attention_heads":12,"rope_theta":160000,"rope_scaling":{"type":"ntk","factor":2.0}})", nullptr, 64, 64, 160000, "half", "ntk(factor=2)"},
     {R"({"model_type":"bailing_hybrid","model_max_length":32768,"rope_scaling":{"type":"dynamic","factor":2.0}})", kFull, 64, 64, 6e6, "interleaved", "dynamic(factor=2, max_position_embeddings=32768, seq_len_multiple=1)"},
     {R"({"model_type":"roformer"})", nullptr, 64, 64, 10000, "interleaved", "default"},
@@ -205,6 +217,7 @@ TEST(RotaryEmbeddingHfModels, AreAllChecked) {
   for (const data::HfModelError& model : data::kHfModelErrors) {
     checked.insert(model.model_type);
   }
+  checked.insert(std::begin(kRefused), std::end(kRefused));
   for (const Published& published : kPublished) {
     checked.insert(nlohmann::json::parse(published.json).value("model_type", ""));
   }

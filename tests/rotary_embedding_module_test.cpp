@@ -351,7 +351,7 @@ TEST(RotaryEmbeddingSections, ThatDoNotFitAreErrors) {
 TEST(RotaryEmbeddingPairs, ReadTheirAxesAndFrequencies) {
   RotaryEmbedding rope(RotaryEmbeddingOptions(8).pair_axes({0, 0, 1, 1}).pair_frequencies({0, 2, 0, 2}));
   const at::Tensor x = at::randn({1, 3, 2, 8}, at::kDouble);
-  const at::Tensor positions = at::tensor({{3, 1, 4}, {1, 5, 9}}, at::kLong);
+  const at::Tensor positions = at::tensor({3, 1, 4, 1, 5, 9}, at::kLong).view({2, 3});
   const at::Tensor of_pairs = positions.index_select(0, at::tensor({0, 0, 1, 1})).t().to(at::kDouble);  // [3, 4]
   const at::Tensor angles = of_pairs * at::tensor({1.0, 0.01, 1.0, 0.01}, at::kDouble);  // 10000^(-2i/8) for i = 0, 2
   const at::Tensor cos = angles.cos().unsqueeze(1);

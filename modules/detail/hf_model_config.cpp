@@ -167,6 +167,11 @@ HfModelConfig::HfModelConfig(const std::string& path_or_json) : name_("config.js
   Json given = *model;
   rename_fields(given, row());
   fields_.merge_patch(given);
+  for (const char* key : {"rope_scaling", "rope_parameters"}) {  // whose null is a kind of layers without rotation
+    if (given.contains(key)) {
+      fields_[key] = given[key];
+    }
+  }
   check_is_rotary(given);
 }
 

@@ -22,7 +22,8 @@ using torch::autograd::variable_list;
 class AlibiAddBackward final : public autograd::Node<AlibiAddBackward> {
  public:
   AlibiAddBackward() = default;
-  AlibiAddBackward(bool causal, std::optional<c10::SymInt> query_offset) : causal_(causal), query_offset_(std::move(query_offset)) {}
+  AlibiAddBackward(bool causal, std::optional<c10::SymInt> query_offset)
+      : causal_(causal), query_offset_(std::move(query_offset)) {}
 
   auto state() { return std::tie(causal_, query_offset_); }
 

@@ -21,7 +21,8 @@ using torch::autograd::variable_list;
 class AlibiBiasBackward final : public autograd::Node<AlibiBiasBackward> {
  public:
   AlibiBiasBackward() = default;
-  AlibiBiasBackward(bool causal, std::optional<c10::SymInt> query_offset) : causal_(causal), query_offset_(std::move(query_offset)) {}
+  AlibiBiasBackward(bool causal, std::optional<c10::SymInt> query_offset)
+      : causal_(causal), query_offset_(std::move(query_offset)) {}
 
   auto state() { return std::tie(causal_, query_offset_); }
 

@@ -25,7 +25,10 @@ class AlibiSlopesBackwardBackward final : public autograd::Node<AlibiSlopesBackw
  public:
   AlibiSlopesBackwardBackward() = default;
   AlibiSlopesBackwardBackward(const Tensor& grad, bool causal, std::optional<c10::SymInt> query_offset)
-      : sizes_(grad.sym_sizes().vec()), dtype_(grad.scalar_type()), causal_(causal), query_offset_(std::move(query_offset)) {}
+      : sizes_(grad.sym_sizes().vec()),
+        dtype_(grad.scalar_type()),
+        causal_(causal),
+        query_offset_(std::move(query_offset)) {}
 
   auto state() { return std::tie(sizes_, dtype_, causal_, query_offset_); }
 

@@ -73,8 +73,8 @@ struct SoftmaxRow {
   }
 
   /// The logits of V keys from `key` on, of which the query sees the first: minus infinity where it does not see one.
-  /// Distances of a `Short` row, below 2^24 keys, are exact in float32 and so can be counted on: a conversion each costs
-  /// as much as the exponential.
+  /// Distances of a `Short` row, below 2^24 keys, are exact in float32 and so can be counted on: a conversion each
+  /// costs as much as the exponential.
   template <bool Short, int V>
   __device__ Vector<Real, V> logits(const Vector<T, V>& scores, uint32_t key) const {
     Vector<Real, V> result = widen(scores);
@@ -256,24 +256,26 @@ __global__ void __launch_bounds__(kMaxRowThreads) alibi_softmax_long_kernel(
 
 // --- Backward -------------------------------------------------------------------------------------------------------
 
-/// Sums over the visible keys of a row, of one thread and then of all, and what follows from them. With P the saved
-/// probabilities divided by their sum and r the sum of P g,
+/// Sums over the visible keys of a row, of one thread and then of all, and what follows from them. With p the saved
+/// probabilities, r the sum of p g and P = p divided by the sum of p,
 ///
-///     dscores = scale P (g - r),    row_sum = sum of P (g - r) d.
+///     dscores = scale p (g - r),    row_sum = sum of P (g - r) (d - mean),    mean = sum of P d.
 ///
-/// Saved probabilities of half and bfloat16 are rounded: their sum differs from 1 by up to 2^-8, which would multiply the
-/// mean of g, and distances of thousands. Hence the division, and distances d counted from their mean under P, which leave
-/// the exact sum unchanged.
+/// Saved probabilities of half and bfloat16 are rounded: their sum differs from 1 by up to 2^-8, which would multiply
+/// the mean of g, and distances of thousands. Hence the division, and distances d counted from their mean, which leave
+/// the exact sum unchanged. Fixed slopes need neither.
 template <typename T>
 struct GradientRow {
   using Real = arithmetic_t<T>;
-  enum Term { total, product, moment, kTerms };
+  enum Term { product, total, moment, kTerms };
 
   int32_t nearest;  // the key that distances are counted from
   uint32_t visible;
   bool slopes_grad;
   Real sums[kTerms] = {};
-  Real normaliser, r, mean;
+  Real r;
+  Real normaliser = 0;  // of P, and the mean distance: with slopes_grad
+  Real mean = 0;
 
   __device__ GradientRow(const AlibiSoftmaxBackwardProblem& problem, uint32_t query, bool causal)
       : slopes_grad(problem.row_sums != nullptr) {
@@ -293,9 +295,9 @@ struct GradientRow {
     for (int i = 0; i < V; ++i) {
       if (key + i < visible) {
         const Real p = widen(probs[i]);
-        sums[total] += p;
         sums[product] = multiply_add(widen(grads[i]), p, sums[product]);
         if (slopes_grad) {
+          sums[total] += p;
           sums[moment] = multiply_add(p, distance_of(from, i), sums[moment]);
         }
       }
@@ -304,10 +306,14 @@ struct GradientRow {
 
   /// Once for all threads of the row, between `add` and `gradient`.
   __device__ void reduce(Real (*scratch)[kTerms]) {
-    sum_row(sums, scratch);
-    normaliser = reciprocal_or_zero(sums[total]);
-    r = sums[product] * normaliser;
-    mean = sums[moment] * normaliser;
+    if (slopes_grad) {
+      sum_row(sums, scratch);
+      normaliser = reciprocal_or_zero(sums[total]);
+      mean = sums[moment] * normaliser;
+    } else {
+      sums[product] = reduce_row(sums[product], Real(0), Sum(), &scratch[0][0]);
+    }
+    r = sums[product];
   }
 
   /// The gradient of the scores; returns what V keys add to `row_sum`, not yet divided by the sum of probabilities.
@@ -315,13 +321,14 @@ struct GradientRow {
   __device__ Real
   gradient(const Vector<T, V>& grads, const Vector<T, V>& probs, Real scale, uint32_t key, Vector<T, V>& result) const {
     const Real from = first_distance(key);
-    const Real factor = scale * normaliser;
     Real part = 0;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       const Real term = key + i < visible ? widen(probs[i]) * (widen(grads[i]) - r) : Real(0);
-      part = multiply_add(term, distance_of(from, i) - mean, part);
-      result[i] = narrow<T>(factor * term);
+      if (slopes_grad) {
+        part = multiply_add(term, distance_of(from, i) - mean, part);
+      }
+      result[i] = narrow<T>(scale * term);
     }
     return part;
   }

@@ -144,6 +144,10 @@ def is_rotated(config, layer_type):
         return any(theta for t, theta in zip(config.layer_types, config.layer_rope_theta) if layer_type in (None, t))
     if kind == "KimiLinearConfig":
         return False
+    if kind == "GraniteMoeHybridConfig":
+        return config.position_embedding_type == "rope"
+    if kind == "EsmConfig":
+        return config.position_embedding_type == "rotary"
     return True
 
 

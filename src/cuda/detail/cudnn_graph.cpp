@@ -78,13 +78,9 @@ class PlanCache {
   /// may use other devices, do not wait for that.
   template <typename Build>
   std::shared_ptr<Plan> get(const PlanKey& key, bool capturing, const Build& build) {
-    const std::shared_ptr<Slot> slot = slot_of(key, capturing);
+    const std::shared_ptr<Slot> slot = capturing ? captured_slot(key) : slot_of(key);
     const std::lock_guard<std::mutex> lock(slot->mutex);
     if (slot->plan == nullptr) {
-      TORCH_CHECK(
-          !capturing,
-          "posenc::alibi_attention: expected a plan of cuDNN's for these sizes before a CUDA graph is captured, got "
-          "none: call the same forward and backward pass once before the capture");
       slot->plan = build();
     }
     return slot->plan;
@@ -97,35 +93,46 @@ class PlanCache {
     PlanKey key;
     std::mutex mutex;            // of the plan while it is built
     std::shared_ptr<Plan> plan;  // null before
-    bool captured = false;       // guarded by the mutex of the cache
   };
   using Slots = std::list<std::shared_ptr<Slot>>;
 
-  std::shared_ptr<Slot> slot_of(const PlanKey& key, bool capturing) {
+  std::shared_ptr<Slot> slot_of(const PlanKey& key) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = index_.find(key);
-    if (found != index_.end()) {
+    if (const auto found = index_.find(key); found != index_.end()) {
       slots_.splice(slots_.begin(), slots_, found->second);
-    } else {
-      slots_.push_front(std::make_shared<Slot>(key));
-      index_.emplace(key, slots_.begin());
+      return slots_.front();
     }
-    std::shared_ptr<Slot> slot = slots_.front();
-    if (capturing && !slot->captured) {
-      slot->captured = true;
-      captured_.push_back(slot);
-    }
+    slots_.push_front(std::make_shared<Slot>(key));
+    index_.emplace(key, slots_.begin());
     if (slots_.size() > kMaxPlans) {
       index_.erase(slots_.back()->key);
       slots_.pop_back();
     }
-    return slot;
+    return slots_.front();
+  }
+
+  /// A slot with a plan, which is kept for good. Nothing is dropped here: that would invalidate the capture.
+  std::shared_ptr<Slot> captured_slot(const PlanKey& key) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = index_.find(key);
+    const bool there = found != index_.end() && has_plan(**found->second);
+    TORCH_CHECK(
+        there,
+        "posenc::alibi_attention: expected a plan of cuDNN's for these sizes before a CUDA graph is captured, got "
+        "none: "
+        "call the same forward and backward pass once before the capture");
+    return captured_.emplace(key, *found->second).first->second;
+  }
+
+  static bool has_plan(Slot& slot) {
+    const std::lock_guard<std::mutex> lock(slot.mutex);
+    return slot.plan != nullptr;
   }
 
   std::mutex mutex_;
   Slots slots_;  // most recent first
   std::unordered_map<PlanKey, Slots::iterator, PlanKeyHash> index_;
-  std::vector<std::shared_ptr<Slot>> captured_;  // kept for good
+  std::unordered_map<PlanKey, std::shared_ptr<Slot>, PlanKeyHash> captured_;
 };
 
 PlanCache& plans() {
