@@ -27,6 +27,11 @@ except ImportError as error:
     print(f"skipped: {error}; ./dev hf-configs installs what this test needs")
     sys.exit(ALL_SKIPPED)
 
+VERSION = "5.24"  # whose defaults modules/detail/hf_models.json has
+if not transformers.__version__.startswith(VERSION + "."):
+    print(f"skipped: expected transformers {VERSION}, got {transformers.__version__}; ./dev hf-configs installs it")
+    sys.exit(ALL_SKIPPED)
+
 import hf_config_oracle as oracle
 
 transformers.logging.set_verbosity_error()
