@@ -256,14 +256,14 @@ __global__ void __launch_bounds__(kMaxRowThreads) alibi_softmax_long_kernel(
 
 // --- Backward -------------------------------------------------------------------------------------------------------
 
-/// Sums over the visible keys of a row, of one thread and then of all, and what follows from them. With p the saved
-/// probabilities, r the sum of p g and P = p divided by the sum of p,
+/// Sums over the visible keys of a row, of one thread and then of all, and what follows from them. With P the saved
+/// probabilities divided by their sum and r the sum of P g,
 ///
-///     dscores = scale p (g - r),    row_sum = sum of P (g - r) (d - mean),    mean = sum of P d.
+///     dscores = scale P (g - r),    row_sum = sum of P (g - r) (d - mean),    mean = sum of P d.
 ///
-/// Saved probabilities of half and bfloat16 are rounded: their sum differs from 1 by up to 2^-8, which would multiply
-/// the mean of g, and distances of thousands. Hence the division, and distances d counted from their mean, which leave
-/// the exact sum unchanged. Fixed slopes need neither.
+/// Saved probabilities of half and bfloat16 are rounded: their sum differs from 1 by up to 2^-8, which would multiply the
+/// mean of g, and distances of thousands. Hence the division, and distances d counted from their mean, which leave the
+/// exact sum unchanged. Fixed slopes need no distances.
 template <typename T>
 struct GradientRow {
   using Real = arithmetic_t<T>;
@@ -273,9 +273,7 @@ struct GradientRow {
   uint32_t visible;
   bool slopes_grad;
   Real sums[kTerms] = {};
-  Real r;
-  Real normaliser = 0;  // of P, and the mean distance: with slopes_grad
-  Real mean = 0;
+  Real normaliser, r, mean;
 
   __device__ GradientRow(const AlibiSoftmaxBackwardProblem& problem, uint32_t query, bool causal)
       : slopes_grad(problem.row_sums != nullptr) {
@@ -296,8 +294,8 @@ struct GradientRow {
       if (key + i < visible) {
         const Real p = widen(probs[i]);
         sums[product] = multiply_add(widen(grads[i]), p, sums[product]);
+        sums[total] += p;
         if (slopes_grad) {
-          sums[total] += p;
           sums[moment] = multiply_add(p, distance_of(from, i), sums[moment]);
         }
       }
@@ -305,15 +303,18 @@ struct GradientRow {
   }
 
   /// Once for all threads of the row, between `add` and `gradient`.
-  __device__ void reduce(Real (*scratch)[kTerms]) {
+  __device__ void reduce(Real* scratch) {
     if (slopes_grad) {
       sum_row(sums, scratch);
-      normaliser = reciprocal_or_zero(sums[total]);
-      mean = sums[moment] * normaliser;
     } else {
-      sums[product] = reduce_row(sums[product], Real(0), Sum(), &scratch[0][0]);
+      Real both[] = {sums[product], sums[total]};
+      sum_row(both, scratch);
+      sums[product] = both[product];
+      sums[total] = both[total];
     }
-    r = sums[product];
+    normaliser = reciprocal_or_zero(sums[total]);
+    r = sums[product] * normaliser;
+    mean = sums[moment] * normaliser;
   }
 
   /// The gradient of the scores; returns what V keys add to `row_sum`, not yet divided by the sum of probabilities.
@@ -321,6 +322,7 @@ struct GradientRow {
   __device__ Real
   gradient(const Vector<T, V>& grads, const Vector<T, V>& probs, Real scale, uint32_t key, Vector<T, V>& result) const {
     const Real from = first_distance(key);
+    const Real factor = scale * normaliser;
     Real part = 0;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
@@ -328,7 +330,7 @@ struct GradientRow {
       if (slopes_grad) {
         part = multiply_add(term, distance_of(from, i) - mean, part);
       }
-      result[i] = narrow<T>(scale * term);
+      result[i] = narrow<T>(factor * term);
     }
     return part;
   }
@@ -348,7 +350,7 @@ __global__ void __launch_bounds__(
   using Real = arithmetic_t<T>;
   constexpr int V = Policy::kVectorWidth;
   constexpr int U = Policy::kCount;
-  __shared__ Real scratch[kMaxRowWarps][GradientRow<T>::kTerms];
+  __shared__ Real scratch[kMaxRowWarps * GradientRow<T>::kTerms];
   __shared__ double moments[kMaxRowWarps];
   extern __shared__ uint4 stage_bytes[];
   const uint32_t matrix = Matrices::of_block();
@@ -439,7 +441,7 @@ __global__ void __launch_bounds__(kMaxRowThreads) alibi_softmax_backward_long_ke
     const __grid_constant__ AlibiSoftmaxBackwardProblem problem,
     const __grid_constant__ Matrices matrices) {
   using Real = arithmetic_t<T>;
-  __shared__ Real scratch[kMaxRowWarps][GradientRow<T>::kTerms];
+  __shared__ Real scratch[kMaxRowWarps * GradientRow<T>::kTerms];
   __shared__ double moments[kMaxRowWarps];
   const uint32_t matrix = Matrices::of_block();
   if (matrix >= matrices.count) {

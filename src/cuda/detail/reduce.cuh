@@ -49,7 +49,7 @@ __device__ T reduce_row(T value, T identity, Op op, T* scratch) {
 /// Sums each of N values over the threads of a block that have the same y, and gives all of them the results, at the cost
 /// of one barrier. Conditions as in `reduce_row`; `scratch` has N entries for each warp.
 template <int N, typename T>
-__device__ void sum_row(T (&values)[N], T (*scratch)[N]) {
+__device__ void sum_row(T (&values)[N], T* scratch) {
 #pragma unroll
   for (int n = 0; n < N; ++n) {
     values[n] = reduce_warp(values[n], Sum());
@@ -59,17 +59,17 @@ __device__ void sum_row(T (&values)[N], T (*scratch)[N]) {
     return;
   }
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  T(*row)[N] = scratch + threadIdx.y * warps;
+  T* row = scratch + threadIdx.y * warps * N;
   if (lane == 0) {
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      row[threadIdx.x / kWarp][n] = values[n];
+      row[threadIdx.x / kWarp * N + n] = values[n];
     }
   }
   __syncthreads();
 #pragma unroll
   for (int n = 0; n < N; ++n) {
-    values[n] = reduce_warp(lane < warps ? row[lane][n] : T(0), Sum());
+    values[n] = reduce_warp(lane < warps ? row[lane * N + n] : T(0), Sum());
   }
 }
 
