@@ -27,6 +27,7 @@ std::vector<AttentionCase> small_cases() {
     cases.push_back(c);
   };
   add("Plain", [](AttentionCase&) {});
+  add("Scaled", [](AttentionCase& c) { c.scale = 0.3; });
   add("Causal", [](AttentionCase& c) { c.causal = true; });
   add("RowsWithNothingVisible", [](AttentionCase& c) { c.causal = true, c.query_offset = -1; });
   add("Seqlens", [](AttentionCase& c) { c.seqlens_q = {2, 3}, c.seqlens_k = {4, 0}; });
@@ -232,6 +233,27 @@ TEST_P(AlibiAttentionDerivatives, OfSharedInputsAreThoseOfTheReference) {
     for (size_t i = 0; i < actual.size(); ++i) {
       const double size = 1 + expected[i].abs().max().item<double>();
       EXPECT_LE((actual[i] - expected[i]).abs().max().item<double>(), 1e-12 * size) << "derivative " << i + 1;
+    }
+  }
+}
+
+TEST_P(AlibiAttentionDerivatives, OfEachGradientAloneAreThoseOfTheReference) {
+  AttentionInputs in = inputs(AttentionCase());
+  in.slopes = in.slopes.to(at::kDouble);
+  in = attention_leaves(in);
+  const TensorList leaves{in.q, in.k, in.v, in.slopes};
+  const auto second = [&leaves](const at::Tensor& out, size_t of) {
+    const at::Tensor first = gradients({out.pow(2)}, leaves, {at::ones_like(out)}, /*create_graph=*/true)[of];
+    return gradients({first.pow(2)}, leaves, {at::ones_like(first)});
+  };
+  const at::Tensor of_reference = std::get<0>(reference::alibi_attention(in.q, in.k, in.v, in.slopes, in.options));
+  for (size_t of = 0; of < leaves.size(); ++of) {
+    const TensorList actual = second(attend(in), of);
+    const TensorList expected = second(of_reference, of);
+    for (size_t by = 0; by < leaves.size(); ++by) {
+      const double size = 1 + expected[by].abs().max().item<double>();
+      EXPECT_LE((actual[by] - expected[by]).abs().max().item<double>(), 1e-11 * size)
+          << "gradient " << of << " by input " << by;
     }
   }
 }

@@ -124,6 +124,77 @@ TEST_P(AlibiAttentionHiddenValues, InVisibleValuesReachTheirChannelOfTheRowsThat
   }
 }
 
+TEST_P(AlibiAttentionHiddenValues, BehindTheLengthsReachNoSecondDerivative) {
+  AttentionCase c;
+  c.head_dim = 5;
+  c.q_len = c.k_len = 6;
+  c.seqlens_q = {2, 6};
+  c.seqlens_k = {1, 5};
+  const AttentionInputs in = attention_leaves(inputs(c));
+  const TensorList of{in.q, in.k, in.v};
+  const at::Tensor out = attend(in);
+  const TensorList first = gradients({out}, of, {at::ones_like(out)}, /*create_graph=*/true);
+  const TensorList cotangents = random_like(first);
+  const TensorList expected = gradients(first, of, cotangents);
+  for (const double value : kNotFinite) {
+    TensorList spoilt;
+    for (const at::Tensor& cotangent : cotangents) {
+      spoilt.push_back(cotangent.clone());
+    }
+    for (int64_t b = 0; b < 2; ++b) {
+      spoilt[0][b].slice(0, c.seqlens_q[b]).fill_(value);
+      spoilt[1][b].slice(0, c.seqlens_k[b]).fill_(value);
+      spoilt[2][b].slice(0, c.seqlens_k[b]).fill_(value);
+    }
+    const TensorList actual = gradients(first, of, spoilt);
+    for (size_t i = 0; i < expected.size(); ++i) {
+      expect_same_bits(actual[i], expected[i]);
+    }
+  }
+}
+
+/// Sequences of three and four tokens are computed together, and the shorter one is padded.
+TEST_P(AlibiAttentionHiddenValues, OfTheNextPackedSequenceReachNothing) {
+  AttentionCase c;
+  c.head_dim = 5;
+  c.q_len = c.k_len = 7;
+  c.cu_seqlens_q = {0, 3, 7};
+  for (const bool causal : {false, true}) {
+    c.causal = causal;
+    const AttentionInputs in = inputs(c);
+    const at::Tensor grad = at::randn(in.q.sizes(), at::kFloat).to(in.q.options());
+    const TensorList expected = everything(in, grad);
+    for (const double value : kNotFinite) {
+      AttentionInputs spoilt = in;
+      at::Tensor spoilt_grad = grad.clone();
+      for (at::Tensor* x : {&spoilt.q, &spoilt.k, &spoilt.v, &spoilt_grad}) {
+        *x = x->clone();
+        x->slice(0, 3).fill_(value);
+      }
+      const TensorList actual = everything(spoilt, spoilt_grad);
+      for (const size_t i :
+           {size_t{0}, size_t{1}, size_t{2},
+            size_t{4}}) {  // all but the gradient of the slopes, which is a sum over both
+        expect_same_bits(actual[i].slice(0, 0, 3), expected[i].slice(0, 0, 3));
+      }
+    }
+  }
+}
+
+TEST_P(AlibiAttentionHiddenValues, InTheFirstValueReachNoRowBeforeIt) {
+  AttentionCase c;
+  c.head_dim = 5;
+  c.q_len = 4;
+  c.k_len = 2;
+  c.causal = true;  // two queries are before all keys
+  AttentionInputs in = inputs(c);
+  for (const double value : kNotFinite) {
+    in.v = in.v.clone();
+    in.v.select(1, 0).fill_(value);
+    EXPECT_TRUE(attend(in).slice(1, 0, 2).eq(0).all().item<bool>()) << value;
+  }
+}
+
 TEST_P(AlibiAttentionHiddenValues, InTheUnusedPartOfACacheReachNothing) {
   AttentionCase c;
   c.head_dim = 64;

@@ -94,10 +94,12 @@ TEST_P(AlibiModule, IsItsOperators) {
       in.scale = 0.25;
       in.key_padding_mask = random_mask(2, 7, GetParam().device);
       expect_same_bits(alibi->softmax(in.scores, in.scale, in.key_padding_mask), softmax_of(in));
-      in.query_offset = 1;
-      expect_same_bits(alibi->add(in.scores, 1), add_of(in));
-      expect_same_bits(alibi->bias(5, 7, dtype(), device(), 1), bias_of(in, dtype()));
-      expect_same_bits(alibi->softmax(in.scores, in.scale, in.key_padding_mask, 1), softmax_of(in));
+      for (const int64_t offset : {1, -2}) {
+        in.query_offset = offset;
+        expect_same_bits(alibi->add(in.scores, offset), add_of(in));
+        expect_same_bits(alibi->bias(5, 7, dtype(), device(), offset), bias_of(in, dtype()));
+        expect_same_bits(alibi->softmax(in.scores, in.scale, in.key_padding_mask, offset), softmax_of(in));
+      }
     }
   }
 }
@@ -195,6 +197,13 @@ TEST_P(AlibiModule, WrongScoresAreAnError) {
   expect_error([&] { alibi->forward(scores); }, {"[H] = [3]", "[4]"});
   expect_error([&] { alibi->softmax(scores); }, {"[H] = [3]", "[4]"});
   expect_error([&] { alibi->forward(at::Tensor()); }, {"undefined"});
+}
+
+TEST_P(AlibiModule, CausalAttentionInAModuleThatIsNotIsAnError) {
+  ALiBiBias alibi{ALiBiBiasOptions(kHeads)};
+  const at::Tensor x = random_tensor({1, 2, kHeads, 8}, GetParam());
+  const auto causal = posenc::ALiBiAttentionOptions().causal(true);
+  expect_error([&] { alibi->attention(x, x, x, causal); }, {"posenc::ALiBiBias", "without causal", "got causal"});
 }
 
 TEST_P(AlibiModule, EmptyScoresWork) {

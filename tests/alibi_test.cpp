@@ -103,6 +103,7 @@ TEST(AlibiSlopes, OfBadArgumentsAreErrors) {
   expect_error([] { posenc::alibi_slopes(-3); }, {"num_heads", "-3"});
   expect_error([] { posenc::alibi_slopes(8, -1); }, {"max_bias", "-1"});
   expect_error([] { posenc::alibi_slopes(8, std::nan("")); }, {"max_bias", "nan"});
+  expect_error([] { posenc::alibi_slopes(8, std::numeric_limits<double>::infinity()); }, {"max_bias", "inf"});
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <future>
+#include <limits>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -265,6 +266,17 @@ INSTANTIATE_TEST_SUITE_P(
     [](const auto& test) {
       return std::to_string(std::get<0>(test.param)) + (std::get<1>(test.param) ? "RanksCausal" : "RanksSymmetric");
     });
+
+/// The log-sum-exp of every part is minus infinity, and so is that of all.
+TEST(ContextParallelAlibiAttention, RowsWithScoresOfMinusInfinityAloneAreZero) {
+  for_each_rank(2, [](const Group& group) {
+    AttentionInputs in = make_attention_inputs(shard(), {at::kCPU, at::kFloat});
+    in.q = in.q.abs() + 1;
+    in.k = at::full_like(in.k, -std::numeric_limits<double>::infinity());
+    const at::Tensor out = context_parallel_alibi_attention(in.q, in.k, in.v, in.slopes, group);
+    EXPECT_TRUE(out.eq(0).all().item<bool>()) << out;
+  });
+}
 
 TEST(ContextParallelAlibiAttention, RefusesAGroupThatIsNone) {
   const AttentionInputs in = make_attention_inputs(shard(), {at::kCPU, at::kFloat});

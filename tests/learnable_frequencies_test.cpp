@@ -105,7 +105,10 @@ TEST_P(RotaryTablesAutograd, GradientsMayHaveAnyStrides) {
   const at::Tensor transposed = random({5, 40}).t();
   const at::Tensor expanded = random({}).expand({40, 5});
   expect_gradient(leaf, transposed, expanded, 1);
-  expect_gradient(leaf, expanded, random({40, 10}).slice(1, 0, {}, 2), 1);
+  const at::Tensor every_other = random({40, 10}).slice(1, 0, {}, 2);
+  expect_gradient(leaf, expanded, every_other, 1);
+  expect_gradient(leaf, random({40, 5}), every_other, 1);
+  expect_gradient(leaf, every_other, random({40, 5}), 1);
 }
 
 TEST_P(RotaryTablesAutograd, GradientOfOneTableIsEnough) {
@@ -196,6 +199,19 @@ at::Tensor tables_backward(const TensorList& tensors, at::ScalarType dtype = at:
   stack.emplace_back(dtype);
   c10::Dispatcher::singleton().findSchemaOrThrow("posenc::rotary_tables_backward", "").callBoxed(stack);
   return stack[0].toTensor();
+}
+
+/// The sum over positions is one in float64: that the tables are narrower is no reason to round it.
+TEST(RotaryTablesBackward, OfFloat64FrequenciesIsNotRoundedToTheDtypeOfTheTables) {
+  constexpr int64_t kLength = 50;
+  const at::Tensor inv_freq = rotary_inv_freq(kHeadDim, 100).requires_grad_();
+  const auto [cos, sin] = rotary_tables(inv_freq, kLength, at::kFloat);
+  const TensorList grads = random_like({cos, sin});
+  const at::Tensor positions = at::arange(kLength, at::kDouble).unsqueeze(1);
+  const auto wide = [](const at::Tensor& x) { return x.detach().to(at::kDouble); };
+  const at::Tensor terms = positions * (wide(cos) * wide(grads[1]) - wide(sin) * wide(grads[0]));
+  const at::Tensor actual = gradients({cos, sin}, {inv_freq}, grads)[0];
+  expect_within(actual, terms.sum(0), terms.abs().sum(0) * (kLength * unit_roundoff(at::kDouble)));
 }
 
 TEST(RotaryTablesBackward, RejectsBadArguments) {

@@ -14,6 +14,7 @@
 #include <array>
 #include <cmath>
 #include <functional>
+#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -56,6 +57,8 @@ INSTANTIATE_TEST_SUITE_P(Cuda, Positions, ::testing::ValuesIn(position_targets(a
 TEST_P(Positions, OfACacheStartAtItsLength) {
   expect_ids(posenc::offset_positions(7, 4, device(), dtype()), tensor({7, 8, 9, 10}));
   expect_ids(posenc::offset_positions(-1, 2, device(), dtype()), tensor({-1, 0}));
+  constexpr int64_t kLowest = std::numeric_limits<int32_t>::min();
+  expect_ids(posenc::offset_positions(kLowest, 2, device(), dtype()), tensor({kLowest, kLowest + 1}));
   EXPECT_EQ(posenc::offset_positions(7, 0, device(), dtype()).sizes(), at::IntArrayRef({0}));
 }
 
@@ -232,13 +235,14 @@ struct Piece {
   int64_t length;
   int64_t frames = 0, rows = 0, columns = 0;
   float seconds = 1;
+  int64_t padding_id = kText;
 };
 
 Piece text(int64_t length) {
   return {Piece::Kind::text, length};
 }
-Piece padding(int64_t length) {
-  return {Piece::Kind::padding, length};
+Piece padding(int64_t length, int64_t id = kText) {
+  return {Piece::Kind::padding, length, 0, 0, 0, 1, id};
 }
 /// Two patches a side are merged.
 Piece vision(Piece::Kind kind, int64_t frames, int64_t rows, int64_t columns, float seconds = 1) {
@@ -272,7 +276,7 @@ Sequence walk(const std::vector<Piece>& pieces, double tokens_per_second = 0) {
     const int64_t start = sequence.next;
     if (piece.kind == Piece::Kind::padding) {
       for (int64_t i = 0; i < piece.length; ++i) {
-        sequence.add(kText, 0, 0, 0);
+        sequence.add(piece.padding_id, 0, 0, 0);
         sequence.mask.back() = 0;
       }
       continue;
@@ -401,6 +405,13 @@ TEST_P(MropePositions, OfSeparateFramesAreThoseOfImages) {
 TEST_P(MropePositions, LeavePaddingOut) {
   expect_positions(
       {{padding(3), text(2), image(4, 4), text(2)}, {text(1), image(4, 6), text(2), padding(2)}}, MropeOptions());
+}
+
+/// The mask alone says what padding is.
+TEST_P(MropePositions, LeavePaddingWithTheTokensOfImagesOut) {
+  expect_positions(
+      {{padding(3, kImage), text(2), image(4, 4), text(2)}, {text(1), image(4, 6), text(2), padding(2, kVideo)}},
+      MropeOptions());
 }
 
 TEST_P(MropePositions, OfOtherTokenIdsAndMergesFollowTheOptions) {

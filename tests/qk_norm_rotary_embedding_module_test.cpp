@@ -34,6 +34,7 @@ QKNormInputs arguments_of(const QKNormRotaryEmbedding& module, const at::Tensor&
   in.rotary.cos = cos.to(q.device());
   in.rotary.sin = sin.to(q.device());
   in.rotary.interleaved = rotary.interleaved();
+  in.rotary.conjugate = rotary.conjugate();
   in.q_weight = module->q_weight;
   in.k_weight = module->k_weight;
   in.eps = module->options.eps();
@@ -127,7 +128,7 @@ INSTANTIATE_TEST_SUITE_P(Cuda, QKNormRotaryEmbeddingModule, ::testing::ValuesIn(
 TEST_P(QKNormRotaryEmbeddingModule, ForwardIsTheOperatorWithItsTables) {
   for (const bool converted : {false, true}) {
     for (const bool other : {false, true}) {
-      const auto rotary = RotaryEmbeddingOptions(kHeadDim).rotary_dim(8).base(500).interleaved(other);
+      const auto rotary = RotaryEmbeddingOptions(kHeadDim).rotary_dim(8).base(500).interleaved(other).conjugate(other);
       auto module = make(QKNormRotaryEmbeddingOptions(rotary).eps(1e-3).unit_offset(other), converted);
       const at::Tensor q = random({2, 5, 4, kHeadDim});
       const at::Tensor k = random({2, 5, 2, kHeadDim});

@@ -104,6 +104,21 @@ TEST_P(Reference, RoundsNarrowDtypesOnce) {
   }
 }
 
+TEST(ReferenceOutside, TokensHaveNanInEveryChannelAndOthersNone) {
+  RotaryCase c;
+  c.head_dim = 9;
+  c.rotary_dim = 6;
+  c.positions = PositionShape::per_token;
+  RotaryInputs in = make_inputs(c, {at::kCPU, at::kFloat});
+  const int64_t rows = in.cos.size(0);
+  in.positions = at::tensor({int64_t{0}, int64_t{-1}, rows - 1, rows, int64_t{1}}, at::kLong);
+  const at::Tensor nan = rotate_reference(in, in.q).isnan();
+  for (int64_t token = 0; token < 5; ++token) {
+    EXPECT_EQ(nan.select(1, token).all().item<bool>(), token == 1 || token == 3) << token;
+    EXPECT_EQ(nan.select(1, token).any().item<bool>(), token == 1 || token == 3) << token;
+  }
+}
+
 TEST_P(Reference, PairIsTwoCalls) {
   const RotaryInputs in = inputs(at::kFloat);
   const auto [q, k] = posenc::reference::rotary_embedding_qk(

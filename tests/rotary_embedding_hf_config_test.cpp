@@ -301,6 +301,16 @@ TEST(RotaryEmbeddingHfConfig, OfHunYuanWithAFixedAlpha) {
   expect_options(options, expected);
 }
 
+/// An alpha of 0 means none.
+TEST(RotaryEmbeddingHfConfig, OfHunYuanWithoutAlpha) {
+  const auto options = from(R"({"model_type": "hunyuan_v1_dense", "head_dim": 128, "max_position_embeddings": 32768,
+      "rope_theta": 10000.0, "rope_scaling": {"alpha": 0, "factor": 2.0, "type": "dynamic"}})");
+  Expected expected;
+  expected.max_position_embeddings = 32768;
+  expected.scaling = DynamicNtkScaling{2, 32768};
+  expect_options(options, expected);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Fields
 

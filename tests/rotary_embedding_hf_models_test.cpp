@@ -111,6 +111,7 @@ const Published kPublished[] = {
     {R"({"model_type":"gemma4_text","head_dim":256,"per_layer_config":{"05":{"head_dim":128}}})", kFull, 128, 128, 1e6, "half", "proportional(partial_rotary_factor=0.25, factor=1)"},
     {R"({"model_type":"gemma4_text","head_dim":256,"per_layer_config":{"05":{"head_dim":128}}})", kSliding, 256, 256, 10000, "half", "default"},
     {R"({"model_type":"gemma4_unified_text","layer_types":["sliding_attention","full_attention"],"per_layer_config":{"1":{"head_dim":64}}})", kFull, 64, 64, 1e6, "half", "proportional(partial_rotary_factor=0.25, factor=1)"},
+    {R"({"model_type":"gemma4_unified_text","layer_types":["sliding_attention","full_attention"],"per_layer_config":{"1":{"head_dim":64}}})", "1", 64, 64, 1e6, "half", "proportional(partial_rotary_factor=0.25, factor=1)"},
     {R"({"model_type":"deepseek_v4","head_dim":512,"qk_rope_head_dim":64,"rope_parameters":{"main":{},"compress":{}}})", "main", 64, 64, 10000, "interleaved", "default"},
     {R"({"model_type":"glm_ocr_text","head_dim":64})", nullptr, 64, 64, 10000, "interleaved", "default"},
     {R"({"model_type":"ernie4_5_moe_vl","head_dim":128,"rope_scaling":{"mrope_section":[22,22,20]}})", nullptr, 128, 128, 500000, "interleaved", "default"},

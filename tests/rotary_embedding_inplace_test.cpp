@@ -128,6 +128,28 @@ TEST_P(RotaryEmbeddingInPlace, GradientsOfViewsOfOneBaseReachTheBase) {
   expect_same_bits(of_k.narrow(2, 4, 2), grad_k);
 }
 
+TEST_P(RotaryEmbeddingInPlace, OnlyOneOfTheTwoIsAView) {
+  for (const bool q_is_view : {false, true}) {
+    RotaryInputs in = inputs();
+    const at::Tensor q_leaf = in.q.detach().requires_grad_();
+    const at::Tensor k_leaf = in.k.detach().requires_grad_();
+    in.q = q_leaf.clone();
+    in.k = k_leaf.clone();
+    at::Tensor& viewed = q_is_view ? in.q : in.k;
+    const at::Tensor base = viewed;
+    viewed = base.narrow(2, 0, base.size(2));
+    rotate_in_place(in, in.q, in.k);
+    RotaryInputs back = backwards(in);
+    back.q = random_tensor(in.q.sizes(), GetParam());
+    back.k = random_tensor(in.k.sizes(), GetParam());
+    const auto [expected_q, expected_k] = rotate_qk(back);
+    const TensorList of_base =
+        gradients({q_is_view ? base : in.q, q_is_view ? in.k : base}, {q_leaf, k_leaf}, {back.q, back.k});
+    expect_same_bits(of_base[0], expected_q);
+    expect_same_bits(of_base[1], expected_k);
+  }
+}
+
 TEST_P(RotaryEmbeddingInPlace, OnlyOneOfTheTwoRequiresGrad) {
   for (const bool q_requires : {false, true}) {
     RotaryInputs in = inputs();
@@ -314,12 +336,17 @@ TEST_P(RotaryEmbeddingInPlaceGraph, QueriesAndKeysSideBySideInOneTensorAreNone) 
 }
 
 TEST_P(RotaryEmbeddingInPlaceGraph, OverlapWithTablesOrPositionsIsAnError) {
-  const at::Tensor memory = at::randn({2 * 5 * 4 * 16}).to(GetParam());
-  at::Tensor x = memory.view({2, 5, 4, 16});
+  constexpr int64_t kElements = 2 * 5 * 4 * 16;
+  const at::Tensor memory = at::randn({kElements + 64}).to(GetParam());
+  at::Tensor x = memory.narrow(0, 0, kElements).view({2, 5, 4, 16});
   RotaryInputs in = inputs();
   RotaryInputs bad = in;
   bad.cos = memory.narrow(0, 0, 64).view({8, 8});
   expect_error([&] { rotate_in_place(bad, x); }, {"x and cos", "overlap"});
+  bad.cos = memory.narrow(0, kElements - 1, 64).view({8, 8});  // by one element
+  expect_error([&] { rotate_in_place(bad, x); }, {"x and cos", "overlap"});
+  bad.cos = memory.narrow(0, kElements, 64).view({8, 8});
+  EXPECT_NO_THROW(rotate_in_place(bad, x));
   bad = in;
   bad.sin = memory.narrow(0, 576, 64).view({8, 8});
   expect_error([&] { rotate_in_place(bad, in.k, x); }, {"k and sin", "overlap"});
@@ -341,6 +368,8 @@ TEST(RotaryEmbeddingInPlaceMeta, ChecksWithoutData) {
   EXPECT_NO_THROW(rotate_in_place(in, in.q));
   at::Tensor expanded = in.q.narrow(0, 0, 1).expand_as(in.q);
   expect_error([&] { rotate_in_place(in, expanded); }, {"expected x", "place of their own"});
+  expanded = in.k.narrow(0, 0, 1).expand_as(in.k);
+  expect_error([&] { rotate_in_place(in, in.q, expanded); }, {"expected k", "place of their own"});
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

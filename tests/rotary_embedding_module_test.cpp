@@ -554,6 +554,13 @@ TEST_P(RotaryEmbeddingTables, FollowChangedOptionsAfterReset) {
   rope->reset();
   EXPECT_EQ(rope->table_length(device()), 0);
   expect_rotated(rope->rotate(x), x, options(8).base(77).interleaved(true), std::nullopt, 8);
+  for (const int64_t length : {4, 6}) {  // fewer rows, and more again
+    rope->options.max_position_embeddings(length);
+    rope->reset();
+    EXPECT_EQ(rope->table_length(device()), 0);
+    rope->rotate(random(3));
+    EXPECT_EQ(rope->table_length(device()), length);
+  }
 }
 
 TEST_P(RotaryEmbeddingTables, ChangedOptionsAreCheckedByReset) {

@@ -51,7 +51,7 @@ def on_meta(x):
 class Arguments:
     """The arguments of one call in one dtype, as a flat list of which single tensors can be replaced."""
 
-    def __init__(self, name, sample, dtype):
+    def __init__(self, name, sample, dtype, slopes_dtype=None):
         self.op = operator(name)
         self.schema = self.op._schema.arguments
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -61,6 +61,8 @@ class Arguments:
             target = wide if argument in WIDE or name in WIDE_OPERATORS else dtype
             if argument == "dtype":
                 return target
+            if argument == "slopes" and slopes_dtype is not None:
+                target = slopes_dtype
             floating = lambda x: x.detach().to(target) if x.is_floating_point() else x
             return pytree.tree_map_only(torch.Tensor, floating, value)
 
@@ -93,9 +95,9 @@ class Arguments:
 
 
 class Layout(OnDevice):
-    def check_dtype(self, dtype):
+    def check_dtype(self, dtype, slopes_dtype=None):
         def check(name, _, sample):
-            arguments = Arguments(name, sample, dtype)
+            arguments = Arguments(name, sample, dtype, slopes_dtype)
             for flat in arguments.replaced():
                 meta = pytree.tree_map_only(torch.Tensor, on_meta, flat)
                 # In place: on copies in the same layout, as what is one call's result is not the next one's input.
@@ -105,6 +107,8 @@ class Layout(OnDevice):
                 self.assertEqual(actual, promised, f"inputs of strides {strides}")
 
         names = [name for name in sorted(CASES) if name != "alibi_slopes"]  # has no tensors
+        if slopes_dtype is not None:
+            names = [name for name in names if any(a.name == "slopes" for a in operator(name)._schema.arguments)]
         self.for_each_sample(check, CASES, size=4, grad=False, names=names)
 
     def test_results_in_float16_are_as_meta_promises(self):
@@ -118,6 +122,9 @@ class Layout(OnDevice):
 
     def test_results_in_float64_are_as_meta_promises(self):
         self.check_dtype(torch.float64)
+
+    def test_results_in_float64_of_float32_slopes_are_as_meta_promises(self):
+        self.check_dtype(torch.float64, slopes_dtype=torch.float32)
 
     def test_inductor_compiles_attention(self):
         """Padded and packed, heads before tokens in memory as projections leave them.

@@ -119,6 +119,10 @@ class Vmap(OnDevice):
         with self.assertRaisesRegex(RuntimeError, "expected x, which changes in place, to be batched"):
             torch.func.vmap(lambda c: torch.ops.posenc.rotary_embedding_(x, c, sin))(cos)
 
+        q, k = i.normal(BATCH, 4, 2, 8), i.normal(4, 2, 8)
+        with self.assertRaisesRegex(RuntimeError, "expected k, which changes in place, to be batched"):
+            torch.func.vmap(lambda y: torch.ops.posenc.rotary_embedding_qk_(y, k, cos[0], sin), out_dims=None)(q)
+
     def test_a_batch_changes_in_place(self):
         i = Inputs(self.device, 4, grad=False)
         x, cos, sin = i.normal(BATCH, 4, 2, 8), i.normal(4, 3), i.normal(4, 3)
