@@ -231,7 +231,7 @@ class Derivatives(OnDevice):
 
         self.for_each_call(check, [name])
 
-    # --- torch.func, batched gradients, compiled autograd ---
+    # --- torch.func and batched gradients ---
 
     def check_transform(self, transform):
         def check(call):
@@ -271,17 +271,6 @@ class Derivatives(OnDevice):
             self.assert_equal(found, torch.stack(one_by_one))
 
         self.for_each_call_of_vmap(check, DIFFERENTIABLE)
-
-    def test_compiled_autograd(self):
-        def check(call):
-            result = call.actual(*call.tensors)
-            torch._dynamo.reset()
-            with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
-                result.backward()
-            found = [x.grad for x in call.tensors]
-            self.assert_equal(found, list(gradients(call.expected, call.tensors)))
-
-        self.for_each_call(check)
 
     # --- Values worked out apart, of attention without a mask: one head of one channel, slope 0.5, scale 1 ---
 
