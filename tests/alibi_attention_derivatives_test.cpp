@@ -258,6 +258,22 @@ TEST_P(AlibiAttentionDerivatives, OfEachGradientAloneAreThoseOfTheReference) {
   }
 }
 
+/// On a CPU 64 rows of 2 x 4096 scores are computed at a time.
+TEST_P(AlibiAttentionDerivatives, OfSeveralBlocksOfRowsAreThoseOfTheReference) {
+  AttentionCase c;
+  c.batch = 1;
+  c.q_len = 130;
+  c.k_len = 4096;
+  c.q_heads = c.k_heads = 2;
+  c.head_dim = 2;
+  c.largest_slope = 0x1p-8;
+  c.causal = true;
+  AttentionInputs in = inputs(c);
+  in.slopes = in.slopes.to(at::kDouble);
+  in = attention_leaves(in);
+  expect_derivatives({in.q, in.k, in.v, in.slopes}, in.options, 2);
+}
+
 TEST_P(AlibiAttentionDerivatives, GradientsReachOnlyWhatRequiresThem) {
   AttentionInputs in = inputs(AttentionCase());
   in.v.requires_grad_();
