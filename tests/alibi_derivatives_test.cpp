@@ -11,7 +11,8 @@
 namespace posenc::test {
 namespace {
 
-/// Derivatives of every operator against the same function in tensor operations, and inputs that change between the passes.
+/// Derivatives of every operator against the same function in tensor operations, and inputs that change between the
+/// passes.
 class AlibiDerivatives : public DeviceTest {
  protected:
   AlibiInputs inputs(at::ScalarType dtype, bool all_flags) const {
@@ -72,7 +73,8 @@ at::Tensor call_reference(Operator op, const AlibiInputs& in) {
 
 using Call = at::Tensor (*)(Operator, const AlibiInputs&);
 
-/// A function of the result that is not linear, so that every operator has second derivatives. Hidden keys have no part.
+/// A function of the result that is not linear, so that every operator has second derivatives. Hidden keys have no
+/// part.
 at::Tensor loss(const at::Tensor& result) {
   const at::Tensor finite = result.masked_fill(result.isinf(), 0);
   const at::Tensor weights = at::linspace(-1, 2, result.numel(), result.options()).view(result.sizes());

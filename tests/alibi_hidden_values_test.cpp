@@ -13,7 +13,8 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-/// NaN and infinity: what masks hide of them reaches nothing, what is visible of them reaches what tensor operations say.
+/// NaN and infinity: what masks hide of them reaches nothing, what is visible of them reaches what tensor operations
+/// say.
 class AlibiHiddenValues : public TargetTest {
  protected:
   AlibiInputs inputs(int64_t keys, bool flags, Strides strides = Strides::dense) const {

@@ -6,8 +6,8 @@
 namespace posenc::test {
 namespace {
 
-/// Gradients to slopes against float64 from the same rounded inputs, in cases where distances or the mean of the gradient
-/// are large beside the result.
+/// Gradients to slopes against float64 from the same rounded inputs, in cases where distances or the mean of the
+/// gradient are large beside the result.
 class AlibiSlopeGradients : public TargetTest {};
 
 INSTANTIATE_TEST_SUITE_P(Cpu, AlibiSlopeGradients, ::testing::ValuesIn(targets(at::kCPU)), target_name);

@@ -216,11 +216,11 @@ double arithmetic_roundoff(at::ScalarType dtype) {
   return unit_roundoff(table_dtype(dtype));
 }
 
-/// Relative errors that the softmax of `in` may have before it is stored. With x = scale s - m d and u the unit roundoff:
-/// x is off by at most 4u (|scale s| + |m d|) (scale rounded to float32, its product, m d, a factor log2(e), the sum);
-/// x - max by another u |x - max|, which is the relative error of exp(x - max), to which exp itself adds up to 8u. The
-/// stabiliser's own error cancels. The sum of n terms in any order adds n u and the mean of their errors (Higham,
-/// section 4.2), rescaling and the quotient a few u.
+/// Relative errors that the softmax of `in` may have before it is stored. With x = scale s - m d and u the unit
+/// roundoff: x is off by at most 4u (|scale s| + |m d|) (scale rounded to float32, its product, m d, a factor log2(e),
+/// the sum); x - max by another u |x - max|, which is the relative error of exp(x - max), to which exp itself adds up
+/// to 8u. The stabiliser's own error cancels. The sum of n terms in any order adds n u and the mean of their errors
+/// (Higham, section 4.2), rescaling and the quotient a few u.
 at::Tensor softmax_relative_error(const AlibiInputs& in, const at::Tensor& p) {
   const double u = arithmetic_roundoff(in.scores.scalar_type());
   const at::Tensor scaled = widened(in.scores) * in.scale;
@@ -286,8 +286,8 @@ void expect_softmax(const at::Tensor& actual, const AlibiInputs& in) {
 }
 
 // ds = scale p (g - D) with D = sum g p. p carries its own error, and that of its dtype where the result is what was
-// saved, and through the division by their sum also the errors of the other probabilities of the row; D the errors of its
-// terms and of their sum.
+// saved, and through the division by their sum also the errors of the other probabilities of the row; D the errors of
+// its terms and of their sum.
 void expect_softmax_gradients(
     const at::Tensor& scores,
     const at::Tensor& slopes,

@@ -112,10 +112,10 @@ void expect_softmax_gradients(
     const AlibiInputs& in,
     const at::Tensor& grad);
 
-/// Expects the gradient of `alibi_softmax` to slopes within 1 % (half and bfloat16), 1e-5 (float32) or 1e-12 (float64) of
-/// float64, as a vector: of its norm, or of the root of the sum of its squared terms, where these cancel so that the norm is
-/// smaller. The saved probabilities are rounded, each by itself, so no backward pass can do better than a part of the
-/// latter.
+/// Expects the gradient of `alibi_softmax` to slopes within 1 % (half and bfloat16), 1e-5 (float32) or 1e-12 (float64)
+/// of float64, as a vector: of its norm, or of the root of the sum of its squared terms, where these cancel so that
+/// the norm is smaller. The saved probabilities are rounded, each by itself, so no backward pass can do better than a
+/// part of the latter.
 void expect_accurate_slopes(const at::Tensor& actual, const AlibiInputs& in, const at::Tensor& grad);
 
 /// Expects a gradient to slopes within `relative` of the sum of its absolute terms, and rounded to its dtype.

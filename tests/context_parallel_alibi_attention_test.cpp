@@ -23,7 +23,8 @@
 namespace posenc::test {
 namespace {
 
-// Errors, groups of one rank and rings of threads. Processes, with Gloo and NCCL: tests/python/context_parallel_test.py.
+// Errors, groups of one rank and rings of threads. Processes, with Gloo and NCCL:
+// tests/python/context_parallel_test.py.
 
 AttentionCase shard() {
   AttentionCase c;
@@ -190,8 +191,8 @@ TEST(ContextParallelAlibiAttention, TheGroupOutlivesTheCallersHandle) {
   expect_equal(everything(in, out, grad), everything(in, attend(in), grad));
 }
 
-/// A call over `ranks` ranks that are threads, put together again: output and gradients of q, k, v and slopes, the latter
-/// summed over the ranks.
+/// A call over `ranks` ranks that are threads, put together again: output and gradients of q, k, v and slopes, the
+/// latter summed over the ranks.
 TensorList everything_of_ring(const AttentionInputs& whole, const at::Tensor& grad, int ranks, bool causal) {
   TensorList result{at::zeros_like(whole.q)};
   for (const at::Tensor& x : {whole.q, whole.k, whole.v, whole.slopes}) {

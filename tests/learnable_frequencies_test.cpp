@@ -31,8 +31,8 @@ constexpr int64_t kHeadDim = 16;
 // ---------------------------------------------------------------------------------------------------------------------
 // Derivatives of rotary_tables
 
-/// The gradient to the frequencies by a loop over scalars, in float64, and what it is at most: its terms with cosines and
-/// sines of one.
+/// The gradient to the frequencies by a loop over scalars, in float64, and what it is at most: its terms with cosines
+/// and sines of one.
 std::pair<at::Tensor, at::Tensor> scalar_frequency_gradient(
     const at::Tensor& inv_freq,
     const at::Tensor& grad_cos,
@@ -66,8 +66,8 @@ class RotaryTablesAutograd : public TargetTest {
   }
   at::Tensor random(at::IntArrayRef sizes) const { return random_tensor(sizes, GetParam()); }
 
-  /// Expects the gradient of the operator to be that of the loop. Tables and the result are rounded to the dtype; angles
-  /// of up to `length`, and the terms and their sum, in float64, here and there.
+  /// Expects the gradient of the operator to be that of the loop. Tables and the result are rounded to the dtype;
+  /// angles of up to `length`, and the terms and their sum, in float64, here and there.
   void expect_gradient(const at::Tensor& leaf, const at::Tensor& grad_cos, const at::Tensor& grad_sin, double factor)
       const {
     const auto [cos, sin] = posenc::rotary_tables(leaf, grad_cos.size(0), dtype(), factor);
@@ -169,8 +169,8 @@ class RotaryTablesDifferences : public DeviceTest {
 INSTANTIATE_TEST_SUITE_P(Cpu, RotaryTablesDifferences, ::testing::Values(at::kCPU), device_name);
 INSTANTIATE_TEST_SUITE_P(Cuda, RotaryTablesDifferences, ::testing::Values(at::kCUDA), device_name);
 
-// Derivatives of order n have factors up to 6^n: five differences and a small step keep the truncation, 6^5 step^4 / 30,
-// at 1e-11.
+// Derivatives of order n have factors up to 6^n: five differences and a small step keep the truncation, 6^5 step^4 /
+// 30, at 1e-11.
 TEST_P(RotaryTablesDifferences, Gradients) {
   gradcheck(tables, frequencies(device()), kSmooth);
 }
@@ -304,8 +304,8 @@ TEST_P(LearnableFrequencies, GradientIsThatOfTheTables) {
   const at::Tensor expected = scalar_frequency_gradient(rope->inv_freq, of_tables.dcos, of_tables.dsin, 1).first;
   const at::Tensor magnitude =
       scalar_frequency_gradient(rope->inv_freq, of_tables.dcos_magnitude, of_tables.dsin_magnitude, 1).second;
-  // Two roundings for each of the terms of a table gradient, which it is the sum of, and one for the table entry that it
-  // is multiplied with; then the result is rounded.
+  // Two roundings for each of the terms of a table gradient, which it is the sum of, and one for the table entry that
+  // it is multiplied with; then the result is rounded.
   const auto roundings = static_cast<double>(4 * c.batch * (c.q_heads + c.k_heads) + 1);
   expect_within(
       found, expected, magnitude * (roundings * unit_roundoff(table_dtype(dtype())) + 2 * unit_roundoff(at::kFloat)));

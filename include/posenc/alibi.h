@@ -95,9 +95,9 @@ POSENC_API at::Tensor& alibi_add_(
 /// @return probabilities of the shape and dtype of `scores`, in its memory layout where that is dense. A row that
 ///   sees no key is zero, and so are its gradients.
 ///
-/// The backward pass saves the result alone. In half and bfloat16 the gradient of slopes is therefore as exact as rounded
-/// probabilities allow: its error is below 1 % of the root of the sum of its squared terms, which is more than 1 % of the
-/// gradient itself where terms cancel to a small part of that.
+/// The backward pass saves the result alone. In half and bfloat16 the gradient of slopes is therefore as exact as
+/// rounded probabilities allow: its error is below 1 % of the root of the sum of its squared terms, which is more than
+/// 1 % of the gradient itself where terms cancel to a small part of that.
 ///
 /// Example:
 /// ```

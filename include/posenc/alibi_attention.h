@@ -48,23 +48,23 @@ struct POSENC_API ALiBiAttentionOptions {
 /// kernels for CPU, CUDA and Meta, and takes part in autocast as LibTorch's `scaled_dot_product_attention` does.
 ///
 /// Memory grows with Sq + Sk, not with their product. Scores, softmax and sums are float32 (float64 for float64).
-/// Gradients reach q, k, v and slopes, and can be differentiated again, in the same memory; from the third derivative on
-/// with the scores in memory, and not under `torch.func`.
+/// Gradients reach q, k, v and slopes, and can be differentiated again, in the same memory; from the third derivative
+/// on with the scores in memory, and not under `torch.func`.
 ///
-/// Packed sequences are computed as padded batches of sequences of similar length, so memory grows with the tokens. On a
-/// CPU time grows with the sum of the squared lengths. On a GPU the host does not wait for the lengths: there, where
+/// Packed sequences are computed as padded batches of sequences of similar length, so memory grows with the tokens. On
+/// a CPU time grows with the sum of the squared lengths. On a GPU the host does not wait for the lengths: there, where
 /// padding all sequences to the longest would take more than twice the tokens, time is that of at most four times the
 /// tokens in sequences of `max_seqlen`.
 ///
-/// NaN and infinity in keys and values that lengths hide reach no result and no gradient. Behind a causal mask they reach
-/// no row that does not see them where attention is not fused; fused attention multiplies them with a probability of 0
-/// where they share a tile of keys with a visible key, and NaN is the result.
+/// NaN and infinity in keys and values that lengths hide reach no result and no gradient. Behind a causal mask they
+/// reach no row that does not see them where attention is not fused; fused attention multiplies them with a
+/// probability of 0 where they share a tile of keys with a visible key, and NaN is the result.
 ///
 /// On GPUs of compute capability 9.0, float16 and bfloat16 heads of 32, 64, 80, 96, 128, 192 or 256 channels are one
 /// fused kernel of cuDNN's; a gradient that flows through lse is not. Its plans are made at the first call for a shape:
-/// make that call before a CUDA graph is captured, else the capture is an error. All else is computed in blocks of matrix
-/// products, slower; on a GPU a warning says so once. Results are the same bits every time; gradients of q, k and v
-/// through cuDNN where LibTorch's deterministic algorithms are on.
+/// make that call before a CUDA graph is captured, else the capture is an error. All else is computed in blocks of
+/// matrix products, slower; on a GPU a warning says so once. Results are the same bits every time; gradients of q, k
+/// and v through cuDNN where LibTorch's deterministic algorithms are on.
 ///
 /// @param q  `[B, Sq, Hq, D]`, or packed sequences `[T, Hq, D]`: float16, bfloat16, float32 or float64, any strides.
 /// @param k,v  `[B, Sk, Hk, D]` or `[Tk, Hk, D]`, of the dtype and device of q; Hq is a multiple of Hk (GQA, MQA).

@@ -54,8 +54,8 @@ struct DynamicNtkScaling {
   double factor = 1.0;
   int64_t max_position_embeddings = 0;
   /// Sequences beyond L count as if their length were rounded up to a multiple of this. 1, the default, is the rule as
-  /// published, where every length has frequencies of its own; a cache that grows by one token a step then has new tables
-  /// in every step, and with 256 in every 256th.
+  /// published, where every length has frequencies of its own; a cache that grows by one token a step then has new
+  /// tables in every step, and with 256 in every 256th.
   int64_t seq_len_multiple = 1;
 
   friend bool operator==(const DynamicNtkScaling& a, const DynamicNtkScaling& b) {
@@ -121,8 +121,8 @@ struct Llama3Scaling {
   }
 };
 
-/// LongRoPE (Ding et al. 2024, https://arxiv.org/abs/2402.13753): w'_i = w_i / e_i, where e is `long_factor` for sequences
-/// of more than L0 = `original_max_position_embeddings` positions, else `short_factor`.
+/// LongRoPE (Ding et al. 2024, https://arxiv.org/abs/2402.13753): w'_i = w_i / e_i, where e is `long_factor` for
+/// sequences of more than L0 = `original_max_position_embeddings` positions, else `short_factor`.
 struct LongRopeScaling {
   std::vector<double> short_factor;  ///< R/2 divisors.
   std::vector<double> long_factor;   ///< R/2 divisors.
@@ -209,8 +209,8 @@ POSENC_API bool depends_on_length(const RotaryScaling& scaling);
 POSENC_API std::string to_string(const RotaryScaling& scaling);
 
 /// Scales of xPos (Sun et al. 2022, https://arxiv.org/abs/2212.10554): z_i^((t - floor(n/2))/scale_base) with
-/// z_i = (2i + 0.4 R)/(1.4 R), for the tokens t = 0 .. n - 1 of a causal model. Queries are multiplied with them and keys
-/// divided by them: both tables of q times the scales, both of k divided by them.
+/// z_i = (2i + 0.4 R)/(1.4 R), for the tokens t = 0 .. n - 1 of a causal model. Queries are multiplied with them and
+/// keys divided by them: both tables of q times the scales, both of k divided by them.
 ///
 /// @param rotary_dim  R: positive and even.
 /// @param length  n: number of positions, not negative.
@@ -237,8 +237,8 @@ POSENC_API at::ScalarType rotary_table_dtype(at::ScalarType dtype);
 /// 0.03 rad at position 1,000,000, and a bfloat16 one beyond position 256.
 ///
 /// An operator of the dispatcher, `posenc::rotary_tables`, differentiable with respect to `inv_freq`, any number of
-/// times; deterministic. On a GPU it is one launch. The last bit of an entry may differ between devices: tables that must
-/// not are built on the CPU and copied.
+/// times; deterministic. On a GPU it is one launch. The last bit of an entry may differ between devices: tables that
+/// must not are built on the CPU and copied.
 ///
 /// @param inv_freq  float32 or float64 `[R/2]`.
 /// @param length  number of rows, not negative.

@@ -22,8 +22,8 @@ namespace posenc {
 /// the normalisation, the weight and the rotation as well. The forward pass reads and writes `q` and `k` once and saves
 /// nothing of its own; the backward pass reads them and their gradients once, and computes the norms again.
 ///
-/// A NaN in one head of one token makes this head NaN. An infinity makes its pair NaN and the rest of the head zero, as in
-/// tensor operations. One in a weight or in a table reaches its pair of the tokens that read it.
+/// A NaN in one head of one token makes this head NaN. An infinity makes its pair NaN and the rest of the head zero,
+/// as in tensor operations. One in a weight or in a table reaches its pair of the tokens that read it.
 ///
 /// @param q,k  `[B, S, Hq, D]` and `[B, S, Hk, D]`, or `[T, Hq, D]` and `[T, Hk, D]` for packed sequences: float16,
 ///   bfloat16, float32 or float64, any strides (also 0) without a copy. On CUDA D is at most 4096, and fastest where D
@@ -31,8 +31,8 @@ namespace posenc {
 ///   (float64 for float64): heads with values beyond about 1e19 / sqrt(D), which only bfloat16 and float32 can hold,
 ///   give zeros, as they do in tensor operations.
 /// @param q_weight,k_weight  `[D]`, of one dtype: that of `q`, or float32 (float64 for float64). Any stride.
-/// @param cos,sin,positions,interleaved,pair_axes  as in `rotary_embedding_qk`. What a position outside the tables makes
-///   NaN, its token or its pairs, makes the gradients of its weights NaN, and with `pair_axes` that of its head.
+/// @param cos,sin,positions,interleaved,pair_axes  as in `rotary_embedding_qk`. What a position outside the tables
+///   makes NaN, its token or its pairs, makes the gradients of its weights NaN, and with `pair_axes` that of its head.
 /// @param eps  positive. Default: 1e-6.
 /// @param unit_offset  the weight is `1 + w` (Gemma 3) instead of `w` (Qwen3). Default: false.
 /// @param conjugate  rotate backwards. Default: false.

@@ -91,9 +91,9 @@ POSENC_API std::tuple<at::Tensor, at::Tensor> rotary_embedding_qk(
 /// operators saved for their backward pass are stale, and autograd says so.
 ///
 /// @return `x`. As a dispatcher operator it returns nothing, which is what `torch.compile` needs.
-/// @throws c10::Error  as `rotary_embedding`; also where `x` is a leaf that requires grad, where `cos` or `sin` requires
-///   grad (its gradient needs the input, which is gone), where two elements of `x` are the same memory, and where it
-///   overlaps the tables or positions.
+/// @throws c10::Error  as `rotary_embedding`; also where `x` is a leaf that requires grad, where `cos` or `sin`
+///   requires grad (its gradient needs the input, which is gone), where two elements of `x` are the same memory, and
+///   where it overlaps the tables or positions.
 ///
 /// Example:
 /// ```

@@ -17,7 +17,8 @@
 /// - `part`: default of `partial_rotary_factor`, for all layers or by layer type. Default: 1.
 /// - `rope_parameters`: the plan of a file that has none; nested by layer type where layers differ.
 /// - `plans`: types of plans that mean another one: `{"yarn": "longrope"}`.
-/// - `flat_plan`: whose plan one is that is not nested by layer type: a layer type, or `all`. Default: `full_attention`.
+/// - `flat_plan`: the layer type that a plan belongs to which is not nested by layer type, or `all`. Default:
+///   `full_attention`.
 /// - `layer_types`: names of the kinds of layers.
 /// - `unrotated`: kinds of layers without rotary embedding; `unrotated_with`: only where this field is set.
 /// - `per_layer_type`: the layer type that `per_layer_config` is about where there are no `layer_types`.

@@ -61,8 +61,8 @@ class AlibiSoftmaxBackward final : public autograd::Node<AlibiSoftmaxBackward> {
 ///
 ///     F = sum of P (g - r) v,    P = p / (sum of p),    r = sum over keys of g P,    v = scale u - w d,
 ///
-/// whose derivatives are dF/dg = P (v - sum of P v) and dF/dP = (g - r) v - g (sum of P v); dF/dp is dF/dP less the sum of
-/// P dF/dP, divided by the sum of p. In tensor operations, so that they can be differentiated further.
+/// whose derivatives are dF/dg = P (v - sum of P v) and dF/dP = (g - r) v - g (sum of P v); dF/dp is dF/dP less the
+/// sum of P dF/dP, divided by the sum of p. In tensor operations, so that they can be differentiated further.
 class AlibiSoftmaxBackwardBackward final : public autograd::Node<AlibiSoftmaxBackwardBackward> {
  public:
   AlibiSoftmaxBackwardBackward() = default;

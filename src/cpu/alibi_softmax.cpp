@@ -156,12 +156,12 @@ struct BackwardRow {
   int32_t nearest, count;  // the key that distances are counted from, and the number of visible keys
 };
 
-/// Writes the gradient of the scores of one row. Returns the sum of `P * (grad - r) * distance` where `SlopesGrad`, with
-/// `P` the saved probabilities divided by their sum and `r` the sum of `P * grad`.
+/// Writes the gradient of the scores of one row. Returns the sum of `P * (grad - r) * distance` where `SlopesGrad`,
+/// with `P` the saved probabilities divided by their sum and `r` the sum of `P * grad`.
 ///
-/// Saved probabilities of half and bfloat16 are rounded: their sum differs from 1 by up to 2^-8, which would multiply the
-/// mean of `grad`, and distances of thousands. Hence the division, and distances counted from their mean under `P`, which
-/// leave the exact sum unchanged.
+/// Saved probabilities of half and bfloat16 are rounded: their sum differs from 1 by up to 2^-8, which would multiply
+/// the mean of `grad`, and distances of thousands. Hence the division, and distances counted from their mean under
+/// `P`, which leave the exact sum unchanged.
 template <typename T, bool Dense, bool SlopesGrad>
 POSENC_CPU_CLONES double backward_row(const BackwardRow<T>& row, double scale) {
   using Real = cpu::arithmetic_t<T>;

@@ -261,9 +261,9 @@ __global__ void __launch_bounds__(kMaxRowThreads) alibi_softmax_long_kernel(
 ///
 ///     dscores = scale P (g - r),    row_sum = sum of P (g - r) (d - mean),    mean = sum of P d.
 ///
-/// Saved probabilities of half and bfloat16 are rounded: their sum differs from 1 by up to 2^-8, which would multiply the
-/// mean of g, and distances of thousands. Hence the division, and distances d counted from their mean, which leave the
-/// exact sum unchanged. Fixed slopes need no distances.
+/// Saved probabilities of half and bfloat16 are rounded: their sum differs from 1 by up to 2^-8, which would multiply
+/// the mean of g, and distances of thousands. Hence the division, and distances d counted from their mean, which leave
+/// the exact sum unchanged. Fixed slopes need no distances.
 template <typename T>
 struct GradientRow {
   using Real = arithmetic_t<T>;

@@ -13,8 +13,8 @@
 
 // vmap as a loop over the batch. LibTorch's own fallbacks take neither lists of tensors nor undefined results.
 //
-// `Level` is one level of a vmap: `Level(arguments)` finds it, `unwrapped(tensor)` is the tensor with its batch dimension
-// first, nullopt if it has none at this level, and `wrapped` undoes that.
+// `Level` is one level of a vmap: `Level(arguments)` finds it, `unwrapped(tensor)` is the tensor with its batch
+// dimension first, nullopt if it has none at this level, and `wrapped` undoes that.
 namespace posenc::functorch {
 
 using at::IValue;

@@ -45,10 +45,10 @@ struct POSENC_API ALiBiBiasOptions {
 /// Attention with linear biases (ALiBi, Press et al. 2021, https://arxiv.org/abs/2108.12409).
 ///
 /// Slopes are float32 whatever dtype the model is converted to. Learnable ones are the parameter `slopes`, which
-/// `to(dtype)` leaves float32: bfloat16 holds a slope with 8 bits, an error of 30 at distance 8192 (float64 scores are served by them too). Fixed ones are neither parameter nor buffer:
-/// they are copied to the device of the scores when they are first needed there, and shared by clones. While a CUDA graph
-/// is captured that copy is an error: call `slopes_on` before. `forward` may be called from several threads, and `clone`
-/// beside it.
+/// `to(dtype)` leaves float32: bfloat16 holds a slope with 8 bits, an error of 30 at distance 8192 (float64 scores are
+/// served by them too). Fixed ones are neither parameter nor buffer: they are copied to the device of the scores when
+/// they are first needed there, and shared by clones. While a CUDA graph is captured that copy is an error: call
+/// `slopes_on` before. `forward` may be called from several threads, and `clone` beside it.
 ///
 /// Example:
 /// ```

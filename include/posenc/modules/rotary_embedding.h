@@ -75,8 +75,8 @@ struct POSENC_API RotaryEmbeddingOptions {
   TORCH_ARG(std::optional<int64_t>, rotary_dim) = std::nullopt;
   /// Base of the frequencies, `rope_theta` of model configurations. Default: 10000.
   TORCH_ARG(double, base) = 10000.0;
-  /// Rows of the tables when they are first built. Sequences beyond it grow the tables; see `RotaryEmbeddingImpl::reserve`
-  /// for positions on a GPU. Default: 2048.
+  /// Rows of the tables when they are first built. Sequences beyond it grow the tables; see
+  /// `RotaryEmbeddingImpl::reserve` for positions on a GPU. Default: 2048.
   TORCH_ARG(int64_t, max_position_embeddings) = 2048;
   /// Pairs are channels `(2i, 2i + 1)` instead of `(i, i + R/2)`. Default: false.
   TORCH_ARG(bool, interleaved) = false;
@@ -108,15 +108,16 @@ struct POSENC_API RotaryEmbeddingOptions {
 /// doubling, and stay allocated as long as the module or a clone of it lives, so that kernels in flight and captured
 /// CUDA graphs never lose them. Clones share them. `forward` may be called from several threads.
 ///
-/// Dynamic NTK and LongRoPE have other frequencies for longer sequences. The length is `seq_len` where it is given, else
-/// that of the input or what positions on a CPU say; it is never read from a device. LongRoPE has two sets of tables.
-/// Dynamic NTK has one for every length beyond its `max_position_embeddings`: the last four of these are kept, and those
-/// that `reserve` built or a captured graph reads; see `DynamicNtkScaling::seq_len_multiple` for lengths that grow step by
-/// step.
+/// Dynamic NTK and LongRoPE have other frequencies for longer sequences. The length is `seq_len` where it is given,
+/// else that of the input or what positions on a CPU say; it is never read from a device. LongRoPE has two sets of
+/// tables. Dynamic NTK has one for every length beyond its `max_position_embeddings`: the last four of these are kept,
+/// and those that `reserve` built or a captured graph reads; see `DynamicNtkScaling::seq_len_multiple` for lengths
+/// that grow step by step.
 ///
 /// With `learnable_frequencies` the inverse frequencies are the parameter `inv_freq`, which starts with those of the
 /// options, of a plan that does not depend on the length, and stays float32 under `to(dtype)`. Tables are then computed
-/// from it in every call, with angles of float64, by `rotary_tables`, and gradients flow to it, the same bits every time.
+/// from it in every call, with angles of float64, by `rotary_tables`, and gradients flow to it, the same bits every
+/// time.
 ///
 /// Example:
 /// ```
@@ -158,8 +159,8 @@ class POSENC_API RotaryEmbeddingImpl : public detail::KeepsDtype<RotaryEmbedding
       const std::optional<torch::Tensor>& positions = std::nullopt,
       std::optional<int64_t> seq_len = std::nullopt);
 
-  /// `forward` in place: `q` and `k` become the rotated pair; see `rotary_embedding_qk_`. Not with learnable frequencies
-  /// while a graph is recorded.
+  /// `forward` in place: `q` and `k` become the rotated pair; see `rotary_embedding_qk_`. Not with learnable
+  /// frequencies while a graph is recorded.
   void forward_(
       torch::Tensor& q,
       torch::Tensor& k,
@@ -175,8 +176,8 @@ class POSENC_API RotaryEmbeddingImpl : public detail::KeepsDtype<RotaryEmbedding
   /// Splits a packed projection into rotated queries, rotated keys and values, in one launch; see
   /// `rotary_embedding_qkv`.
   ///
-  /// @param qkv  `[B, S, (Hq + 2 Hk) D]` or `[B, S, 3, H, D]`; with `Layout::sbhd`, S before B; with `Layout::thd`, T in
-  ///   place of both.
+  /// @param qkv  `[B, S, (Hq + 2 Hk) D]` or `[B, S, 3, H, D]`; with `Layout::sbhd`, S before B; with `Layout::thd`, T
+  ///   in place of both.
   /// @param positions,seq_len  as in `forward`.
   /// @return `(q', k', v)` in the order of dimensions of `options.layout()`.
   std::tuple<torch::Tensor, torch::Tensor, torch::Tensor> forward_qkv(
@@ -200,8 +201,8 @@ class POSENC_API RotaryEmbeddingImpl : public detail::KeepsDtype<RotaryEmbedding
   torch::IntArrayRef axes_for(const std::optional<torch::Tensor>& positions) const;
 
   /// Makes sure that tables for positions 0 to `length - 1` exist on `device`. Call it before a CUDA graph is
-  /// captured, and where positions on a GPU go beyond `max_position_embeddings`. Where frequencies depend on the length,
-  /// the tables are those of sequences of this `length`.
+  /// captured, and where positions on a GPU go beyond `max_position_embeddings`. Where frequencies depend on the
+  /// length, the tables are those of sequences of this `length`.
   ///
   /// With learnable frequencies nothing is built: tables of later calls with positions on a GPU, any of them, have
   /// `length` rows where that is more than `max_position_embeddings`. Not while another thread is in `forward`.

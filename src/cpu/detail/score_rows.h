@@ -49,8 +49,8 @@ void for_each_row(const AlibiShape& shape, bool head_first, const Body& body) {
 /// takes apart (three times as long and more, measured with float32 and bfloat16).
 constexpr int kLanes = 32;
 
-/// The sum of `value(j)` times its distance less `mean` over the first `count` keys. Eight terms of a lane are summed in
-/// `Real`, which keeps it within some 10 units of roundoff of float32, and these sums in float64.
+/// The sum of `value(j)` times its distance less `mean` over the first `count` keys. Eight terms of a lane are summed
+/// in `Real`, which keeps it within some 10 units of roundoff of float32, and these sums in float64.
 template <typename Real, typename Value>
 POSENC_ALWAYS_INLINE double moment_of_row(int32_t position, int32_t count, const Value& value, Real mean = 0) {
   constexpr int32_t kBlock = 8 * kLanes;

@@ -46,8 +46,8 @@ __device__ T reduce_row(T value, T identity, Op op, T* scratch) {
   return reduce_warp(lane < warps ? row[lane] : identity, op);
 }
 
-/// Sums each of N values over the threads of a block that have the same y, and gives all of them the results, at the cost
-/// of one barrier. Conditions as in `reduce_row`; `scratch` has N entries for each warp.
+/// Sums each of N values over the threads of a block that have the same y, and gives all of them the results, at the
+/// cost of one barrier. Conditions as in `reduce_row`; `scratch` has N entries for each warp.
 template <int N, typename T>
 __device__ void sum_row(T (&values)[N], T* scratch) {
 #pragma unroll
