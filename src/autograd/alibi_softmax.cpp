@@ -59,10 +59,11 @@ class AlibiSoftmaxBackward final : public autograd::Node<AlibiSoftmaxBackward> {
 
 /// With what arrives for `(dscores, dslopes)`, u and w, the inner product of both with the results is
 ///
-///     F = sum of P (g - r) v,    P = p / (sum of p),    r = sum over keys of g P,    v = scale u - w d,
+///     F = sum of P (g - r) v,    r = sum over keys of g P,    v = scale u - w d,
 ///
-/// whose derivatives are dF/dg = P (v - sum of P v) and dF/dP = (g - r) v - g (sum of P v); dF/dp is dF/dP less the
-/// sum of P dF/dP, divided by the sum of p. In tensor operations, so that they can be differentiated further.
+/// whose derivatives are dF/dg = P (v - sum of P v) and dF/dP = (g - r) v - g (sum of P v). With fixed slopes P are the
+/// saved probabilities p. With a gradient of slopes P = p / (sum of p), and dF/dp is dF/dP less the sum of P dF/dP,
+/// divided by the sum of p. In tensor operations, so that they can be differentiated further.
 class AlibiSoftmaxBackwardBackward final : public autograd::Node<AlibiSoftmaxBackwardBackward> {
  public:
   AlibiSoftmaxBackwardBackward() = default;
@@ -73,17 +74,22 @@ class AlibiSoftmaxBackwardBackward final : public autograd::Node<AlibiSoftmaxBac
 
   variable_list differentiate(const variable_list& grads) {
     variable_list result(2);
-    // With fixed slopes there is one output only.
-    const Tensor slopes_grad = grads.size() > 1 ? grads[1] : Tensor();
+    // With fixed slopes there is one output only, and probabilities are not divided by their sum.
+    const bool normalised = grads.size() > 1;
+    const Tensor slopes_grad = normalised ? grads[1] : Tensor();
     if (!grads[0].defined() && !slopes_grad.defined()) {
       return result;
     }
     const Tensor probs = unpack(probs_);
     const auto dtype = probs.scalar_type();
     const auto wide = dtype == at::kDouble ? at::kDouble : at::kFloat;
-    const Tensor sum = probs.to(wide).sum(-1, /*keepdim=*/true);
-    const Tensor total = sum.masked_fill(sum == 0, 1);  // of rows that see no key
-    const Tensor p = probs.to(wide) / total;
+    Tensor p = probs.to(wide);
+    Tensor total;
+    if (normalised) {
+      const Tensor sum = p.sum(-1, /*keepdim=*/true);
+      total = sum.masked_fill(sum == 0, 1);  // of rows that see no key
+      p = p / total;
+    }
     const Tensor g = unpack(grad_).to(wide);
     Tensor v;
     if (grads[0].defined()) {
@@ -100,8 +106,11 @@ class AlibiSoftmaxBackwardBackward final : public autograd::Node<AlibiSoftmaxBac
     }
     if (wants(1)) {
       const Tensor r = (g * p).sum(-1, /*keepdim=*/true);
-      const Tensor dp = (g - r) * v - g * pv;
-      result[1] = ((dp - (p * dp).sum(-1, /*keepdim=*/true)) / total).to(dtype);
+      Tensor dp = (g - r) * v - g * pv;
+      if (normalised) {
+        dp = (dp - (p * dp).sum(-1, /*keepdim=*/true)) / total;
+      }
+      result[1] = dp.to(dtype);
     }
     return result;
   }

@@ -156,12 +156,12 @@ struct BackwardRow {
   int32_t nearest, count;  // the key that distances are counted from, and the number of visible keys
 };
 
-/// Writes the gradient of the scores of one row. Returns the sum of `P * (grad - r) * distance` where `SlopesGrad`,
-/// with `P` the saved probabilities divided by their sum and `r` the sum of `P * grad`.
+/// Writes the gradient of the scores of one row, `scale * P * (grad - r)`, with `P` the saved probabilities and `r` the
+/// sum of `P * grad`. Returns the sum of `P * (grad - r) * distance` where `SlopesGrad`.
 ///
-/// Saved probabilities of half and bfloat16 are rounded: their sum differs from 1 by up to 2^-8, which would multiply
-/// the mean of `grad`, and distances of thousands. Hence the division, and distances counted from their mean under
-/// `P`, which leave the exact sum unchanged.
+/// With `SlopesGrad`, `P` are the saved probabilities divided by their sum, and distances are counted from their mean
+/// under `P`. Saved probabilities of half and bfloat16 are rounded: their sum differs from 1 by up to 2^-8, which would
+/// multiply the mean of `grad`, and distances of thousands. Both leave the exact sum unchanged.
 template <typename T, bool Dense, bool SlopesGrad>
 POSENC_CPU_CLONES double backward_row(const BackwardRow<T>& row, double scale) {
   using Real = cpu::arithmetic_t<T>;
@@ -177,7 +177,7 @@ POSENC_CPU_CLONES double backward_row(const BackwardRow<T>& row, double scale) {
   const auto p = [&](int32_t j) { return static_cast<Real>(probs[j * probs_step]); };
 
   cpu::Lanes<Real, kLanes> products(0);
-  cpu::Lanes<Real, kLanes> totals(0);
+  [[maybe_unused]] cpu::Lanes<Real, kLanes> totals(0);
   [[maybe_unused]] cpu::Lanes<Real, kLanes> moments(0);
   [[maybe_unused]] const auto moment = [&](int32_t key) {
     return p(key) * static_cast<Real>(AlibiShape::distance(nearest, key));
@@ -186,21 +186,24 @@ POSENC_CPU_CLONES double backward_row(const BackwardRow<T>& row, double scale) {
   for (; count - j >= kLanes; j += kLanes) {
     for (int lane = 0; lane < kLanes; ++lane) {
       products.values[lane] += g(j + lane) * p(j + lane);
-      totals.values[lane] += p(j + lane);
       if constexpr (SlopesGrad) {
+        totals.values[lane] += p(j + lane);
         moments.values[lane] += moment(j + lane);
       }
     }
   }
   for (int lane = 0; j < count; ++j, ++lane) {
     products.values[lane] += g(j) * p(j);
-    totals.values[lane] += p(j);
     if constexpr (SlopesGrad) {
+      totals.values[lane] += p(j);
       moments.values[lane] += moment(j);
     }
   }
-  const Real total = totals.sum();
-  const Real normaliser = total == 0 ? Real(0) : 1 / total;
+  Real normaliser = 1;
+  if constexpr (SlopesGrad) {
+    const Real total = totals.sum();
+    normaliser = total == 0 ? Real(0) : 1 / total;
+  }
   const Real r = products.sum() * normaliser;
   const Real factor = static_cast<Real>(scale) * normaliser;
   for (j = 0; j < count; ++j) {

@@ -61,13 +61,15 @@ void launch(const AlibiSoftmaxBackwardProblem& problem) {
   const dim3 block = row_block(problem.shape, E);
   const size_t shared_bytes = kStaged ? size_t{block.x} * block.y * E * sizeof(T) : 0;
   cuda::for_bool(problem.shape.causal, [&](auto causal) {
-    const auto kernel =
-        cuda::alibi_softmax_backward_kernel<T, cuda::RowPolicy<V, E / V, decltype(causal)::value>, kStaged>;
-    if (kStaged) {
-      C10_CUDA_CHECK(cudaFuncSetAttribute(
-          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, cuda::kMaxRowThreads * E * static_cast<int>(sizeof(T))));
-    }
-    launch_rows(kernel, problem, block, shared_bytes);
+    cuda::for_bool(problem.row_sums != nullptr, [&](auto slopes_grad) {
+      using Policy = cuda::RowPolicy<V, E / V, decltype(causal)::value>;
+      const auto kernel = cuda::alibi_softmax_backward_kernel<T, Policy, kStaged, decltype(slopes_grad)::value>;
+      if (kStaged) {
+        constexpr int kMaxStagedBytes = cuda::kMaxRowThreads * E * static_cast<int>(sizeof(T));
+        C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxStagedBytes));
+      }
+      launch_rows(kernel, problem, block, shared_bytes);
+    });
   });
 }
 
@@ -80,7 +82,10 @@ void run(const AlibiSoftmaxBackwardProblem& problem) {
   } else if (kKeepsMany && k_len <= kMany * cuda::kMaxRowThreads) {
     launch<T, V, kKeepsMany ? kMany : kFew>(problem);
   } else {
-    launch_rows(cuda::alibi_softmax_backward_long_kernel<T, V>, problem, row_block(problem.shape, kMany));
+    cuda::for_bool(problem.row_sums != nullptr, [&](auto slopes_grad) {
+      const auto kernel = cuda::alibi_softmax_backward_long_kernel<T, V, decltype(slopes_grad)::value>;
+      launch_rows(kernel, problem, row_block(problem.shape, kMany));
+    });
   }
 }
 

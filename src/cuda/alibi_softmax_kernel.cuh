@@ -257,26 +257,27 @@ __global__ void __launch_bounds__(kMaxRowThreads) alibi_softmax_long_kernel(
 // --- Backward -------------------------------------------------------------------------------------------------------
 
 /// Sums over the visible keys of a row, of one thread and then of all, and what follows from them. With P the saved
-/// probabilities divided by their sum and r the sum of P g,
+/// probabilities and r the sum of P g,
 ///
 ///     dscores = scale P (g - r),    row_sum = sum of P (g - r) (d - mean),    mean = sum of P d.
 ///
+/// With `SlopesGrad`, P are the saved probabilities divided by their sum, and distances d are counted from their mean.
 /// Saved probabilities of half and bfloat16 are rounded: their sum differs from 1 by up to 2^-8, which would multiply
-/// the mean of g, and distances of thousands. Hence the division, and distances d counted from their mean, which leave
-/// the exact sum unchanged. Fixed slopes need no distances.
-template <typename T>
+/// the mean of g, and distances of thousands. Both leave the exact sum unchanged. Without, the rounding of P is that of
+/// dscores themselves, and no sum but that of P g is taken: two more cost up to 11 % of the time of this pass, rows of
+/// 2,048 to 16,384 on an H200.
+template <typename T, bool SlopesGrad>
 struct GradientRow {
   using Real = arithmetic_t<T>;
-  enum Term { product, total, moment, kTerms };
+  enum Term { product, total, moment };
+  static constexpr int kTerms = SlopesGrad ? 3 : 1;
 
   int32_t nearest;  // the key that distances are counted from
   uint32_t visible;
-  bool slopes_grad;
   Real sums[kTerms] = {};
-  Real normaliser, r, mean;
+  Real r, normaliser = 1, mean = 0;
 
-  __device__ GradientRow(const AlibiSoftmaxBackwardProblem& problem, uint32_t query, bool causal)
-      : slopes_grad(problem.row_sums != nullptr) {
+  __device__ GradientRow(const AlibiSoftmaxBackwardProblem& problem, uint32_t query, bool causal) {
     const int32_t position = problem.shape.position(static_cast<int32_t>(query));
     nearest = problem.shape.nearest_key(position);
     visible = static_cast<uint32_t>(causal ? problem.shape.visible(position) : problem.shape.k_len);
@@ -294,8 +295,8 @@ struct GradientRow {
       if (key + i < visible) {
         const Real p = widen(probs[i]);
         sums[product] = multiply_add(widen(grads[i]), p, sums[product]);
-        sums[total] += p;
-        if (slopes_grad) {
+        if constexpr (SlopesGrad) {
+          sums[total] += p;
           sums[moment] = multiply_add(p, distance_of(from, i), sums[moment]);
         }
       }
@@ -304,17 +305,13 @@ struct GradientRow {
 
   /// Once for all threads of the row, between `add` and `gradient`.
   __device__ void reduce(Real* scratch) {
-    if (slopes_grad) {
-      sum_row(sums, scratch);
-    } else {
-      Real both[] = {sums[product], sums[total]};
-      sum_row(both, scratch);
-      sums[product] = both[product];
-      sums[total] = both[total];
+    sum_row(sums, scratch);
+    r = sums[product];
+    if constexpr (SlopesGrad) {
+      normaliser = reciprocal_or_zero(sums[total]);
+      r *= normaliser;
+      mean = sums[moment] * normaliser;
     }
-    normaliser = reciprocal_or_zero(sums[total]);
-    r = sums[product] * normaliser;
-    mean = sums[moment] * normaliser;
   }
 
   /// The gradient of the scores; returns what V keys add to `row_sum`, not yet divided by the sum of probabilities.
@@ -327,7 +324,7 @@ struct GradientRow {
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       const Real term = key + i < visible ? widen(probs[i]) * (widen(grads[i]) - r) : Real(0);
-      if (slopes_grad) {
+      if constexpr (SlopesGrad) {
         part = multiply_add(term, distance_of(from, i) - mean, part);
       }
       result[i] = narrow<T>(factor * term);
@@ -338,7 +335,7 @@ struct GradientRow {
 
 /// With `Staged` the incoming gradients wait in shared memory, each thread's own, and only the probabilities in
 /// registers: rows of 16,384 float32 keys would leave an SM room for one block otherwise.
-template <typename T, typename Policy, bool Staged>
+template <typename T, typename Policy, bool Staged, bool SlopesGrad>
 __global__ void __launch_bounds__(
     kMaxRowThreads,
     kMinRowBlocks<
@@ -350,8 +347,8 @@ __global__ void __launch_bounds__(
   using Real = arithmetic_t<T>;
   constexpr int V = Policy::kVectorWidth;
   constexpr int U = Policy::kCount;
-  __shared__ Real scratch[kMaxRowWarps * GradientRow<T>::kTerms];
-  __shared__ double moments[kMaxRowWarps];
+  using Row = GradientRow<T, SlopesGrad>;
+  __shared__ Real scratch[kMaxRowWarps * Row::kTerms];
   extern __shared__ uint4 stage_bytes[];
   const uint32_t matrix = Matrices::of_block();
   if (matrix >= matrices.count) {
@@ -363,7 +360,7 @@ __global__ void __launch_bounds__(
   const auto q_len = static_cast<uint32_t>(shape.q_len);
   const auto k_len = static_cast<uint32_t>(shape.k_len);
   const uint32_t query = own_query < q_len ? own_query : q_len - 1;
-  GradientRow<T> row(problem, query, Policy::kCausal);
+  Row row(problem, query, Policy::kCausal);
   const uint32_t visible = row.visible;
   const uint32_t step = blockDim.x * V;
   const uint32_t first = threadIdx.x * V;
@@ -427,7 +424,8 @@ __global__ void __launch_bounds__(
       store_keys<V>(out, key, problem.out.strides.key, result);
     }
   }
-  if (row.slopes_grad) {
+  if constexpr (SlopesGrad) {
+    __shared__ double moments[kMaxRowWarps];
     const double sum = reduce_row(static_cast<double>(moment), 0.0, Sum(), moments);
     if (threadIdx.x == 0 && live) {
       problem.row_sums[(head * shape.batch + batch) * q_len + query] = sum * static_cast<double>(row.normaliser);
@@ -436,13 +434,13 @@ __global__ void __launch_bounds__(
 }
 
 /// One row a block, of any length.
-template <typename T, int V>
+template <typename T, int V, bool SlopesGrad>
 __global__ void __launch_bounds__(kMaxRowThreads) alibi_softmax_backward_long_kernel(
     const __grid_constant__ AlibiSoftmaxBackwardProblem problem,
     const __grid_constant__ Matrices matrices) {
   using Real = arithmetic_t<T>;
-  __shared__ Real scratch[kMaxRowWarps * GradientRow<T>::kTerms];
-  __shared__ double moments[kMaxRowWarps];
+  using Row = GradientRow<T, SlopesGrad>;
+  __shared__ Real scratch[kMaxRowWarps * Row::kTerms];
   const uint32_t matrix = Matrices::of_block();
   if (matrix >= matrices.count) {
     return;
@@ -450,7 +448,7 @@ __global__ void __launch_bounds__(kMaxRowThreads) alibi_softmax_backward_long_ke
   const auto [batch, head] = matrices.index(matrix);
   const AlibiShape& shape = problem.shape;
   const uint32_t query = blockIdx.x;
-  GradientRow<T> row(problem, query, shape.causal);
+  Row row(problem, query, shape.causal);
   const uint32_t step = blockDim.x * V;
   const uint32_t first = threadIdx.x * V;
   const T* grad = static_cast<const T*>(problem.grad.data) + problem.grad.strides.row(batch, head, query);
@@ -472,7 +470,8 @@ __global__ void __launch_bounds__(kMaxRowThreads) alibi_softmax_backward_long_ke
     moment += static_cast<double>(row.gradient(grads, probs, static_cast<Real>(problem.scale), key, result));
     store_keys<V>(out, key, problem.out.strides.key, result);
   }
-  if (row.slopes_grad) {
+  if constexpr (SlopesGrad) {
+    __shared__ double moments[kMaxRowWarps];
     moment = reduce_row(moment, 0.0, Sum(), moments);
     if (threadIdx.x == 0) {
       problem.row_sums[(head * shape.batch + batch) * shape.q_len + query] =
