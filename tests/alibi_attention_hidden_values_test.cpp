@@ -92,7 +92,8 @@ TEST_P(AlibiAttentionHiddenValues, BehindACausalMaskReachNoEarlierRow) {
       const TensorList actual = everything(spoilt, grad);
       const auto early = [&](const at::Tensor& y) { return y.slice(1, 0, kSpoilt); };
       // Rows that do not see the key: their outputs and the gradients of their queries.
-      const double bound = 8 * unit_roundoff(table_dtype(dtype()));
+      // Sums of at most nine terms, each below 8: in another order than the expected ones.
+      const double bound = 8 * 9 * unit_roundoff(table_dtype(dtype()));
       for (const size_t i : {size_t{0}, size_t{4}}) {
         EXPECT_TRUE(at::allclose(
             early(actual[i]).to(at::kDouble), expected[i].to(at::kDouble), 4 * unit_roundoff(dtype()), bound))
@@ -192,6 +193,60 @@ TEST_P(AlibiAttentionHiddenValues, InTheFirstValueReachNoRowBeforeIt) {
     in.v = in.v.clone();
     in.v.select(1, 0).fill_(value);
     EXPECT_TRUE(attend(in).slice(1, 0, 2).eq(0).all().item<bool>()) << value;
+  }
+}
+
+TEST_P(AlibiAttentionHiddenValues, InVisibleKeysAndValuesReachNoRowBehindTheLengths) {
+  AttentionCase c;
+  c.q_len = c.k_len = 3;
+  c.seqlens_q = {1, 3};
+  c.seqlens_k = {2, 3};
+  for (const int64_t head_dim : {5, 64}) {
+    for (const bool causal : {false, true}) {
+      c.head_dim = head_dim;
+      c.causal = causal;
+      const AttentionInputs in = inputs(c);
+      const at::Tensor grad = at::ones_like(in.q);
+      for (const double value : kNotFinite) {
+        for (const bool in_keys : {false, true}) {
+          SCOPED_TRACE(c10::str("head size ", head_dim, ", causal ", causal, ", ", value, in_keys ? " in k" : " in v"));
+          AttentionInputs spoilt = in;
+          at::Tensor& x = in_keys ? spoilt.k : spoilt.v;
+          x = x.clone();
+          x[0][0].fill_(value);
+          const TensorList actual = everything(spoilt, grad);
+          EXPECT_TRUE(in_keys || !actual[4][0][0].isfinite().all().item<bool>());
+          for (const size_t i : {size_t{0}, size_t{4}}) {  // the gradient of q, and the result
+            EXPECT_TRUE(actual[i][0].slice(0, 1).eq(0).all().item<bool>()) << actual[i];
+          }
+          // The other sequence has what it has alone.
+          const TensorList expected = everything(in, grad);
+          for (const size_t i : {size_t{0}, size_t{1}, size_t{2}, size_t{4}}) {
+            EXPECT_TRUE(at::allclose(actual[i][1], expected[i][1])) << i;
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_P(AlibiAttentionHiddenValues, NaNInAVisibleQueryReachesTheSlopeGradientOfItsHeadAlone) {
+  AttentionCase c;
+  c.q_len = c.k_len = 24;
+  c.seqlens_q = {5, 24};
+  c.seqlens_k = {7, 20};
+  for (const int64_t head_dim : {5, 64}) {
+    c.head_dim = head_dim;
+    AttentionInputs in = inputs(c);
+    const at::Tensor grad = at::ones_like(in.q);
+    const at::Tensor expected = everything(in, grad)[3];
+    in.q = in.q.clone();
+    in.q[1][3][2].fill_(std::numeric_limits<double>::quiet_NaN());
+    const at::Tensor actual = everything(in, grad)[3];
+    EXPECT_TRUE(actual[2].isnan().item<bool>()) << actual;
+    for (const int64_t head : {0, 1, 3}) {
+      EXPECT_TRUE(at::allclose(actual[head], expected[head])) << "head " << head;
+    }
   }
 }
 

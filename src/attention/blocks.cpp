@@ -6,6 +6,7 @@
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/cumsum.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/full_like.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/zeros.h>
 
@@ -45,8 +46,9 @@ Blocks::Blocks(const Padded& call)
   rows_ = at::arange(call.q_len(), integers).unsqueeze(0);
   positions_ = call.query_offset.has_value() ? rows_ + *call.query_offset
                                              : rows_ + (call.seqlens_k - call.seqlens_q).unsqueeze(1);
-  // A single row sees all keys of its block, unless sequences have offsets of their own.
-  if (call.causal && call.k_len() > 0 && (call.q_len() > 1 || !call.query_offset.has_value())) {
+  // The causal mask of a single row hides no key of its block, unless sequences have offsets of their own.
+  const bool hides_keys = call.causal && (call.q_len() > 1 || !call.query_offset.has_value());
+  if (call.k_len() > 0 && (hides_keys || call.seqlens_q.defined())) {
     separate_infinities();
   }
 }
@@ -136,13 +138,18 @@ void Blocks::add_visible_infinities(const Tensor& out, const Block& block) const
   if (!infinities_.defined()) {
     return;
   }
-  const Tensor positions = positions_.narrow(1, block.begin, block.rows());  // [1 or B, rows]
-  const Tensor last = positions.clamp(0, call_.k_len() - 1)
-                          .view({-1, 1, block.rows(), 1})
-                          .expand({call_.batch(), call_.k_heads(), block.rows(), call_.head_dim()});
+  const auto rows_of_block = [&block](const Tensor& x) { return x.narrow(1, block.begin, block.rows()); };
+  Tensor last = rows_of_block(call_.causal ? positions_ : at::full_like(rows_, call_.k_len() - 1));  // [1 or B, rows]
+  Tensor blind = last < 0;
+  if (call_.seqlens_q.defined()) {
+    blind = blind.logical_or(rows_of_block(rows_) >= call_.seqlens_q.view({-1, 1}));
+  }
+  last = last.clamp(0, call_.k_len() - 1)
+             .view({-1, 1, block.rows(), 1})
+             .expand({call_.batch(), call_.k_heads(), block.rows(), call_.head_dim()});
   const Tensor seen = infinities_.view({call_.batch(), call_.k_heads(), call_.k_len(), call_.head_dim()})
                           .gather(2, last)
-                          .masked_fill_((positions < 0).view({-1, 1, block.rows(), 1}), 0);
+                          .masked_fill_(blind.view({-1, 1, block.rows(), 1}), 0);
   out.view({call_.batch(), call_.k_heads(), group_, block.rows(), call_.head_dim()}).add_(seen.unsqueeze(2));
 }
 

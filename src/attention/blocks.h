@@ -25,8 +25,8 @@ struct Block {
 /// One call cut into blocks. Products are float32 (float64 for float64). Matrices of query heads that share a key head
 /// are stacked: `[B * Hk, G * rows, D]` with G = Hq / Hk.
 ///
-/// NaN and infinity in a key or value that a causal mask hides from a row do not reach that row: products with
-/// probabilities, which are 0 there, read `finite_k` and `finite_v`.
+/// NaN and infinity in a key or value do not reach the rows that a causal mask hides it from, nor the rows behind
+/// `seqlens_q`: products with probabilities, which are 0 there, read `finite_k` and `finite_v`.
 class Blocks {
  public:
   /// @param call  is read for as long as this lives.
@@ -66,7 +66,8 @@ class Blocks {
   /// The keys of a block, `[B * Hk, keys, D]`, of such matrices.
   static at::Tensor keys_of(const at::Tensor& matrices, const Block& block);
 
-  /// Keys and values of a block, with zeros for NaN and infinity where a causal mask hides keys from some rows.
+  /// Keys and values of a block, with zeros for NaN and infinity where some rows do not see all keys before their
+  /// `seqlens_k`.
   at::Tensor finite_k(const Block& block) const { return keys_of(finite_k_, block); }
   at::Tensor finite_v(const Block& block) const { return keys_of(finite_v_, block); }
 
