@@ -455,6 +455,21 @@ TEST_P(RotaryScalingModule, KeepsReservedTablesWhateverComes) {
   EXPECT_EQ(tables_built([&] { rope->rotate(longer); }), 0);
 }
 
+TEST_P(RotaryScalingModule, CountsNoReservedTablesAmongTheLastFourLengths) {
+  RotaryEmbedding rope(options(DynamicNtkScaling{2, 16}));
+  const at::Tensor x = random(40);
+  const auto rotate = [&](int64_t tokens) { rope->rotate(x.narrow(1, 0, tokens)); };
+  for (int64_t tokens = 30; tokens < 35; ++tokens) {
+    rope->reserve(tokens, device());
+  }
+  rotate(23);
+  for (int64_t tokens = 30; tokens < 35; ++tokens) {
+    rotate(tokens);
+  }
+  rotate(24);
+  EXPECT_EQ(tables_built([&] { rotate(23); }), 0);
+}
+
 TEST_P(RotaryScalingModule, TakesNewTablesForANewPlanAfterReset) {
   RotaryEmbedding rope(options(LinearScaling{4}));
   const at::Tensor x = random(5);
