@@ -137,6 +137,14 @@ def main():
     suites = {"cpu": "CpuTest", "cuda": "CudaTest"}
     program = unittest.main(argv=[suites.get(arg, arg) for arg in sys.argv], exit=False, verbosity=2)
     result = program.result
-    if not result.wasSuccessful():
-        return 1
-    return ALL_SKIPPED if result.testsRun == len(result.skipped) else 0
+    status = 1
+    if result.wasSuccessful():
+        status = ALL_SKIPPED if result.testsRun == len(result.skipped) else 0
+    if torch.cuda.is_initialized():
+        # The thread in which LibTorch runs backward passes of a device may still take Python's lock while Python ends,
+        # which aborts the process now and then (pytorch/pytorch#38228). So Python does not end.
+        torch.cuda.synchronize()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
