@@ -261,7 +261,16 @@ class AlibiAttentionCuda : public ::testing::Test {
   static AttentionInputs inputs(const AttentionCase& c) { return make_attention_inputs(c, {at::kCUDA, at::kBFloat16}); }
 };
 
-TEST_F(AlibiAttentionCuda, ForwardPassIsOneKernel) {
+/// Tests that capture a graph: only the caching allocator gives memory during a capture.
+class AlibiAttentionCudaGraphs : public AlibiAttentionCuda {
+ protected:
+  void SetUp() override {
+    AlibiAttentionCuda::SetUp();
+    require_caching_allocator();
+  }
+};
+
+TEST_F(AlibiAttentionCudaGraphs, ForwardPassIsOneKernel) {
   const AttentionInputs in = inputs(training());
   // cuDNN may clear its workspace besides.
   EXPECT_EQ(recorded_nodes([&] { attend(in); })[cudaGraphNodeTypeKernel], 1);
@@ -294,7 +303,7 @@ TEST_F(AlibiAttentionCuda, MorePlansThanAreKeptAreRight) {
   expect_same_bits(result_of(64), first);
 }
 
-TEST_F(AlibiAttentionCuda, PlansAreNotBuiltWhileAGraphIsCaptured) {
+TEST_F(AlibiAttentionCudaGraphs, PlansAreNotBuiltWhileAGraphIsCaptured) {
   AttentionCase c = training();
   c.q_len = c.k_len = 335;  // of no other test
   const AttentionInputs in = attention_leaves(inputs(c));
@@ -311,7 +320,7 @@ TEST_F(AlibiAttentionCuda, PlansAreNotBuiltWhileAGraphIsCaptured) {
   expect_refused([&] { gradients({out}, {in.q}, {grad}); });
 }
 
-TEST_F(AlibiAttentionCuda, GraphsReplayAfterManyOtherShapes) {
+TEST_F(AlibiAttentionCudaGraphs, GraphsReplayAfterManyOtherShapes) {
   AttentionCase c = training();
   c.q_len = c.k_len = 337;  // of no other test
   const AttentionInputs leaves = attention_leaves(inputs(c));
@@ -366,7 +375,7 @@ TEST_F(AlibiAttentionCuda, SlopesNeedNoAlignmentBeyondTheirOwn) {
   }
 }
 
-TEST_F(AlibiAttentionCuda, GraphsReplayForwardAndBackward) {
+TEST_F(AlibiAttentionCudaGraphs, GraphsReplayForwardAndBackward) {
   const AttentionInputs in = inputs(training());
   const at::Tensor grad = at::randn(in.q.sizes(), at::kFloat).to(in.q.options());
   const AttentionInputs leaves = attention_leaves(in);
