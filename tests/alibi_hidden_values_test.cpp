@@ -136,6 +136,23 @@ void expect_specials_of_tensor_operations(const AlibiInputs& in, at::ScalarType 
 }
 
 // Whatever their bits: a conversion that adds to them may carry into the sign.
+TEST_P(AlibiHiddenValues, OfExpandedGradientsOfRowsThatSeeNoKeyReachNoSlope) {
+  for (const int64_t keys : {0, 7, 520}) {
+    AlibiInputs in = inputs(keys, true);
+    in.query_offset = -2;  // the first two queries are before all keys
+    in = with_alibi_grad(in, false, true);
+    const at::Tensor y = add_of(in);
+    at::Tensor rows = random_tensor({2, 2, 6, 1}, GetParam());
+    rows.slice(2, 0, 2).zero_();
+    const auto gradient = [&] { return gradients({y}, {in.slopes}, {rows.expand_as(y)})[0]; };
+    const at::Tensor expected = gradient();
+    for (const double value : kSpecials) {
+      rows.slice(2, 0, 2).fill_(value);
+      expect_same_bits(gradient(), expected);
+    }
+  }
+}
+
 TEST_P(AlibiHiddenValues, NanSlopesOfAnyBitsStayNan) {
   const std::vector<int32_t> bits{0x7fc00000, 0x7fffffff, -1, 0x7f800001, -0x7fffff, -0x400000};
   for (const int64_t keys : {1, 7, 64, 5000}) {

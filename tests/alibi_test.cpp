@@ -344,6 +344,19 @@ TEST_P(Alibi, AddIsTheSumWithTheBiasRoundedOnce) {
   }
 }
 
+TEST_P(Alibi, SumsHalfwayBetweenTwoNumbersAreRoundedToEven) {
+  const double step = 2 * unit_roundoff(dtype());  // from 1 to the next number
+  constexpr int64_t kKeys = 67;
+  const at::Tensor columns = at::arange(kKeys, at::kDouble);
+  AlibiInputs in = inputs();
+  in.scores = on_device((columns.remainder(4) * step + 1).view({1, 1, kKeys})).to(in.scores.options());
+  in.slopes = on_device(at::full({1}, -step / 2, at::kDouble)).to(in.slopes.options());
+  in.query_offset = kKeys - 1;
+  const at::Tensor exact = in.scores.to(at::kDouble) + on_device((kKeys - 1 - columns) * (step / 2));
+  // Float64 has no wider type to be exact in: there the sum is rounded once already.
+  expect_same_bits(add_of(in), exact.to(dtype()));
+}
+
 TEST_P(Alibi, DistancesBeyondAnyTableWork) {
   AlibiCase c;
   c.heads = 2;
