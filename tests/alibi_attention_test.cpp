@@ -243,6 +243,21 @@ TEST_P(AlibiAttention, PackedEqualsItsSequencesOneByOne) {
   }
 }
 
+TEST_P(AlibiAttention, PackedSequencesMayBeginBehindTokensOfNone) {
+  AttentionCase c;
+  c.q_len = c.k_len = 9;
+  c.cu_seqlens_q = {5, 7, 9};  // five tokens of no sequence, more than the longest has
+  AttentionInputs in = inputs(c, at::kDouble);
+  in.options.max_seqlen_q(2);
+  const at::Tensor out = attend(in);
+  EXPECT_TRUE(out.slice(0, 0, 5).eq(0).all().item<bool>());
+  for (at::Tensor* x : {&in.q, &in.k, &in.v}) {
+    *x = x->slice(0, 5);
+  }
+  in.options.cu_seqlens_q(at::tensor({0, 2, 4}).to(device()));
+  expect_equal(out.slice(0, 5), attend(in));
+}
+
 TEST_P(AlibiAttention, PaddedBatchEqualsItsSequencesOneByOne) {
   for (const bool causal : {false, true}) {
     AttentionCase c;
@@ -418,6 +433,13 @@ TEST_P(AlibiAttentionAutocast, CastsAllButTheSlopes) {
   narrow.k = in.k.to(at::kBFloat16);
   narrow.v = in.v.to(at::kBFloat16);
   expect_same_bits(out, attend(narrow));
+}
+
+TEST_P(AlibiAttentionAutocast, LeavesFloat64AsItIs) {
+  const AttentionInputs in = make_attention_inputs(AttentionCase(), {GetParam(), at::kDouble});
+  const at::Tensor out = attend(in);
+  at::autocast::set_autocast_enabled(GetParam(), false);
+  expect_same_bits(out, attend(in));
 }
 
 TEST_P(AlibiAttentionAutocast, GradientsHaveTheDtypeOfTheirTensors) {

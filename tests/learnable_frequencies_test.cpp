@@ -375,6 +375,8 @@ TEST_P(LearnableFrequenciesDifferences, PositionsOnTheDeviceReachTheReservedRows
   const at::Tensor positions = at::tensor({7, 20}, at::kLong).to(device());
   rope->reserve(21, device());
   EXPECT_EQ(rope->table_length(device()), 21);
+  rope->reserve(10, device());  // takes nothing away
+  EXPECT_EQ(rope->table_length(device()), 21);
   EXPECT_FALSE(rope->rotate(x, positions).isnan().any().item<bool>());
   const auto copy = std::dynamic_pointer_cast<posenc::RotaryEmbeddingImpl>(rope->clone());
   EXPECT_EQ(copy->table_length(device()), 21);

@@ -521,6 +521,13 @@ class PositionErrors : public DeviceTest {
 INSTANTIATE_TEST_SUITE_P(Cpu, PositionErrors, ::testing::Values(at::kCPU), device_name);
 INSTANTIATE_TEST_SUITE_P(Cuda, PositionErrors, ::testing::Values(at::kCUDA), device_name);
 
+TEST_P(PositionErrors, BeginBehindTheLastInt32) {
+  constexpr int64_t kLast = std::numeric_limits<int32_t>::max();
+  const at::Tensor positions = posenc::offset_positions(kLast - 4, 4, device(), at::kInt);
+  EXPECT_EQ(positions[3].item<int64_t>(), kLast - 1);
+  expect_error([&] { posenc::offset_positions(kLast - 3, 4, device(), at::kInt); }, {"2^31", "2147483648"});
+}
+
 TEST_P(PositionErrors, OfOffsetsNameWhatIsWrong) {
   const std::string op = "posenc::offset_positions";
   expect_error([&] { posenc::offset_positions(0, -1, device()); }, {op, "seq_len", "not negative", "-1"});

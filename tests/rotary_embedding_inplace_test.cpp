@@ -302,6 +302,20 @@ TEST_P(RotaryEmbeddingInPlaceGraph, TensorsThatOverlapThemselvesAreErrors) {
   }
 }
 
+TEST_P(RotaryEmbeddingInPlaceGraph, NeighboursThatShareOneElementAreErrors) {
+  const RotaryInputs in = inputs();
+  const int64_t channels = in.q.size(3);
+  const auto rows_apart = [&](int64_t step) {
+    const int64_t tokens = in.q.size(0) * in.q.size(1) * in.q.size(2);
+    const at::Tensor memory = at::zeros({tokens * channels}, in.q.options());
+    return memory.as_strided(in.q.sizes(), {in.q.size(1) * in.q.size(2) * step, in.q.size(2) * step, step, 1});
+  };
+  at::Tensor shared = rows_apart(channels - 1);
+  expect_error([&] { rotate_in_place(in, shared); }, {"expected x", "place of their own"});
+  at::Tensor apart = rows_apart(channels);
+  rotate_in_place(in, apart);
+}
+
 TEST_P(RotaryEmbeddingInPlaceGraph, QueriesAndKeysThatOverlapAreErrors) {
   RotaryInputs in = inputs();
   const at::Tensor packed = random_tensor({2, 5, 8, 16}, {GetParam(), at::kFloat});

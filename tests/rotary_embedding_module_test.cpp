@@ -361,6 +361,15 @@ TEST(RotaryEmbeddingPairs, ReadTheirAxesAndFrequencies) {
   EXPECT_TRUE(at::allclose(rope->rotate(x, positions.unsqueeze(1)), expected, 1e-12, 1e-12));
 }
 
+TEST(RotaryEmbeddingPairs, TakeOtherTablesAfterReset) {
+  RotaryEmbedding rope(RotaryEmbeddingOptions(8).pair_frequencies({0, 2, 0, 2}));
+  const at::Tensor x = at::randn({1, 3, 2, 8});
+  rope->rotate(x);
+  rope->options.pair_frequencies({0, 1, 2, 3});
+  rope->reset();
+  expect_same_bits(rope->rotate(x), RotaryEmbedding(RotaryEmbeddingOptions(8))->rotate(x));
+}
+
 TEST(RotaryEmbeddingPairs, AreLearntFromTheirFrequencies) {
   RotaryEmbedding rope(RotaryEmbeddingOptions(8).pair_frequencies({0, 2, 0, 2}).learnable_frequencies(true));
   EXPECT_TRUE(at::allclose(rope->inv_freq.detach(), at::tensor({1.0f, 0.01f, 1.0f, 0.01f})));

@@ -98,6 +98,16 @@ class CompiledAutograd(OnDevice):
                 torch.testing.assert_close([leaf.grad for leaf in sample.leaves()], expected, rtol=0, atol=0)
             self.assertLessEqual(counter.frame_count, 2, name)
 
+    def test_an_offset_of_queries_reaches_the_captured_graph(self):
+        for name in ("alibi_attention", "alibi_add", "alibi_softmax"):
+            for offset in (-1, 2):
+                op, sample = operator(name), CASES[name][1](Inputs(self.device, 4))
+                sample.kwargs.update(causal=True, query_offset=offset)
+                expected = self.accumulated(sample, op)
+                with self.subTest(operator=name, offset=offset):
+                    actual = self.accumulated(sample, op, "eager")
+                    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
     def sample(self):
         return CASES["rotary_embedding_qk"][1](Inputs(self.device, 4))
 
