@@ -1,7 +1,7 @@
 # Language level, warnings, sanitizers and the compiler cache.
 
-# 17 for both languages, before find_package(Torch) enables CUDA: CMake 3.25 knows no CUDA 20 for nvcc 13, and
-# LibTorch 2.11 accepts 17.
+# 17 for both languages, before find_package(Torch) enables CUDA; PosencTorch.cmake raises it for a LibTorch that
+# needs more.
 set(CMAKE_CXX_STANDARD 17)
 set(CMAKE_CXX_STANDARD_REQUIRED ON)
 set(CMAKE_CXX_EXTENSIONS OFF)

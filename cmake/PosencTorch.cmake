@@ -1,4 +1,8 @@
-# The target `torch`, from LibTorch 2.11: named by Torch_DIR, CMAKE_PREFIX_PATH or LIBTORCH, else that of python3.
+# The target `torch`, from LibTorch: named by Torch_DIR, CMAKE_PREFIX_PATH or LIBTORCH, else that of python3. And the
+# language level that its headers need.
+
+set(POSENC_TORCH_OLDEST 2.8)   # src/detail/torch_compat.h has the differences between these releases
+set(POSENC_TORCH_NEWEST 2.15)  # that this was compiled with
 
 if(DEFINED ENV{LIBTORCH})
   list(PREPEND CMAKE_PREFIX_PATH "$ENV{LIBTORCH}")
@@ -29,11 +33,30 @@ if(NOT Torch_DIR AND NOT DEFINED ENV{Torch_DIR} AND NOT TARGET torch)
   endif()
 endif()
 
-find_package(Torch 2.11 REQUIRED)  # tensors, dispatcher, autograd; 2.11: the release this is tested against
+find_package(Torch REQUIRED)  # tensors, dispatcher, autograd
+
+string(REGEX MATCH "^[0-9]+\\.[0-9]+" torch_series "${Torch_VERSION}")
+if(torch_series VERSION_LESS POSENC_TORCH_OLDEST)
+  message(FATAL_ERROR "posenc needs LibTorch ${POSENC_TORCH_OLDEST} or later, found ${Torch_VERSION}: ${Torch_DIR}")
+elseif(torch_series VERSION_GREATER POSENC_TORCH_NEWEST)
+  message(WARNING "posenc was tried with LibTorch ${POSENC_TORCH_OLDEST} to ${POSENC_TORCH_NEWEST}, found "
+                  "${Torch_VERSION}: ${Torch_DIR}")
+endif()
 
 # LibTorch appends flags for its own headers to these; the standard it was given must survive.
-set(CMAKE_CUDA_STANDARD 17)
+if(torch_series VERSION_LESS 2.14)
+  set(CMAKE_CUDA_STANDARD 17)
+else()
+  set(CMAKE_CXX_STANDARD 20)  # headers of 2.14 stop with an error below C++20
+  if("cuda_std_20" IN_LIST CMAKE_CUDA_COMPILE_FEATURES)
+    set(CMAKE_CUDA_STANDARD 20)
+  else()
+    # CMake 3.25 knows no CUDA 20 for nvcc 13.
+    unset(CMAKE_CUDA_STANDARD)
+    string(APPEND CMAKE_CUDA_FLAGS " -std=c++20")
+  endif()
+endif()
 
 if(POSENC_CUDA AND NOT TARGET torch_cuda)
-  message(FATAL_ERROR "This LibTorch is a CPU build (${Torch_DIR}): choose one for CUDA 13.0, or set POSENC_CUDA=OFF")
+  message(FATAL_ERROR "This LibTorch is a CPU build (${Torch_DIR}): choose one for CUDA, or set POSENC_CUDA=OFF")
 endif()

@@ -94,7 +94,7 @@ void alibi_add_autograd_(Tensor& scores, const Tensor& slopes, bool causal, std:
   autograd::check_no_tangent("posenc::alibi_add_", scores);
   autograd::check_no_tangent("posenc::alibi_add_", slopes);
   const std::array<std::reference_wrapper<const Tensor>, 2> differentiable{scores, slopes};
-  std::shared_ptr<torch::autograd::Node> node;
+  NodePtr node;
   if (autograd::any_requires_grad(differentiable)) {
     TORCH_CHECK(
         !(scores.is_leaf() && scores.requires_grad()),

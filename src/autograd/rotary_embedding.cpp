@@ -234,7 +234,7 @@ void rotary_embedding_autograd_(
     autograd::check_no_tangent(kOp, *tensor);
   }
   const std::array<std::reference_wrapper<const Tensor>, 3> differentiable{x, cos, sin};
-  std::shared_ptr<torch::autograd::Node> node;
+  NodePtr node;
   if (autograd::any_requires_grad(differentiable)) {
     check_can_change(kOp, "x", x, cos, sin);
     node = autograd::make_node<RotaryEmbeddingBackward>(
@@ -276,16 +276,16 @@ void rotary_embedding_qk_autograd_(
     return autograd::make_node<RotaryEmbeddingBackward>(
         differentiable, at::ArrayRef(inputs), cos, sin, positions, interleaved, conjugate, pair_axes);
   };
-  std::shared_ptr<torch::autograd::Node> q_node;
-  std::shared_ptr<torch::autograd::Node> k_node;
+  NodePtr q_node;
+  NodePtr k_node;
   if (records) {
     check_can_change(kOp, "q", q, cos, sin);
     check_can_change(kOp, "k", k, cos, sin);
     if (shared) {
       q_node = node_of({q, k});
     } else {
-      q_node = q_records ? node_of({q}) : nullptr;
-      k_node = k_records ? node_of({k}) : nullptr;
+      q_node = q_records ? node_of({q}) : NodePtr();
+      k_node = k_records ? node_of({k}) : NodePtr();
     }
   }
   {

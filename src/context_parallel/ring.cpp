@@ -1,4 +1,5 @@
 #include <context_parallel/ring.h>
+#include <detail/torch_compat.h>
 
 #include <ATen/ops/empty_like.h>
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
@@ -52,7 +53,7 @@ void TravellingBlock::depart() {
   const int rank = group_->getRank();
   received[(rank + size - 1) % size] = to.numel();
   sent[(rank + 1) % size] = from.numel();
-  travelling_ = group_->alltoall_base(to, from, received, sent);
+  travelling_ = all_to_all_single(*group_, to, from, received, sent);
 }
 
 }  // namespace posenc::context_parallel

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <detail/torch_compat.h>
+
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
@@ -186,7 +188,8 @@ class Node : public torch::autograd::Node {
   /// The backward pass as a function of gradients and state alone: that of a node made anew from them.
   static variable_list call_compiled(const variable_list& grads, const std::vector<at::IValue>& arguments) {
     const at::AutoGradMode no_graph(false);  // compiled autograd refuses create_graph
-    const auto node = std::make_shared<Derived>();
+    const NodePtr owner = new_node<Derived>();
+    auto* const node = static_cast<Derived*>(owner.get());
     torch::dynamo::autograd::PackedArgs packed(arguments);
     const bool traced = at::SavedTensorDefaultHooks::set_tracing(true);  // no hooks: they have run
     node->for_each_member([&packed](auto& member) {

@@ -1,12 +1,13 @@
 #pragma once
 
+#include <detail/torch_compat.h>
+
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/functions/utils.h>
 
 #include <algorithm>
-#include <memory>
 #include <optional>
 #include <utility>
 
@@ -24,8 +25,8 @@ bool any_requires_grad(const Tensors& tensors) {
 /// Makes a `Node` whose gradients flow to `inputs`, in that order; none to an undefined one. `args` go to its
 /// constructor.
 template <typename Node, typename Tensors, typename... Args>
-std::shared_ptr<torch::autograd::Node> make_node(const Tensors& inputs, Args&&... args) {
-  std::shared_ptr<torch::autograd::Node> node(new Node(std::forward<Args>(args)...), torch::autograd::deleteNode);
+NodePtr make_node(const Tensors& inputs, Args&&... args) {
+  NodePtr node = new_node<Node>(std::forward<Args>(args)...);
   torch::autograd::edge_list edges;
   edges.reserve(inputs.size());
   for (const at::Tensor& input : inputs) {
