@@ -299,7 +299,7 @@ TEST_P(RotaryEmbeddingAutograd, PositionOutsideTheTableLeavesTheOtherTableGradie
   c.tokens = 4;
   RotaryInputs in = with_grad(inputs(c), true, false, true, true);
   const at::Tensor grad = random(in.q.sizes());
-  for (const int64_t outside : std::vector<int64_t>{-1, in.cos.size(0), (1LL << 32) + 1}) {
+  for (const int64_t outside : positions_outside(in.cos.size(0))) {
     SCOPED_TRACE(outside);
     in.positions = at::tensor({int64_t{2}, int64_t{1}, outside, int64_t{2}}, at::kLong).to(device());
     const TensorList found = gradients({rotate(in, in.q)}, {in.q, in.cos, in.sin}, {grad});

@@ -257,11 +257,14 @@ TEST_P(RotaryEmbeddingQkv, PositionOutsideTheTableLeavesTheValues) {
     RotaryCase c;
     c.head_dim = head_dim;
     Packed p = make_packed(c, false, GetParam());
-    p.in.positions = at::tensor({0, 1, -1, 3, 4}, at::kLong).to(device());
-    const auto [q, k, v] = split(p, p.qkv);
-    EXPECT_TRUE(q.select(1, 2).isnan().all().item<bool>());
-    EXPECT_TRUE(k.select(1, 2).isnan().all().item<bool>());
-    expect_same_bits(v, std::get<2>(views(p, p.qkv)));
+    for (const int64_t outside : positions_outside(p.in.cos.size(0))) {
+      SCOPED_TRACE(outside);
+      p.in.positions = at::tensor({int64_t{0}, int64_t{1}, outside, int64_t{3}, int64_t{4}}, at::kLong).to(device());
+      const auto [q, k, v] = split(p, p.qkv);
+      EXPECT_TRUE(q.select(1, 2).isnan().all().item<bool>());
+      EXPECT_TRUE(k.select(1, 2).isnan().all().item<bool>());
+      expect_same_bits(v, std::get<2>(views(p, p.qkv)));
+    }
   }
 }
 

@@ -467,10 +467,7 @@ TEST_P(RotaryEmbedding, PositionOutsideTheTableGivesNanForItsTokenOnly) {
     RotaryCase c;
     c.rotary_dim = rotary_dim;
     RotaryInputs in = model_inputs(c);
-    const int64_t huge = std::numeric_limits<int64_t>::max();
-    // 2^32 + 1 and -2^32 + 1 are position 1 when cut to 32 bits.
-    for (const int64_t outside :
-         std::vector<int64_t>{-1, 64, 65, 1000000, (1LL << 32) + 1, 1 - (1LL << 32), huge, -huge - 1}) {
+    for (const int64_t outside : positions_outside(64)) {
       SCOPED_TRACE(outside);
       in.positions = positions({3, 0, outside, 63, 2});
       const auto [q, k] = rotate_qk(in);
@@ -513,8 +510,7 @@ TEST_P(RotaryEmbedding, PositionOutsideTheTableGivesNanForThePairsThatReadIt) {
     RotaryInputs in = model_inputs(c);
     in.pair_axes = {0, 1, 1, 0, 2, 1, 0, 2};
     const at::Tensor inside = at::zeros({3, 5}, at::kLong).to(device());
-    for (const int64_t outside :
-         std::vector<int64_t>{-1, -2, std::numeric_limits<int64_t>::min(), 64, (1LL << 32) + 1}) {
+    for (const int64_t outside : positions_outside(64)) {
       SCOPED_TRACE(outside);
       in.positions = inside;
       const at::Tensor expected = rotate(in, in.q);
@@ -603,7 +599,7 @@ TEST_P(RotaryEmbedding, CheckedPositionOutsideTheTableIsAnError) {
   RotaryInputs in = model_inputs(RotaryCase());
   const PositionCheck check;
   EXPECT_TRUE(posenc::position_check());
-  for (const int64_t outside : std::vector<int64_t>{-1, 64, (1LL << 32) + 1}) {
+  for (const int64_t outside : positions_outside(64)) {
     in.positions = positions({0, 1, outside, 3, 4});
     const std::vector<std::string> parts{"positions", "64", std::to_string(outside) + " at index [2]"};
     expect_error([&] { rotate(in, in.q); }, parts);

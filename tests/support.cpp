@@ -332,6 +332,12 @@ void for_each_pair(
 
 }  // namespace
 
+std::vector<int64_t> positions_outside(int64_t rows) {
+  constexpr int64_t kWraps = int64_t{1} << 32;
+  using Limits = std::numeric_limits<int64_t>;
+  return {-1, -2, rows, rows + 1, 1'000'000, kWraps + 1, 1 - kWraps, Limits::max(), Limits::min()};
+}
+
 at::Tensor scalar_rotation(const RotaryInputs& in, const at::Tensor& x) {
   const RotaryInputs wide = in_float64(in);
   const at::Tensor source = x.detach().to(at::kCPU, at::kDouble).contiguous();

@@ -192,6 +192,10 @@ RotaryInputs in_float64(const RotaryInputs& in);
 // ---------------------------------------------------------------------------------------------------------------------
 // Expected values
 
+/// Positions, int64, that tables of `rows` rows do not have: just outside, far outside, and those that are a row of the
+/// tables when they are cut to 32 bits.
+std::vector<int64_t> positions_outside(int64_t rows);
+
 /// `rotary_embedding(x, ...)` by a loop over scalars, in float64 on the CPU, from the formula alone.
 at::Tensor scalar_rotation(const RotaryInputs& in, const at::Tensor& x);
 
