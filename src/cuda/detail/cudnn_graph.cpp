@@ -118,8 +118,7 @@ class PlanCache {
     const bool there = found != index_.end() && has_plan(**found->second);
     TORCH_CHECK(
         there,
-        "posenc::alibi_attention: expected a plan of cuDNN's for these sizes before a CUDA graph is captured, got "
-        "none: "
+        "posenc::alibi_attention: expected a cuDNN plan for these sizes before a CUDA graph is captured, got none: "
         "call the same forward and backward pass once before the capture");
     return captured_.emplace(key, *found->second).first->second;
   }
