@@ -348,6 +348,13 @@ TEST(RotaryEmbeddingSections, ThatDoNotFitAreErrors) {
       {"without pair_axes", "got [3, 2, 5]"});
 }
 
+TEST(RotaryEmbeddingPositions, OnACpuEndBeforeTheLastInt32) {
+  RotaryEmbedding rope(RotaryEmbeddingOptions{kHeadDim});
+  const at::Tensor x = at::zeros({1, 2, 1, kHeadDim});
+  const at::Tensor positions = at::tensor({int64_t{0}, int64_t{std::numeric_limits<int32_t>::max()}}, at::kLong);
+  expect_error([&] { rope->rotate(x, positions); }, {"positions below 2^31 - 1", "2147483647 at index [1]"});
+}
+
 TEST(RotaryEmbeddingPairs, ReadTheirAxesAndFrequencies) {
   RotaryEmbedding rope(RotaryEmbeddingOptions(8).pair_axes({0, 0, 1, 1}).pair_frequencies({0, 2, 0, 2}));
   const at::Tensor x = at::randn({1, 3, 2, 8}, at::kDouble);
