@@ -48,12 +48,11 @@ if(torch_series VERSION_LESS 2.14)
   set(CMAKE_CUDA_STANDARD 17)
 else()
   set(CMAKE_CXX_STANDARD 20)  # headers of 2.14 stop with an error below C++20
-  if("cuda_std_20" IN_LIST CMAKE_CUDA_COMPILE_FEATURES)
-    set(CMAKE_CUDA_STANDARD 20)
-  else()
-    # CMake 3.25 knows no CUDA 20 for nvcc 13.
-    unset(CMAKE_CUDA_STANDARD)
-    string(APPEND CMAKE_CUDA_FLAGS " -std=c++20")
+  set(CMAKE_CUDA_STANDARD 20)
+  if(NOT DEFINED CMAKE_CUDA20_STANDARD_COMPILE_OPTION)
+    # CMake 3.25 knows no CUDA 20 of nvcc, which has it.
+    set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
+    set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION -std=c++20)
   endif()
 endif()
 
