@@ -1,0 +1,84 @@
+# ./dev matrix: the library with every release of LibTorch that it takes. Read by ../dev, whose functions this uses.
+
+# The last patch of each series between torch_oldest and torch_newest.
+readonly matrix_releases=(2.8.0 2.9.1 2.10.0 2.11.0 2.12.1 2.13.0 2.14.1 2.15.0)
+readonly matrix_folder=build/matrix
+
+# A row is a file, written when its release is done: an interrupted run goes on where it stopped.
+verb_matrix() {
+  local smoke='' releases=() release row failed=0
+  while (($# > 0)); do
+    case $1 in
+      --smoke) smoke=--smoke ;;
+      --again) rm -rf "${matrix_folder:?}"/*.row ;;
+      -*) die "matrix: unknown argument $1" ;;
+      *) releases+=("$1") ;;
+    esac
+    shift
+  done
+  ((${#releases[@]} > 0)) || releases=("${matrix_releases[@]}")
+  mkdir -p "$matrix_folder"
+  for release in "${releases[@]}"; do
+    row=$(matrix_row_file "$release" "$smoke")
+    if [[ -e $row ]]; then
+      say "LibTorch $release: done before, $row; ./dev matrix --again forgets it"
+    else
+      # Another ./dev: which release it takes is settled when it starts.
+      POSENC_TORCH=$release "$root/dev" matrix-row $smoke || failed=$((failed + 1))
+    fi
+  done
+  printf '%s\n' '| LibTorch | CUDA | Compiler | C++ | Built | Passed | Failed | Skipped | Seconds |' \
+    '|---|---|---|---|---|---:|---:|---:|---:|'
+  for release in "${releases[@]}"; do
+    row=$(matrix_row_file "$release" "$smoke")
+    [[ ! -e $row ]] || cat "$row"
+  done
+  ((failed == 0)) || die "$failed releases were not done; ./dev matrix takes them up again"
+}
+
+# matrix_row_file RELEASE SMOKE: one for each compiler.
+matrix_row_file() {
+  local compiler
+  compiler=$(basename "${CXX:-c++}")
+  printf '%s\n' "$matrix_folder/$1$2-$compiler.row"
+}
+
+# One release, that of POSENC_TORCH: builds, runs the CPU tests and writes the row. A release that does not build or has
+# tests that fail has a row too.
+verb_matrix-row() {
+  local smoke=${1:-} build built=yes start=$SECONDS targets=() tests=(-LE cuda)
+  setup
+  build=$matrix_folder/$torch_version-$(basename "${CXX:-c++}")
+  if [[ -n $smoke ]]; then
+    targets=(--target posenc posenc_alibi_test)
+    tests=(-R '^(alibi|python.operators)\.cpu$')
+  fi
+  configure dev "$build"
+  shown "Building $build" cmake --build "$build" ${targets[@]+"${targets[@]}"} || built=no
+  local results=$build/results.xml
+  rm -f "$results"
+  if [[ $built == yes ]]; then
+    # It says by its status that tests failed; the row says how many.
+    OMP_NUM_THREADS=1 ctest --test-dir "$build" --no-tests=error --output-junit "$root/$results" "${tests[@]}" >&2 || true
+  fi
+  matrix_row "$build" "$built" "$results" $((SECONDS - start)) >"$(matrix_row_file "$torch_version" "$smoke").new"
+  mv "$(matrix_row_file "$torch_version" "$smoke")"{.new,}
+}
+
+# matrix_row BUILD BUILT RESULTS SECONDS: the row, from what CMake and ctest have written.
+matrix_row() {
+  local compiler standard total failures skipped
+  compiler=$(sed -n 's/^set(CMAKE_CXX_COMPILER_\(ID\|VERSION\) "\(.*\)")/\2/p' "$1"/CMakeFiles/*/CMakeCXXCompiler.cmake |
+    paste -sd ' ')
+  standard=$(sed -n 's/.*-std=c++\([0-9]*\).*/\1/p' "$1/build.ninja" | sort -n | tail -n 1)
+  total=$(matrix_count tests "$3") failures=$(matrix_count failures "$3") skipped=$(matrix_count skipped "$3")
+  printf '| %s | %s | %s | %s | %s | %s | %s | %s | %s |\n' "$torch_version" "${cuda_version:--}" "$compiler" "$standard" \
+    "$2" $((total - failures - skipped)) "$failures" "$skipped" "$4"
+}
+
+# matrix_count NAME RESULTS: an attribute of the whole suite in ctest's JUnit file; 0 where there is none.
+matrix_count() {
+  local count=''
+  [[ ! -e $2 ]] || count=$(sed -n "s/.*[[:space:]]$1=\"\([0-9]*\)\".*/\1/p" "$2" | head -n 1)
+  printf '%s\n' "${count:-0}"
+}
