@@ -6,11 +6,11 @@
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/cumsum.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/full_like.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/zeros.h>
 
 #include <limits>
+#include <vector>
 
 namespace posenc::attention {
 namespace {
@@ -49,17 +49,21 @@ Blocks::Blocks(const Padded& call)
   // The causal mask of a single row hides no key of its block, unless sequences have offsets of their own.
   const bool hides_keys = call.causal && (call.q_len() > 1 || !call.query_offset.has_value());
   if (call.k_len() > 0 && (hides_keys || call.seqlens_q.defined())) {
-    separate_infinities();
+    const auto finite = [](const Tensor& x) { return x.masked_fill(at::isfinite(x).logical_not_(), 0); };
+    finite_k_ = finite(k_);
+    finite_v_ = finite(finite_v_);
+    hides_values_ = true;
   }
 }
 
-void Blocks::separate_infinities() {
-  const auto finite = [](const Tensor& x) { return x.masked_fill(at::isfinite(x).logical_not_(), 0); };
-  finite_k_ = finite(k_);
-  const Tensor v = finite_v_;
-  finite_v_ = finite(v);
+Tensor Blocks::infinities() const {
+  if (!hides_values_) {
+    return {};
+  }
   // Zeros where v is finite, so sums are 0, infinity or NaN.
-  infinities_ = v.masked_fill(at::isfinite(v), 0).cumsum(1);
+  const Tensor v = key_matrices(call_.v);
+  const Tensor others = v.masked_fill(at::isfinite(v), 0);
+  return call_.causal ? others.cumsum(1) : others.sum(1, /*keepdim=*/true);
 }
 
 int64_t Blocks::rows_of_block() const {
@@ -134,22 +138,25 @@ Tensor Blocks::keys_of(const Tensor& matrices, const Block& block) {
   return matrices.narrow(1, 0, block.keys);
 }
 
-void Blocks::add_visible_infinities(const Tensor& out, const Block& block) const {
-  if (!infinities_.defined()) {
+void Blocks::add_visible_infinities(const Tensor& infinities, const Tensor& out, const Block& block) const {
+  if (!infinities.defined()) {
     return;
   }
-  const auto rows_of_block = [&block](const Tensor& x) { return x.narrow(1, block.begin, block.rows()); };
-  Tensor last = rows_of_block(call_.causal ? positions_ : at::full_like(rows_, call_.k_len() - 1));  // [1 or B, rows]
-  Tensor blind = last < 0;
-  if (call_.seqlens_q.defined()) {
-    blind = blind.logical_or(rows_of_block(rows_) >= call_.seqlens_q.view({-1, 1}));
+  const auto of_block = [&block](const Tensor& x) {
+    return x.narrow(1, block.begin, block.rows()).view({-1, 1, block.rows(), 1});
+  };
+  const std::vector<int64_t> rows{call_.batch(), call_.k_heads(), block.rows(), call_.head_dim()};
+  const Tensor sums = infinities.view({call_.batch(), call_.k_heads(), -1, call_.head_dim()});
+  Tensor seen;
+  if (call_.causal) {
+    const Tensor last = of_block(positions_);  // the last key that a row sees
+    seen = sums.gather(2, last.clamp(0, call_.k_len() - 1).expand(rows)).masked_fill_(last < 0, 0);
+  } else {
+    seen = sums.expand(rows);
   }
-  last = last.clamp(0, call_.k_len() - 1)
-             .view({-1, 1, block.rows(), 1})
-             .expand({call_.batch(), call_.k_heads(), block.rows(), call_.head_dim()});
-  const Tensor seen = infinities_.view({call_.batch(), call_.k_heads(), call_.k_len(), call_.head_dim()})
-                          .gather(2, last)
-                          .masked_fill_(blind.view({-1, 1, block.rows(), 1}), 0);
+  if (call_.seqlens_q.defined()) {
+    seen = seen.masked_fill(of_block(rows_) >= call_.seqlens_q.view({-1, 1, 1, 1}), 0);
+  }
   out.view({call_.batch(), call_.k_heads(), group_, block.rows(), call_.head_dim()}).add_(seen.unsqueeze(2));
 }
 

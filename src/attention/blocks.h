@@ -71,8 +71,12 @@ class Blocks {
   at::Tensor finite_k(const Block& block) const { return keys_of(finite_k_, block); }
   at::Tensor finite_v(const Block& block) const { return keys_of(finite_v_, block); }
 
-  /// Adds to `out`, the product of probabilities and `finite_v`, the NaN and infinity in the values that its rows see.
-  void add_visible_infinities(const at::Tensor& out, const Block& block) const;
+  /// Sums of what is not finite in the values: over keys 0 to j behind a causal mask, `[B * Hk, Sk, D]`, else over all,
+  /// `[B * Hk, 1, D]`. Undefined where `finite_v` has all values. The forward pass alone needs it.
+  at::Tensor infinities() const;
+
+  /// Adds to `out`, the product of probabilities and `finite_v`, the part of `infinities` that its rows see.
+  void add_visible_infinities(const at::Tensor& infinities, const at::Tensor& out, const Block& block) const;
 
   /// Matrices `[B * Hk, G * rows, keys]` as scores `[B, Hq, rows, keys]`, and back; views.
   at::Tensor as_scores(const at::Tensor& matrices, const Block& block) const;
@@ -88,7 +92,6 @@ class Blocks {
   int64_t rows_of_block() const;
   int64_t visible_keys(int64_t end) const;
   Block block(int64_t begin, int64_t end, int64_t keys) const;
-  void separate_infinities();
 
   // Sums keep their dtype in an autocast region too.
   c10::impl::ExcludeDispatchKeyGuard no_autocast_{c10::autocast_dispatch_keyset};
@@ -96,7 +99,7 @@ class Blocks {
   at::ScalarType dtype_;
   int64_t group_;
   at::Tensor k_, finite_k_, finite_v_;  // [B * Hk, Sk, D]
-  at::Tensor infinities_;               // sums over keys 0 to j of what is not finite in v; or undefined
+  bool hides_values_ = false;           // whether the latter two have zeros for what is not finite
   at::Tensor slopes_, keys_, rows_, positions_;
 };
 

@@ -65,6 +65,7 @@ Tensor zero_slopes(const Padded& call) {
 
 std::tuple<Tensor, Tensor> blockwise(const Padded& call) {
   const Blocks blocks(call);
+  const Tensor infinities = blocks.infinities();
   Tensor out = at::empty_like(call.q).zero_();
   Tensor lse = at::empty({call.batch(), call.q_heads(), call.q_len()}, blocks.options()).fill_(-kInfinity);
   blocks.for_each([&](const Block& block) {
@@ -73,7 +74,7 @@ std::tuple<Tensor, Tensor> blockwise(const Padded& call) {
     p.sub_(finite(sums)).exp_();
     Blocks::column_of(lse, block).copy_(sums);
     const Tensor rows = at::bmm(blocks.as_matrices(p, block), blocks.finite_v(block));
-    blocks.add_visible_infinities(rows, block);
+    blocks.add_visible_infinities(infinities, rows, block);
     blocks.put_rows(rows, block, out);
   });
   return {out, lse};
