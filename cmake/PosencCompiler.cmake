@@ -14,7 +14,9 @@ if(PROJECT_IS_TOP_LEVEL)
   mark_as_advanced(CCACHE_PROGRAM)
   foreach(language CXX CUDA)
     if(CCACHE_PROGRAM AND NOT DEFINED CMAKE_${language}_COMPILER_LAUNCHER)
-      set(CMAKE_${language}_COMPILER_LAUNCHER "${CCACHE_PROGRAM}")
+      # Without this it takes no source that has a precompiled header: such a header hides which macros it looked at.
+      set(CMAKE_${language}_COMPILER_LAUNCHER "${CMAKE_COMMAND}" -E env CCACHE_SLOPPINESS=pch_defines,time_macros
+                                              "${CCACHE_PROGRAM}")
     endif()
   endforeach()
 endif()

@@ -20,16 +20,29 @@ endforeach()
 string(STRIP "${TORCH_CUDA_ARCH_LIST}" TORCH_CUDA_ARCH_LIST)
 string(APPEND TORCH_CUDA_ARCH_LIST "+PTX")
 
+# pip says by Python_EXECUTABLE in which environment it builds.
+set(torch_python "${Python_EXECUTABLE}")
+if(NOT torch_python)
+  set(torch_python python3)
+endif()
 if(NOT Torch_DIR AND NOT DEFINED ENV{Torch_DIR} AND NOT TARGET torch)
   find_file(POSENC_TORCH_CONFIG TorchConfig.cmake PATH_SUFFIXES share/cmake/Torch Torch NO_CACHE)
   if(NOT POSENC_TORCH_CONFIG)
     # Where the package lies, without the seconds that importing it takes.
     execute_process(
-      COMMAND python3 -c "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])"
+      COMMAND "${torch_python}" -c "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])"
       OUTPUT_VARIABLE torch_package OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
     if(torch_package)
       list(APPEND CMAKE_PREFIX_PATH "${torch_package}/share/cmake")
     endif()
+  endif()
+endif()
+
+# LibTorch's package looks for the toolkit on PATH alone.
+if(NOT DEFINED CUDA_TOOLKIT_ROOT_DIR AND DEFINED ENV{CUDA_HOME})
+  set(CUDA_TOOLKIT_ROOT_DIR "$ENV{CUDA_HOME}" CACHE PATH "Folder of the CUDA Toolkit")
+  if(NOT DEFINED CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
+    set(CMAKE_CUDA_COMPILER "$ENV{CUDA_HOME}/bin/nvcc")
   endif()
 endif()
 
@@ -58,4 +71,17 @@ endif()
 
 if(POSENC_CUDA AND NOT TARGET torch_cuda)
   message(FATAL_ERROR "This LibTorch is a CPU build (${Torch_DIR}): choose one for CUDA, or set POSENC_CUDA=OFF")
+endif()
+if(POSENC_CUDA)
+  # One line here rather than one error a source later.
+  execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch OUTPUT_VARIABLE nvcc_architectures)
+  string(REGEX MATCHALL "[0-9]+" nvcc_architectures "${nvcc_architectures}")
+  foreach(arch IN LISTS POSENC_CUDA_ARCHITECTURES)
+    string(REGEX REPLACE "[af]$" "" number "${arch}")
+    if(NOT number IN_LIST nvcc_architectures)
+      list(JOIN nvcc_architectures ", " nvcc_architectures)
+      message(FATAL_ERROR "POSENC_CUDA_ARCHITECTURES: nvcc ${CMAKE_CUDA_COMPILER_VERSION} does not compile for ${arch}; "
+                          "it knows ${nvcc_architectures}")
+    endif()
+  endforeach()
 endif()

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # ./dev matrix: the library with every release of LibTorch that it takes. Read by ../dev, whose functions this uses.
 
 # The last patch of each series between torch_oldest and torch_newest.
@@ -34,6 +35,12 @@ verb_matrix() {
     [[ ! -e $row ]] || cat "$row"
   done
   ((failed == 0)) || die "$failed releases were not done; ./dev matrix takes them up again"
+  for release in "${releases[@]}"; do
+    row=$(matrix_row_file "$release" "$smoke")
+    if ! grep -Eq '\| yes \| [1-9][0-9]* \| 0 \|' "$row"; then
+      die "LibTorch $release: not built, or tests failed; see build/matrix"
+    fi
+  done
 }
 
 # matrix_row_file RELEASE SMOKE: one for each compiler.
@@ -44,25 +51,34 @@ matrix_row_file() {
 }
 
 # One release, that of POSENC_TORCH: builds, runs the CPU tests and writes the row. A release that does not build or has
-# tests that fail has a row too.
+# tests that fail has a row too. Where the CUDA compiler of the release can be neither found nor installed, the library
+# is built without CUDA kernels, and the row says so.
 verb_matrix-row() {
-  local smoke=${1:-} build built=yes start=$SECONDS targets=() tests=(-LE cuda)
+  local smoke=${1:-} build built=yes start=$SECONDS targets=() tests=(-LE cuda) row
+  find_torch
+  cuda_version=$(cuda_of_torch)
+  if [[ -n $cuda_version ]] && ! find_toolkit "$cuda_version" && ! cuda_package "$cuda_version" >/dev/null; then
+    say "LibTorch $POSENC_TORCH: no nvcc of CUDA $cuda_version, so a build without CUDA kernels"
+    export POSENC_CPU=1
+  fi
   setup
-  build=$matrix_folder/$torch_version-$(basename "${CXX:-c++}")
+  build=$matrix_folder/$POSENC_TORCH-$(basename "${CXX:-c++}")
+  row=$(matrix_row_file "$POSENC_TORCH" "$smoke")
   if [[ -n $smoke ]]; then
     targets=(--target posenc posenc_alibi_test)
     tests=(-R '^(alibi|python.operators)\.cpu$')
   fi
   configure dev "$build"
-  shown "Building $build" cmake --build "$build" ${targets[@]+"${targets[@]}"} || built=no
+  say "Building $build ..."
+  cmake --build "$build" ${targets[@]+"${targets[@]}"} >&2 || built=no
   local results=$build/results.xml
   rm -f "$results"
   if [[ $built == yes ]]; then
     # It says by its status that tests failed; the row says how many.
     OMP_NUM_THREADS=1 ctest --test-dir "$build" --no-tests=error --output-junit "$root/$results" "${tests[@]}" >&2 || true
   fi
-  matrix_row "$build" "$built" "$results" $((SECONDS - start)) >"$(matrix_row_file "$torch_version" "$smoke").new"
-  mv "$(matrix_row_file "$torch_version" "$smoke")"{.new,}
+  matrix_row "$build" "$built" "$results" $((SECONDS - start)) >"$row.new"
+  mv "$row"{.new,}
 }
 
 # matrix_row BUILD BUILT RESULTS SECONDS: the row, from what CMake and ctest have written.
@@ -72,8 +88,19 @@ matrix_row() {
     paste -sd ' ')
   standard=$(sed -n 's/.*-std=c++\([0-9]*\).*/\1/p' "$1/build.ninja" | sort -n | tail -n 1)
   total=$(matrix_count tests "$3") failures=$(matrix_count failures "$3") skipped=$(matrix_count skipped "$3")
-  printf '| %s | %s | %s | %s | %s | %s | %s | %s | %s |\n' "$torch_version" "${cuda_version:--}" "$compiler" "$standard" \
+  printf '| %s | %s | %s | %s | %s | %s | %s | %s | %s |\n' "$POSENC_TORCH" "$(matrix_cuda)" "$compiler" "$standard" \
     "$2" $((total - failures - skipped)) "$failures" "$skipped" "$4"
+}
+
+# The CUDA that kernels were compiled for.
+matrix_cuda() {
+  if [[ -z $cuda_version ]]; then
+    printf 'none\n'
+  elif [[ -n ${POSENC_CPU:-} ]]; then
+    printf '%s, kernels not compiled: no nvcc\n' "$cuda_version"
+  else
+    printf '%s\n' "$cuda_version"
+  fi
 }
 
 # matrix_count NAME RESULTS: an attribute of the whole suite in ctest's JUnit file; 0 where there is none.

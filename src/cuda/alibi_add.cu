@@ -1,13 +1,14 @@
-#include <contract/alibi.h>
+#include <cuda/kernels.h>
 #include <cuda/detail/alibi_add_launch.cuh>
 
-#include <torch/library.h>
-
 namespace posenc {
-TORCH_LIBRARY_IMPL(posenc, CUDA, m) {
-  m.impl("alibi_add", contract::alibi_add<cuda::run_alibi_add<cuda::AlibiPass::add>>);
-  m.impl("alibi_add_", contract::alibi_add_<cuda::run_alibi_add<cuda::AlibiPass::add>>);
-  m.impl("alibi_mask", contract::alibi_mask<cuda::run_alibi_add<cuda::AlibiPass::mask>>);
+
+void cuda::alibi_add(const AlibiAddProblem& problem, const at::Tensor& like) {
+  run_alibi_add<AlibiPass::add>(problem, like);
+}
+
+void cuda::alibi_mask(const AlibiAddProblem& problem, const at::Tensor& like) {
+  run_alibi_add<AlibiPass::mask>(problem, like);
 }
 
 }  // namespace posenc

@@ -1,13 +1,13 @@
 #include <contract/alibi.h>
 #include <cuda/detail/dispatch.h>
 #include <cuda/detail/vector_width.h>
+#include <cuda/kernels.h>
 #include <cuda/alibi_slopes_backward_kernel.cuh>
 
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
 #include <algorithm>
 
@@ -67,7 +67,9 @@ void run(const AlibiShape& shape, const ScoresIn& grad, Tensor& result) {
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-Tensor alibi_slopes_backward_cuda(const Tensor& grad, bool causal, std::optional<int64_t> query_offset) {
+}  // namespace
+
+Tensor cuda::alibi_slopes_backward(const Tensor& grad, bool causal, std::optional<int64_t> query_offset) {
   const AlibiShape shape = contract::alibi_shape({kOp, causal, query_offset}, "grad", grad);
   const c10::cuda::CUDAGuard device(grad.device());
   Tensor result = at::empty({shape.num_heads}, grad.options().dtype(contract::alibi_slopes_dtype(grad.scalar_type())));
@@ -78,12 +80,6 @@ Tensor alibi_slopes_backward_cuda(const Tensor& grad, bool causal, std::optional
     run<typename decltype(type)::type>(shape, contract::scores_in(grad), result);
   });
   return result;
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(posenc, CUDA, m) {
-  m.impl("alibi_slopes_backward", alibi_slopes_backward_cuda);
 }
 
 }  // namespace posenc

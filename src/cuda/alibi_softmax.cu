@@ -1,12 +1,11 @@
-#include <contract/alibi.h>
 #include <cuda/detail/dispatch.h>
 #include <cuda/detail/vector_width.h>
+#include <cuda/kernels.h>
 #include <cuda/alibi_softmax_kernel.cuh>
 
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
 #include <algorithm>
 
@@ -101,7 +100,9 @@ void run_widest(const Problem& problem, const Scores&... scores) {
   }
 }
 
-void run_forward(const AlibiSoftmaxProblem& problem, const at::Tensor& like) {
+}  // namespace
+
+void cuda::alibi_softmax(const AlibiSoftmaxProblem& problem, const at::Tensor& like) {
   if (cuda::is_empty(problem.shape)) {
     return;
   }
@@ -111,7 +112,7 @@ void run_forward(const AlibiSoftmaxProblem& problem, const at::Tensor& like) {
   });
 }
 
-void run_backward(const AlibiSoftmaxBackwardProblem& problem, const at::Tensor& like) {
+void cuda::alibi_softmax_backward(const AlibiSoftmaxBackwardProblem& problem, const at::Tensor& like) {
   const AlibiShape& shape = problem.shape;
   const c10::cuda::CUDAGuard device(like.device());
   cuda::for_dtype(like.scalar_type(), [&](auto type) {
@@ -128,13 +129,6 @@ void run_backward(const AlibiSoftmaxBackwardProblem& problem, const at::Tensor& 
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     }
   });
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(posenc, CUDA, m) {
-  m.impl("alibi_softmax", contract::alibi_softmax<run_forward>);
-  m.impl("alibi_softmax_backward", contract::alibi_softmax_backward<run_backward>);
 }
 
 }  // namespace posenc

@@ -1,6 +1,6 @@
-#include <contract/qk_norm_rotary_embedding.h>
 #include <cuda/detail/dispatch.h>
 #include <cuda/detail/launch.h>
+#include <cuda/kernels.h>
 #include <posenc/logging.h>
 #include <cuda/qk_norm_rotary_embedding_kernel.cuh>
 
@@ -8,7 +8,6 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <limits>
@@ -188,23 +187,6 @@ void run_typed(const QKNormRotaryProblem& problem) {
   }
 }
 
-void run(const QKNormRotaryProblem& problem, const Tensor& like) {
-  const RotaryProblem& rotary = problem.rotary;
-  check_sizes("posenc::qk_norm_rotary_embedding", rotary);
-  if (rotary.batch * rotary.seq_len * (rotary.operands[0].num_heads + rotary.operands[1].num_heads) == 0) {
-    return;
-  }
-  const c10::cuda::CUDAGuard device(like.device());
-  cuda::for_dtype(like.scalar_type(), [&](auto type) {
-    using T = typename decltype(type)::type;
-    for_weight_type<T>(problem.weights_are_wide, [&](auto weight) {
-      cuda::for_bool(rotary.interleaved, [&](auto interleaved) {
-        run_typed<T, typename decltype(weight)::type, decltype(interleaved)::value>(problem);
-      });
-    });
-  });
-}
-
 // --- Backward -------------------------------------------------------------------------------------------------------
 
 constexpr const char* kBackward = "posenc::qk_norm_rotary_embedding_backward";
@@ -278,7 +260,26 @@ void run_backward_typed(const QKNormRotaryBackwardProblem& problem, const Tensor
   }
 }
 
-void run_backward(const QKNormRotaryBackwardProblem& problem, const Tensor& like) {
+}  // namespace
+
+void cuda::qk_norm_rotate(const QKNormRotaryProblem& problem, const Tensor& like) {
+  const RotaryProblem& rotary = problem.rotary;
+  check_sizes("posenc::qk_norm_rotary_embedding", rotary);
+  if (rotary.batch * rotary.seq_len * (rotary.operands[0].num_heads + rotary.operands[1].num_heads) == 0) {
+    return;
+  }
+  const c10::cuda::CUDAGuard device(like.device());
+  cuda::for_dtype(like.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    for_weight_type<T>(problem.weights_are_wide, [&](auto weight) {
+      cuda::for_bool(rotary.interleaved, [&](auto interleaved) {
+        run_typed<T, typename decltype(weight)::type, decltype(interleaved)::value>(problem);
+      });
+    });
+  });
+}
+
+void cuda::qk_norm_rotate_backward(const QKNormRotaryBackwardProblem& problem, const Tensor& like) {
   const RotaryProblem& rotary = problem.call.rotary;
   check_sizes(kBackward, rotary);
   const bool empty = rotary.batch * rotary.seq_len * (rotary.operands[0].num_heads + rotary.operands[1].num_heads) == 0;
@@ -294,13 +295,6 @@ void run_backward(const QKNormRotaryBackwardProblem& problem, const Tensor& like
       });
     });
   });
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(posenc, CUDA, m) {
-  m.impl("qk_norm_rotary_embedding", contract::qk_norm_rotary_embedding<run>);
-  m.impl("qk_norm_rotary_embedding_backward", contract::qk_norm_rotary_embedding_backward<run_backward>);
 }
 
 }  // namespace posenc

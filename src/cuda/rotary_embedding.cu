@@ -1,14 +1,12 @@
-#include <contract/rotary_embedding.h>
 #include <cuda/detail/dispatch.h>
 #include <cuda/detail/launch.h>
-#include <cuda/detail/rotate.h>
+#include <cuda/kernels.h>
 #include <posenc/logging.h>
 #include <cuda/rotary_embedding_kernel.cuh>
 
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
 #include <mutex>
 
@@ -158,13 +156,6 @@ void cuda::rotate(const RotaryProblem& problem, const at::Tensor& like) {
       }
     });
   });
-}
-
-TORCH_LIBRARY_IMPL(posenc, CUDA, m) {
-  m.impl("rotary_embedding", contract::rotary_embedding<cuda::rotate>);
-  m.impl("rotary_embedding_", contract::rotary_embedding_in_place<cuda::rotate>);
-  m.impl("rotary_embedding_qk", contract::rotary_embedding_qk<cuda::rotate>);
-  m.impl("rotary_embedding_qk_", contract::rotary_embedding_qk_in_place<cuda::rotate>);
 }
 
 }  // namespace posenc

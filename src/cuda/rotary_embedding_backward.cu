@@ -1,19 +1,18 @@
 #include <contract/rotary_embedding_backward.h>
+#include <cuda/kernels.h>
 #include <ops/rotary_embedding_backward.h>
 #include <cuda/detail/rotary_backward_launch.cuh>
 
 #include <c10/cuda/CUDAGuard.h>
-#include <torch/library.h>
 
 #include <tuple>
 #include <vector>
 
 namespace posenc {
-namespace {
 
 using at::Tensor;
 
-std::tuple<std::vector<Tensor>, Tensor, Tensor> rotary_embedding_backward_cuda(
+std::tuple<std::vector<Tensor>, Tensor, Tensor> cuda::rotary_embedding_backward(
     at::TensorList grads,
     at::TensorList inputs,
     const Tensor& cos,
@@ -30,12 +29,6 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> rotary_embedding_backward_cuda(
   cuda::run_rotary_backward</*WritesInputGrads=*/true>(
       "posenc::rotary_embedding_backward", call.problem, call.tables, grads[0].scalar_type());
   return {std::move(call.input_grads), call.tables.grad_cos, call.tables.grad_sin};
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(posenc, CUDA, m) {
-  m.impl("rotary_embedding_backward", rotary_embedding_backward_cuda);
 }
 
 }  // namespace posenc

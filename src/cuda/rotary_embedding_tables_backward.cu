@@ -1,8 +1,8 @@
 #include <contract/rotary_embedding_tables_backward.h>
+#include <cuda/kernels.h>
 #include <cuda/detail/rotary_backward_launch.cuh>
 
 #include <c10/cuda/CUDAGuard.h>
-#include <torch/library.h>
 
 #include <optional>
 #include <tuple>
@@ -14,7 +14,9 @@ using at::Tensor;
 
 constexpr const char* kOp = "posenc::rotary_embedding_tables_backward";
 
-std::tuple<Tensor, Tensor> rotary_embedding_tables_backward_cuda(
+}  // namespace
+
+std::tuple<Tensor, Tensor> cuda::rotary_embedding_tables_backward(
     at::TensorList grads,
     at::TensorList inputs,
     const Tensor& table,
@@ -29,12 +31,6 @@ std::tuple<Tensor, Tensor> rotary_embedding_tables_backward_cuda(
   const c10::cuda::CUDAGuard device(table.device());
   cuda::run_rotary_backward</*WritesInputGrads=*/false>(kOp, problem, call, inputs[0].scalar_type());
   return {call.grad_cos, call.grad_sin};
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(posenc, CUDA, m) {
-  m.impl("rotary_embedding_tables_backward", rotary_embedding_tables_backward_cuda);
 }
 
 }  // namespace posenc

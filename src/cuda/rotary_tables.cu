@@ -1,21 +1,20 @@
 #include <contract/rotary_frequencies.h>
 #include <cuda/detail/dispatch.h>
+#include <cuda/kernels.h>
 #include <cuda/rotary_tables_kernel.cuh>
 
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <tuple>
 
 namespace posenc {
-namespace {
 
 using at::Tensor;
 
-std::tuple<Tensor, Tensor> rotary_tables_cuda(
+std::tuple<Tensor, Tensor> cuda::rotary_tables(
     const Tensor& inv_freq,
     int64_t length,
     at::ScalarType dtype,
@@ -45,12 +44,6 @@ std::tuple<Tensor, Tensor> rotary_tables_cuda(
     });
   });
   return {call.cos, call.sin};
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(posenc, CUDA, m) {
-  m.impl("rotary_tables", rotary_tables_cuda);
 }
 
 }  // namespace posenc

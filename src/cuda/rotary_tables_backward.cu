@@ -1,5 +1,6 @@
 #include <contract/rotary_frequencies.h>
 #include <cuda/detail/dispatch.h>
+#include <cuda/kernels.h>
 #include <cuda/detail/reduce.cuh>
 #include <cuda/rotary_tables_backward_kernel.cuh>
 
@@ -7,7 +8,6 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
 #include <algorithm>
 
@@ -21,7 +21,9 @@ using at::Tensor;
 constexpr int64_t kRowsPerBlock = 32;
 constexpr int64_t kMaxRowGroups = 2048;
 
-Tensor rotary_tables_backward_cuda(
+}  // namespace
+
+Tensor cuda::rotary_tables_backward(
     const Tensor& grad_cos,
     const Tensor& grad_sin,
     const Tensor& cos,
@@ -57,12 +59,6 @@ Tensor rotary_tables_backward_cuda(
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return result;
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(posenc, CUDA, m) {
-  m.impl("rotary_tables_backward", rotary_tables_backward_cuda);
 }
 
 }  // namespace posenc

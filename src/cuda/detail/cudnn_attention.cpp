@@ -119,8 +119,11 @@ std::string why_not_cudnn(const Padded& call) {
   if (call.q.scalar_type() != at::kHalf && call.q.scalar_type() != at::kBFloat16) {
     return "cuDNN takes float16 and bfloat16";
   }
-  if (!cudnn_graphs_available() || !at::globalContext().userEnabledCuDNN()) {
-    return "there is no cuDNN from version 9.19 on, or it is switched off";
+  if (!at::globalContext().userEnabledCuDNN()) {
+    return "cuDNN is switched off (at::globalContext().setUserEnabledCuDNN)";
+  }
+  if (const std::string& reason = why_no_cudnn_graphs(); !reason.empty()) {
+    return reason;
   }
   const auto* device = at::cuda::getCurrentDeviceProperties();
   if (device->major != kMajor || device->minor != kMinor) {

@@ -45,6 +45,11 @@ constexpr auto kReal = fe::DataType_t::FLOAT;
 /// 9.19 is the version that the forms were tried with; others may refuse them or, worse, not.
 constexpr size_t kOldestCudnn = 91900;
 
+/// 91900 is 9.19.0.
+std::string version(size_t number) {
+  return c10::str(number / 10000, '.', number / 100 % 100, '.', number % 100);
+}
+
 /// Plans kept at a time, each of some megabytes at most: lengths that change with every batch make new ones for ever.
 constexpr size_t kMaxPlans = 128;
 
@@ -353,12 +358,18 @@ void execute(Plan& plan, const CudnnGraph& call, Direction direction, Pointers p
 
 }  // namespace
 
-bool cudnn_graphs_available() {
-  static const bool available = [] {
+const std::string& why_no_cudnn_graphs() {
+  static const std::string reason = []() -> std::string {
     fe::cudnn_dlhandle = dlopen("libcudnn.so.9", RTLD_NOW | RTLD_LOCAL);
-    return fe::cudnn_dlhandle != nullptr && fe::detail::get_backend_version() >= kOldestCudnn;
+    if (fe::cudnn_dlhandle == nullptr) {
+      return "libcudnn.so.9 was not found";
+    }
+    const size_t found = fe::detail::get_backend_version();
+    return found >= kOldestCudnn
+        ? std::string()
+        : c10::str("cuDNN is ", version(found), ", expected ", version(kOldestCudnn), " or later");
   }();
-  return available;
+  return reason;
 }
 
 std::tuple<Tensor, Tensor> run_cudnn_forward(const CudnnGraph& call) {

@@ -31,8 +31,9 @@ struct CudnnGraph {
   double scale;
 };
 
-/// Whether cuDNN is there, in a version that knows these graphs.
-bool cudnn_graphs_available();
+/// Why the cuDNN that LibTorch has loaded cannot run these graphs: it is missing, or its version is older than those
+/// that the graphs were tried with. Empty where it can.
+const std::string& why_no_cudnn_graphs();
 
 /// @return `(out, lse)`: in the layout of q, and float32 `[B, Hq, Sq]`.
 std::tuple<at::Tensor, at::Tensor> run_cudnn_forward(const CudnnGraph& call);

@@ -1,0 +1,34 @@
+#include <contract/alibi.h>
+#include <contract/qk_norm_rotary_embedding.h>
+#include <contract/rotary_embedding.h>
+#include <contract/rotary_embedding_qkv.h>
+#include <cuda/kernels.h>
+
+#include <torch/library.h>
+
+namespace posenc {
+
+TORCH_LIBRARY_IMPL(posenc, CUDA, m) {
+  m.impl("rotary_embedding", contract::rotary_embedding<cuda::rotate>);
+  m.impl("rotary_embedding_", contract::rotary_embedding_in_place<cuda::rotate>);
+  m.impl("rotary_embedding_qk", contract::rotary_embedding_qk<cuda::rotate>);
+  m.impl("rotary_embedding_qk_", contract::rotary_embedding_qk_in_place<cuda::rotate>);
+  m.impl("rotary_embedding_qkv", contract::rotary_embedding_qkv<cuda::rotate>);
+  m.impl("rotary_embedding_pack", contract::rotary_embedding_pack<cuda::rotate>);
+  m.impl("rotary_embedding_backward", cuda::rotary_embedding_backward);
+  m.impl("rotary_embedding_tables_backward", cuda::rotary_embedding_tables_backward);
+  m.impl("rotary_tables", cuda::rotary_tables);
+  m.impl("rotary_tables_backward", cuda::rotary_tables_backward);
+  m.impl("qk_norm_rotary_embedding", contract::qk_norm_rotary_embedding<cuda::qk_norm_rotate>);
+  m.impl(
+      "qk_norm_rotary_embedding_backward", contract::qk_norm_rotary_embedding_backward<cuda::qk_norm_rotate_backward>);
+  m.impl("alibi_bias", contract::alibi_bias<cuda::alibi_bias>);
+  m.impl("alibi_add", contract::alibi_add<cuda::alibi_add>);
+  m.impl("alibi_add_", contract::alibi_add_<cuda::alibi_add>);
+  m.impl("alibi_mask", contract::alibi_mask<cuda::alibi_mask>);
+  m.impl("alibi_softmax", contract::alibi_softmax<cuda::alibi_softmax>);
+  m.impl("alibi_softmax_backward", contract::alibi_softmax_backward<cuda::alibi_softmax_backward>);
+  m.impl("alibi_slopes_backward", cuda::alibi_slopes_backward);
+}
+
+}  // namespace posenc
