@@ -13,7 +13,7 @@ bool is_real(at::ScalarType dtype) {
   return dtype == at::kFloat || dtype == at::kDouble;
 }
 
-TableView table_view(const Tensor& table) {
+TableView view_of(const Tensor& table) {
   return {table.const_data_ptr(), table.stride(0), table.stride(1)};
 }
 
@@ -69,8 +69,8 @@ void check_frequencies_backward(const FrequenciesBackwardArguments& a) {
 
 FrequenciesBackwardProblem frequencies_backward_problem(const FrequenciesBackwardArguments& a) {
   check_frequencies_backward(a);
-  return {table_view(a.grad_cos), table_view(a.grad_sin), table_view(a.cos),
-          table_view(a.sin),      a.cos.size(0),          a.cos.size(1)};
+  return {view_of(a.grad_cos), view_of(a.grad_sin), view_of(a.cos),
+          view_of(a.sin),      a.cos.size(0),          a.cos.size(1)};
 }
 
 }  // namespace posenc::contract
