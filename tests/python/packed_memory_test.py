@@ -2,7 +2,8 @@
 """Memory of packed attention: what its tokens cost, whatever the lengths of the sequences are.
 
 On the CPU the profiler's record of allocations is summed, on a GPU the caching allocator is asked what was requested of
-it: both are the same in every run. The sizes of its blocks are not, which depend on what was freed before. POSENC_LIBRARY names the library. Plain unittest: python3 tests/python/packed_memory_test.py [cpu | cuda]
+it: both are the same in every run. The sizes of its blocks are not, which depend on what was freed before.
+POSENC_LIBRARY names the library. Plain unittest: python3 tests/python/packed_memory_test.py [cpu | cuda]
 """
 
 import sys
@@ -15,8 +16,8 @@ import torch
 HEADS, HEAD_DIM = 2, 128
 # Times the peak of one padded sequence of as many tokens. On a GPU, where the host does not see the lengths, a batch of
 # padded length L has room for as many sequences as may be of that length: twice the tokens, and up to a quarter more.
-# The padded call holds three tensors of the size of q, its gradients. The packed one holds batches of q, k, v, out, their
-# gradients and that of out, 8 times 2.25 to 2.5 of them, and three gradients and out: 22 to 24, and sums in float32.
+# The padded call holds three tensors of the size of q, its gradients. The packed one holds batches of q, k, v, out, the
+# four gradients, 8 times 2.25 to 2.5 of them, and out and three gradients: 22 to 24, and sums in float32.
 MOST = {"cpu": 2.0, "cuda": 8.5}
 
 
@@ -82,7 +83,8 @@ class PackedMemory(OnDevice):
                 padded = self.peak(lengths, packed=False, dtype=dtype, **kw)
                 packed = self.peak(lengths, packed=True, dtype=dtype, **kw)
                 self.assertGreater(padded, sum(lengths) * HEADS * HEAD_DIM * dtype.itemsize)
-                self.assertLessEqual(packed, MOST[self.device] * padded, f"{packed / padded:.1f} times as much as padded")
+                times = f"{packed / padded:.2f} times as much as padded"
+                self.assertLessEqual(packed, MOST[self.device] * padded, times)
 
     def test_float32(self):
         self.check(torch.float32)
