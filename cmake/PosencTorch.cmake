@@ -46,7 +46,10 @@ if(NOT DEFINED CUDA_TOOLKIT_ROOT_DIR AND DEFINED ENV{CUDA_HOME})
   endif()
 endif()
 
+# A project that has posenc as a subdirectory links with these targets too.
+set(CMAKE_FIND_PACKAGE_TARGETS_GLOBAL ON)
 find_package(Torch REQUIRED)  # tensors, dispatcher, autograd
+unset(CMAKE_FIND_PACKAGE_TARGETS_GLOBAL)
 
 string(REGEX MATCH "^[0-9]+\\.[0-9]+" torch_series "${Torch_VERSION}")
 if(torch_series VERSION_LESS POSENC_TORCH_OLDEST)
