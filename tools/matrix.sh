@@ -86,7 +86,7 @@ matrix_row() {
   local compiler standard total failures skipped
   compiler=$(sed -n 's/^set(CMAKE_CXX_COMPILER_\(ID\|VERSION\) "\(.*\)")/\2/p' "$1"/CMakeFiles/*/CMakeCXXCompiler.cmake |
     paste -sd ' ')
-  standard=$(sed -n 's/.*-std=c++\([0-9]*\).*/\1/p' "$1/build.ninja" | sort -n | tail -n 1)
+  standard=$(sed -n 's/.*-std=c++\([0-9]*\).*/\1/p' "$1/build.ninja" | sort -n | head -n 1)
   total=$(matrix_count tests "$3") failures=$(matrix_count failures "$3") skipped=$(matrix_count skipped "$3")
   printf '| %s | %s | %s | %s | %s | %s | %s | %s | %s |\n' "$POSENC_TORCH" "$(matrix_cuda)" "$compiler" "$standard" \
     "$2" $((total - failures - skipped)) "$failures" "$skipped" "$4"
