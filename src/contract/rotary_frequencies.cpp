@@ -69,8 +69,7 @@ void check_frequencies_backward(const FrequenciesBackwardArguments& a) {
 
 FrequenciesBackwardProblem frequencies_backward_problem(const FrequenciesBackwardArguments& a) {
   check_frequencies_backward(a);
-  return {view_of(a.grad_cos), view_of(a.grad_sin), view_of(a.cos),
-          view_of(a.sin),      a.cos.size(0),          a.cos.size(1)};
+  return {view_of(a.grad_cos), view_of(a.grad_sin), view_of(a.cos), view_of(a.sin), a.cos.size(0), a.cos.size(1)};
 }
 
 }  // namespace posenc::contract
