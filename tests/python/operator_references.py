@@ -120,6 +120,11 @@ def one_sequence(q, k, v, slopes, scale, causal, query_offset):
     return (p @ v).transpose(0, 1), lse
 
 
+def integers(x):
+    """The elements of x as Python integers. LibTorch 2.8 has no Tensor.tolist inside of torch.func's transforms."""
+    return [element.item() for element in x]
+
+
 def rows_behind(out, lse, count):
     """The same with `count` queries behind, which see nothing."""
     out = torch.cat([out, out.new_zeros(count, *out.shape[1:])])
@@ -144,16 +149,16 @@ def alibi_attention(
 ):
     options = scale, causal, query_offset
     if q.dim() == 4:
-        q_lens = [q.size(1)] * q.size(0) if seqlens_q is None else seqlens_q.tolist()
-        k_lens = [k.size(1)] * k.size(0) if seqlens_k is None else seqlens_k.tolist()
+        q_lens = [q.size(1)] * q.size(0) if seqlens_q is None else integers(seqlens_q)
+        k_lens = [k.size(1)] * k.size(0) if seqlens_k is None else integers(seqlens_k)
         each = []
         for b, (m, n) in enumerate(zip(q_lens, k_lens)):
             part = one_sequence(q[b, :m], k[b, :n], v[b, :n], slopes, *options)
             each.append(rows_behind(*part, q.size(1) - m))
         outs, lses = zip(*each)
         return torch.stack(outs), torch.stack(lses)
-    q_cuts = cu_seqlens_q.tolist()
-    k_cuts = q_cuts if cu_seqlens_k is None else cu_seqlens_k.tolist()
+    q_cuts = integers(cu_seqlens_q)
+    k_cuts = q_cuts if cu_seqlens_k is None else integers(cu_seqlens_k)
     out, lse = rows_behind(q[:0], q.new_zeros(q.size(1), 0), q_cuts[0])
     for i, j, m, n in zip(q_cuts, q_cuts[1:], k_cuts, k_cuts[1:]):
         part = one_sequence(q[i:j], k[m:n], v[m:n], slopes, *options)
