@@ -1,14 +1,70 @@
+#include <cuda/detail/dispatch.h>
+#include <cuda/detail/vector_width.h>
 #include <cuda/kernels.h>
-#include <cuda/detail/alibi_add_launch.cuh>
+#include <cuda/alibi_add_kernel.cuh>
 
-namespace posenc {
+#include <ATen/core/Tensor.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 
-void cuda::alibi_add(const AlibiAddProblem& problem, const at::Tensor& like) {
+// The bias alone, added to scores, and the gradient of that sum, which a causal mask sets to zero.
+namespace posenc::cuda {
+namespace {
+
+template <typename T, typename Policy>
+void launch_alibi_add(const AlibiAddProblem& problem) {
+  const AlibiShape& shape = problem.shape;
+  constexpr int U = Policy::kVectorsPerThread;
+  const int64_t num_vectors = ceil_div(shape.k_len, Policy::kVectorWidth);
+  const int64_t along_keys = threads_along_keys(num_vectors, U);
+  const int64_t along_queries = kMaxThreads / along_keys;
+  const int64_t key_groups = ceil_div(num_vectors, along_keys * U);
+  // Outputs of more than 2^31 blocks a matrix, 2^40 elements, fit no memory.
+  const int64_t blocks = key_groups * ceil_div(shape.q_len, along_queries);
+  const Matrices matrices(shape);
+  const dim3 block(along_keys, along_queries);
+  alibi_add_kernel<T, Policy><<<matrices.grid(blocks), block, 0, c10::cuda::getCurrentCUDAStream()>>>(
+      problem, matrices, Divider(static_cast<uint32_t>(key_groups)));
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+/// Launches with 16-byte vectors where the call allows them, else with single elements.
+template <AlibiPass Pass>
+void run_alibi_add(const AlibiAddProblem& problem, const at::Tensor& like) {
+  if (is_empty(problem.shape)) {
+    return;
+  }
+  const c10::cuda::CUDAGuard device(like.device());
+  for_dtype(like.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    constexpr int V = kMaxVectorBytes / sizeof(T);
+    const int32_t k_len = problem.shape.k_len;
+    const bool vectors = holds_vectors<T, V>(problem.out.data, problem.out.strides, k_len) &&
+        (Pass == AlibiPass::bias || holds_vectors<T, V>(problem.in.data, problem.in.strides, k_len));
+    for_bool(problem.shape.causal, [&](auto causal) {
+      constexpr bool kCausal = decltype(causal)::value || Pass == AlibiPass::mask;
+      if (vectors) {
+        launch_alibi_add<T, AlibiPolicy<V, Pass, kCausal>>(problem);
+      } else {
+        launch_alibi_add<T, AlibiPolicy<1, Pass, kCausal>>(problem);
+      }
+    });
+  });
+}
+
+}  // namespace
+
+void alibi_bias(const AlibiAddProblem& problem, const at::Tensor& like) {
+  run_alibi_add<AlibiPass::bias>(problem, like);
+}
+
+void alibi_add(const AlibiAddProblem& problem, const at::Tensor& like) {
   run_alibi_add<AlibiPass::add>(problem, like);
 }
 
-void cuda::alibi_mask(const AlibiAddProblem& problem, const at::Tensor& like) {
+void alibi_mask(const AlibiAddProblem& problem, const at::Tensor& like) {
   run_alibi_add<AlibiPass::mask>(problem, like);
 }
 
-}  // namespace posenc
+}  // namespace posenc::cuda
