@@ -1,5 +1,7 @@
 #include <posenc/modules/alibi_bias.h>
 
+#include "detail/resolved_device.h"
+
 #include <posenc/alibi.h>
 #include <posenc/detail/stream_capture.h>
 
@@ -74,11 +76,6 @@ Tensor slopes_of(const ALiBiBiasOptions& options) {
     all = alibi_slopes(total, options.max_bias());
   }
   return all.narrow(0, options.head_offset(), num_heads).clone();
-}
-
-/// A device as tensors report it: `cuda` is the current one.
-torch::Device resolved(const torch::Device& device) {
-  return device.has_index() || device.is_cpu() ? device : torch::empty({0}, device).device();
 }
 
 }  // namespace
@@ -159,11 +156,11 @@ std::tuple<Tensor, Tensor> ALiBiBiasImpl::attention_with_lse(
 
 Tensor ALiBiBiasImpl::slopes_on(const torch::Device& device) {
   if (!slopes.defined()) {
-    return fixed_->on(resolved(device));
+    return fixed_->on(detail::resolved(device));
   }
   TORCH_CHECK(
-      slopes.device() == resolved(device), "posenc::ALiBiBias: expected the learnable slopes on ", resolved(device),
-      ", got them on ", slopes.device(), "; move the module there");
+      slopes.device() == detail::resolved(device), "posenc::ALiBiBias: expected the learnable slopes on ",
+      detail::resolved(device), ", got them on ", slopes.device(), "; move the module there");
   return slopes;
 }
 

@@ -15,7 +15,7 @@ using torch::Tensor;
 
 namespace {
 
-constexpr const char* kName = "posenc::QKNormRotaryEmbedding";
+constexpr const char* kQKNormName = "posenc::QKNormRotaryEmbedding";
 
 }  // namespace
 
@@ -34,7 +34,7 @@ QKNormRotaryEmbeddingImpl::QKNormRotaryEmbeddingImpl(QKNormRotaryEmbeddingOption
 
 void QKNormRotaryEmbeddingImpl::reset() {
   TORCH_CHECK(
-      options.eps() > 0 && std::isfinite(options.eps()), kName, ": expected a positive, finite eps, got ",
+      options.eps() > 0 && std::isfinite(options.eps()), kQKNormName, ": expected a positive, finite eps, got ",
       options.eps());
   RotaryEmbedding rotation(options.rotary());  // checks its options
   if (named_children().contains("rotary")) {   // a second call; clones come without
@@ -55,8 +55,8 @@ std::tuple<Tensor, Tensor> QKNormRotaryEmbeddingImpl::forward(
     const std::optional<Tensor>& positions,
     std::optional<int64_t> seq_len) {
   const RotaryEmbeddingOptions& rotation = rotary->options;
-  detail::check_input(kName, "q", q, rotation);
-  detail::check_input(kName, "k", k, rotation);
+  detail::check_input(kQKNormName, "q", q, rotation);
+  detail::check_input(kQKNormName, "k", k, rotation);
   const Tensor q_view = detail::reordered(q, rotation.layout());
   const auto [cos, sin] = rotary->tables_for(q_view, positions, seq_len);
   auto [q_out, k_out] = qk_norm_rotary_embedding(

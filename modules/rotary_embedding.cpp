@@ -1,6 +1,7 @@
 #include <posenc/modules/rotary_embedding.h>
 
 #include "detail/layout.h"
+#include "detail/resolved_device.h"
 #include "detail/rotary_table_cache.h"
 
 #include <posenc/detail/first_index.h>
@@ -18,12 +19,7 @@ using torch::Tensor;
 
 namespace {
 
-constexpr const char* kName = "posenc::RotaryEmbedding";
-
-/// A device as tensors report it: `cuda` is the current one.
-torch::Device resolved(const torch::Device& device) {
-  return device.has_index() || device.is_cpu() ? device : torch::empty({0}, device).device();
-}
+constexpr const char* kRotaryName = "posenc::RotaryEmbedding";
 
 /// Positions that a call goes through as far as the host can see. Positions on an accelerator cannot be read without
 /// waiting for it; those on a CPU are checked here.
@@ -41,11 +37,11 @@ std::optional<int64_t> visible_length(const Tensor& x, const std::optional<Tenso
   const auto first = lowest.item<int64_t>();
   const auto last = highest.item<int64_t>();
   TORCH_CHECK_INDEX(
-      first >= 0, kName, ": expected positions of at least 0, got ", first, " at index ",
+      first >= 0, kRotaryName, ": expected positions of at least 0, got ", first, " at index ",
       torch::IntArrayRef(detail::first_index(positions->eq(first))),
       "; a token of padding may have any position that there is, such as 0");
   TORCH_CHECK_INDEX(
-      last < std::numeric_limits<int32_t>::max(), kName, ": expected positions below 2^31 - 1, got ", last,
+      last < std::numeric_limits<int32_t>::max(), kRotaryName, ": expected positions below 2^31 - 1, got ", last,
       " at index ", torch::IntArrayRef(detail::first_index(positions->eq(last))));
   return last + 1;
 }
@@ -126,7 +122,7 @@ void RotaryEmbeddingImpl::set_pairs(int64_t num_pairs) {
   pair_axes_.clear();
   num_axes_ = 1;
   TORCH_CHECK(
-      options.sections().empty() || options.pair_axes().empty(), kName,
+      options.sections().empty() || options.pair_axes().empty(), kRotaryName,
       ": expected sections or pair_axes, got both: ", torch::IntArrayRef(options.sections()), " and ",
       torch::IntArrayRef(options.pair_axes()));
   if (!options.sections().empty()) {
@@ -141,7 +137,7 @@ void RotaryEmbeddingImpl::set_pairs(int64_t num_pairs) {
     TORCH_CHECK(
         static_cast<int64_t>(values.size()) == num_pairs &&
             std::all_of(values.begin(), values.end(), [end](int64_t value) { return value >= 0 && value < end; }),
-        kName, ": expected ", name, " to be rotary_dim / 2 = ", num_pairs, " values of 0 to ", end - 1, ", got ",
+        kRotaryName, ": expected ", name, " to be rotary_dim / 2 = ", num_pairs, " values of 0 to ", end - 1, ", got ",
         values);
   };
   if (!options.pair_axes().empty()) {
@@ -175,8 +171,8 @@ std::tuple<Tensor, Tensor> RotaryEmbeddingImpl::forward(
     const Tensor& k,
     const std::optional<Tensor>& positions,
     std::optional<int64_t> seq_len) {
-  detail::check_input(kName, "q", q, options);
-  detail::check_input(kName, "k", k, options);
+  detail::check_input(kRotaryName, "q", q, options);
+  detail::check_input(kRotaryName, "k", k, options);
   const Layout layout = options.layout();
   const Tensor q_view = detail::reordered(q, layout);
   const auto [cos, sin] = tables_for(q_view, positions, seq_len);
@@ -190,7 +186,7 @@ Tensor RotaryEmbeddingImpl::rotate(
     const Tensor& x,
     const std::optional<Tensor>& positions,
     std::optional<int64_t> seq_len) {
-  detail::check_input(kName, "x", x, options);
+  detail::check_input(kRotaryName, "x", x, options);
   const Tensor view = detail::reordered(x, options.layout());
   const auto [cos, sin] = tables_for(view, positions, seq_len);
   return detail::reordered(
@@ -203,8 +199,8 @@ void RotaryEmbeddingImpl::forward_(
     Tensor& k,
     const std::optional<Tensor>& positions,
     std::optional<int64_t> seq_len) {
-  detail::check_input(kName, "q", q, options);
-  detail::check_input(kName, "k", k, options);
+  detail::check_input(kRotaryName, "q", q, options);
+  detail::check_input(kRotaryName, "k", k, options);
   Tensor q_view = detail::reordered(q, options.layout());
   Tensor k_view = detail::reordered(k, options.layout());
   const auto [cos, sin] = tables_for(q_view, positions, seq_len);
@@ -213,7 +209,7 @@ void RotaryEmbeddingImpl::forward_(
 }
 
 void RotaryEmbeddingImpl::rotate_(Tensor& x, const std::optional<Tensor>& positions, std::optional<int64_t> seq_len) {
-  detail::check_input(kName, "x", x, options);
+  detail::check_input(kRotaryName, "x", x, options);
   Tensor view = detail::reordered(x, options.layout());
   const auto [cos, sin] = tables_for(view, positions, seq_len);
   rotary_embedding_(view, cos, sin, positions, options.interleaved(), options.conjugate(), axes_for(positions));
@@ -225,7 +221,7 @@ std::tuple<Tensor, Tensor, Tensor> RotaryEmbeddingImpl::forward_qkv(
     int64_t num_kv_heads,
     const std::optional<Tensor>& positions,
     std::optional<int64_t> seq_len) {
-  TORCH_CHECK(qkv.defined(), kName, ": expected qkv to be a tensor, got an undefined one");
+  TORCH_CHECK(qkv.defined(), kRotaryName, ": expected qkv to be a tensor, got an undefined one");
   const Layout layout = options.layout();
   const int64_t of_tokens = layout == Layout::thd ? 1 : 2;  // dimensions of them
   const int64_t head_dim = options.head_dim();
@@ -235,9 +231,10 @@ std::tuple<Tensor, Tensor, Tensor> RotaryEmbeddingImpl::forward_qkv(
   const bool heads_fit = flat && num_q_heads >= 1 && num_kv_heads >= 1 && num_q_heads <= qkv.size(-1) &&
       num_kv_heads <= qkv.size(-1) && qkv.size(-1) == (num_q_heads + 2 * num_kv_heads) * head_dim;
   TORCH_CHECK(
-      heads_fit || (stacked && qkv.size(-1) == head_dim), kName, ": expected qkv in layout ", detail::name_of(layout),
-      " with ", of_tokens, " dimensions of tokens, then (num_q_heads + 2 num_kv_heads) head_dim channels or 3, heads ",
-      "and head_dim, for ", num_q_heads, " and ", num_kv_heads, " heads of ", head_dim, ", got ", qkv.sizes());
+      heads_fit || (stacked && qkv.size(-1) == head_dim), kRotaryName, ": expected qkv in layout ",
+      detail::name_of(layout), " with ", of_tokens,
+      " dimensions of tokens, then (num_q_heads + 2 num_kv_heads) head_dim channels or 3, heads ", "and head_dim, for ",
+      num_q_heads, " and ", num_kv_heads, " heads of ", head_dim, ", got ", qkv.sizes());
   const Tensor view = layout == Layout::sbhd ? qkv.transpose(0, 1) : qkv;
   // One head of every token has their number where `tables_for` looks for it.
   const Tensor tokens = stacked ? view.select(-3, 0) : view.unsqueeze(-2);
@@ -254,7 +251,7 @@ torch::IntArrayRef RotaryEmbeddingImpl::axes_for(const std::optional<Tensor>& po
     return {};
   }
   TORCH_CHECK(
-      positions->size(0) == num_axes_, kName, ": expected positions with an axis for each of the ", num_axes_,
+      positions->size(0) == num_axes_, kRotaryName, ": expected positions with an axis for each of the ", num_axes_,
       options.sections().empty() ? " axes of pair_axes" : " sections", " in front, got ", positions->sizes());
   return pair_axes_;
 }
@@ -265,11 +262,11 @@ void RotaryEmbeddingImpl::reserve(int64_t length, const torch::Device& device, t
     rows_on_device_ = std::max(rows_on_device_, length);
     return;
   }
-  tables_->reserve(length, resolved(device), rotary_table_dtype(dtype));
+  tables_->reserve(length, detail::resolved(device), rotary_table_dtype(dtype));
 }
 
 int64_t RotaryEmbeddingImpl::table_length(const torch::Device& device, torch::Dtype dtype) const {
-  return inv_freq.defined() ? rows_on_device_ : tables_->length(resolved(device), rotary_table_dtype(dtype));
+  return inv_freq.defined() ? rows_on_device_ : tables_->length(detail::resolved(device), rotary_table_dtype(dtype));
 }
 
 void RotaryEmbeddingImpl::pretty_print(std::ostream& stream) const {
