@@ -14,4 +14,5 @@ configure_package_config_file(cmake/posencConfig.cmake.in "${PROJECT_BINARY_DIR}
 # Minor versions of 0.x may break interfaces.
 write_basic_package_version_file("${PROJECT_BINARY_DIR}/posencConfigVersion.cmake" COMPATIBILITY SameMinorVersion)
 install(FILES "${PROJECT_BINARY_DIR}/posencConfig.cmake" "${PROJECT_BINARY_DIR}/posencConfigVersion.cmake"
+              cmake/PosencTorchLink.cmake
         DESTINATION "${POSENC_CMAKEDIR}")

@@ -50,6 +50,7 @@ endif()
 set(CMAKE_FIND_PACKAGE_TARGETS_GLOBAL ON)
 find_package(Torch REQUIRED)  # tensors, dispatcher, autograd
 unset(CMAKE_FIND_PACKAGE_TARGETS_GLOBAL)
+include("${CMAKE_CURRENT_LIST_DIR}/PosencTorchLink.cmake")
 
 string(REGEX MATCH "^[0-9]+\\.[0-9]+" torch_series "${Torch_VERSION}")
 if(torch_series VERSION_LESS POSENC_TORCH_OLDEST)
