@@ -257,10 +257,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> alibi_attention_backward_autograd(
   for (const Tensor& input : inputs) {
     autograd::check_no_tangent("posenc::alibi_attention_backward", input);
   }
-  auto [grad_q, grad_k, grad_v, grad_slopes] = [&] {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return alibi_attention_backward(options, grad_out, grad_lse, q, k, v, slopes, out, lse, slopes_grad);
-  }();
+  auto [grad_q, grad_k, grad_v, grad_slopes] = autograd::below_autograd(
+      [&] { return alibi_attention_backward(options, grad_out, grad_lse, q, k, v, slopes, out, lse, slopes_grad); });
   record<AlibiAttentionDoubleBackward>(inputs, options, {grad_q, grad_k, grad_v, grad_slopes});
   return {grad_q, grad_k, grad_v, grad_slopes};
 }
@@ -292,11 +290,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> alibi_attention_doubl
   for (const Tensor& input : inputs) {
     autograd::check_no_tangent("posenc::alibi_attention_double_backward", input);
   }
-  auto [d_grad_out, d_grad_lse, d_q, d_k, d_v, d_slopes] = [&] {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  auto [d_grad_out, d_grad_lse, d_q, d_k, d_v, d_slopes] = autograd::below_autograd([&] {
     return alibi_attention_double_backward(
         options, grad_grad_q, grad_grad_k, grad_grad_v, grad_grad_slopes, grad_out, grad_lse, q, k, v, slopes);
-  }();
+  });
   record<AlibiAttentionTripleBackward>(inputs, options, {d_grad_out, d_grad_lse, d_q, d_k, d_v, d_slopes});
   return {d_grad_out, d_grad_lse, d_q, d_k, d_v, d_slopes};
 }

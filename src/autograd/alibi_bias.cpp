@@ -1,15 +1,16 @@
 #include <autograd/detail/node.h>
 #include <autograd/detail/record.h>
 #include <ops/alibi_bias.h>
-#include <ops/alibi_slopes_backward.h>
 
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/library.h>
 
 #include <array>
 #include <functional>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 namespace posenc {
 namespace {
@@ -49,14 +50,169 @@ Tensor alibi_bias_autograd(
     at::ScalarType dtype,
     std::optional<c10::SymInt> query_offset) {
   autograd::check_no_tangent("posenc::alibi_bias", slopes);
-  const Tensor output = [&] {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return alibi_bias_symint(slopes, std::move(q_len), std::move(k_len), causal, dtype, query_offset);
-  }();
-  const std::array<std::reference_wrapper<const Tensor>, 1> differentiable{slopes};
+  const Tensor output = autograd::below_autograd(
+      [&] { return alibi_bias_symint(slopes, std::move(q_len), std::move(k_len), causal, dtype, query_offset); });
+  const autograd::Differentiable differentiable{slopes};
   if (autograd::any_requires_grad(differentiable)) {
     torch::autograd::set_history(
         output, autograd::make_node<AlibiBiasBackward>(differentiable, causal, std::move(query_offset)));
+  }
+  return output;
+}
+
+/// The gradient of scores is what comes in, and that of slopes needs nothing else: nothing is saved.
+class AlibiAddBackward final : public autograd::Node<AlibiAddBackward> {
+ public:
+  AlibiAddBackward() = default;
+  AlibiAddBackward(bool causal, std::optional<c10::SymInt> query_offset)
+      : causal_(causal), query_offset_(std::move(query_offset)) {}
+
+  auto state() { return std::tie(causal_, query_offset_); }
+
+  variable_list differentiate(const variable_list& grads) {
+    const Tensor& grad = grads[0];
+    variable_list result(2);
+    if (!grad.defined()) {
+      return result;
+    }
+    if (wants(0)) {
+      result[0] = causal_ ? alibi_mask(grad, query_offset_) : grad;
+    }
+    if (wants(1)) {
+      result[1] = alibi_slopes_backward(grad, causal_, query_offset_);
+    }
+    return result;
+  }
+
+  std::string name() const override { return "AlibiAddBackward"; }
+
+ private:
+  bool causal_ = false;
+  std::optional<c10::SymInt> query_offset_;
+};
+
+/// A mask of zeros and ones is its own transpose.
+class AlibiMaskBackward final : public autograd::Node<AlibiMaskBackward> {
+ public:
+  AlibiMaskBackward() = default;
+  explicit AlibiMaskBackward(std::optional<c10::SymInt> query_offset) : query_offset_(std::move(query_offset)) {}
+
+  auto state() { return std::tie(query_offset_); }
+
+  variable_list differentiate(const variable_list& grads) {
+    variable_list result(1);
+    if (grads[0].defined() && wants(0)) {
+      result[0] = alibi_mask(grads[0], query_offset_);
+    }
+    return result;
+  }
+
+  std::string name() const override { return "AlibiMaskBackward"; }
+
+ private:
+  std::optional<c10::SymInt> query_offset_;
+};
+
+Tensor alibi_add_autograd(
+    const Tensor& scores,
+    const Tensor& slopes,
+    bool causal,
+    std::optional<c10::SymInt> query_offset) {
+  autograd::check_no_tangent("posenc::alibi_add", scores);
+  autograd::check_no_tangent("posenc::alibi_add", slopes);
+  const Tensor output =
+      autograd::below_autograd([&] { return alibi_add_symint(scores, slopes, causal, query_offset); });
+  const autograd::Differentiable differentiable{scores, slopes};
+  if (autograd::any_requires_grad(differentiable)) {
+    torch::autograd::set_history(
+        output, autograd::make_node<AlibiAddBackward>(differentiable, causal, std::move(query_offset)));
+  }
+  return output;
+}
+
+void alibi_add_autograd_(Tensor& scores, const Tensor& slopes, bool causal, std::optional<c10::SymInt> query_offset) {
+  autograd::check_no_tangent("posenc::alibi_add_", scores);
+  autograd::check_no_tangent("posenc::alibi_add_", slopes);
+  const autograd::Differentiable differentiable{scores, slopes};
+  NodePtr node;
+  if (autograd::any_requires_grad(differentiable)) {
+    TORCH_CHECK(
+        !(scores.is_leaf() && scores.requires_grad()),
+        "posenc::alibi_add_: expected scores that are no leaf of the graph, got a leaf that requires grad: its value "
+        "cannot change in place; use alibi_add");
+    torch::autograd::check_inplace(scores, /*requires_grad=*/true);  // views that cannot be tracked
+    node = autograd::make_node<AlibiAddBackward>(differentiable, causal, query_offset);
+  }
+  {
+    const at::AutoDispatchBelowAutograd below_autograd;  // to the kernel below that counts versions
+    alibi_add_symint_(scores, slopes, causal, std::move(query_offset));
+  }
+  if (node != nullptr) {
+    torch::autograd::rebase_history(scores, node);
+  }
+}
+
+/// Tells autograd that values saved of `scores` are stale.
+void alibi_add_version_(Tensor& scores, const Tensor& slopes, bool causal, std::optional<c10::SymInt> query_offset) {
+  autograd::below_autograd([&] { alibi_add_symint_(scores, slopes, causal, std::move(query_offset)); });
+  torch::autograd::increment_version(scores);
+}
+
+Tensor alibi_mask_autograd(const Tensor& grad, std::optional<c10::SymInt> query_offset) {
+  autograd::check_no_tangent("posenc::alibi_mask", grad);
+  const Tensor output = autograd::below_autograd([&] { return alibi_mask(grad, query_offset); });
+  const autograd::Differentiable differentiable{grad};
+  if (autograd::any_requires_grad(differentiable)) {
+    torch::autograd::set_history(
+        output, autograd::make_node<AlibiMaskBackward>(differentiable, std::move(query_offset)));
+  }
+  return output;
+}
+
+/// The gradient of slopes is linear in the gradient of the bias. Its transpose is the bias itself, of what comes in
+/// as slopes, and zero where the mask hides a key.
+class AlibiSlopesBackwardBackward final : public autograd::Node<AlibiSlopesBackwardBackward> {
+ public:
+  AlibiSlopesBackwardBackward() = default;
+  AlibiSlopesBackwardBackward(const Tensor& grad, bool causal, std::optional<c10::SymInt> query_offset)
+      : sizes_(grad.sym_sizes().vec()),
+        dtype_(grad.scalar_type()),
+        causal_(causal),
+        query_offset_(std::move(query_offset)) {}
+
+  auto state() { return std::tie(sizes_, dtype_, causal_, query_offset_); }
+
+  variable_list differentiate(const variable_list& grads) {
+    variable_list result(1);
+    if (grads[0].defined() && wants(0)) {
+      const c10::SymInt& q_len = sizes_[sizes_.size() - 2];
+      const c10::SymInt& k_len = sizes_.back();
+      Tensor bias = alibi_bias_symint(grads[0], q_len, k_len, /*causal=*/false, dtype_, query_offset_);
+      if (causal_) {
+        bias = alibi_mask(bias, query_offset_);
+      }
+      result[0] = bias.expand_symint(sizes_);
+    }
+    return result;
+  }
+
+  std::string name() const override { return "AlibiSlopesBackwardBackward"; }
+
+ private:
+  std::vector<c10::SymInt> sizes_;
+  at::ScalarType dtype_ = at::kFloat;
+  bool causal_ = false;
+  std::optional<c10::SymInt> query_offset_;
+};
+
+Tensor alibi_slopes_backward_autograd(const Tensor& grad, bool causal, std::optional<c10::SymInt> query_offset) {
+  autograd::check_no_tangent("posenc::alibi_slopes_backward", grad);
+  const Tensor output = autograd::below_autograd([&] { return alibi_slopes_backward(grad, causal, query_offset); });
+  const autograd::Differentiable differentiable{grad};
+  if (autograd::any_requires_grad(differentiable)) {
+    torch::autograd::set_history(
+        output,
+        autograd::make_node<AlibiSlopesBackwardBackward>(differentiable, grad, causal, std::move(query_offset)));
   }
   return output;
 }
@@ -65,6 +221,14 @@ Tensor alibi_bias_autograd(
 
 TORCH_LIBRARY_IMPL(posenc, Autograd, m) {
   m.impl("alibi_bias", alibi_bias_autograd);
+  m.impl("alibi_add", alibi_add_autograd);
+  m.impl("alibi_add_", alibi_add_autograd_);
+  m.impl("alibi_mask", alibi_mask_autograd);
+  m.impl("alibi_slopes_backward", alibi_slopes_backward_autograd);
+}
+
+TORCH_LIBRARY_IMPL(posenc, ADInplaceOrView, m) {
+  m.impl("alibi_add_", alibi_add_version_);
 }
 
 }  // namespace posenc

@@ -131,11 +131,9 @@ Tensor alibi_softmax_autograd(
     std::optional<c10::SymInt> query_offset) {
   autograd::check_no_tangent("posenc::alibi_softmax", scores);
   autograd::check_no_tangent("posenc::alibi_softmax", slopes);
-  const Tensor output = [&] {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return alibi_softmax_symint(scores, slopes, scale, causal, key_padding_mask, query_offset);
-  }();
-  const std::array<std::reference_wrapper<const Tensor>, 2> differentiable{scores, slopes};
+  const Tensor output = autograd::below_autograd(
+      [&] { return alibi_softmax_symint(scores, slopes, scale, causal, key_padding_mask, query_offset); });
+  const autograd::Differentiable differentiable{scores, slopes};
   if (autograd::any_requires_grad(differentiable)) {
     const auto node =
         autograd::make_node<AlibiSoftmaxBackward>(differentiable, Settings{scale, causal, std::move(query_offset)});
@@ -154,11 +152,9 @@ std::tuple<Tensor, Tensor> alibi_softmax_backward_autograd(
     bool slopes_grad) {
   autograd::check_no_tangent("posenc::alibi_softmax_backward", grad);
   autograd::check_no_tangent("posenc::alibi_softmax_backward", probs);
-  auto outputs = [&] {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return alibi_softmax_backward(grad, probs, scale, causal, query_offset, slopes_grad);
-  }();
-  const std::array<std::reference_wrapper<const Tensor>, 2> differentiable{grad, probs};
+  auto outputs = autograd::below_autograd(
+      [&] { return alibi_softmax_backward(grad, probs, scale, causal, query_offset, slopes_grad); });
+  const autograd::Differentiable differentiable{grad, probs};
   if (autograd::any_requires_grad(differentiable)) {
     const auto node = autograd::make_node<AlibiSoftmaxBackwardBackward>(
         differentiable, grad, probs, Settings{scale, causal, std::move(query_offset)});

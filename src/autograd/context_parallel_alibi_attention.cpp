@@ -89,11 +89,10 @@ struct Autograd {
     for (const Tensor& input : inputs) {
       autograd::check_no_tangent(kBackward, input);
     }
-    const auto result = [&] {
-      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const auto result = autograd::below_autograd([&] {
       return context_parallel_alibi_attention_backward(
           grad_out, grad_lse, q, k, v, slopes, out, lse, group, options, grad_mask);
-    }();
+    });
     const auto& [grad_q, grad_k, grad_v, grad_slopes] = result;
     autograd::record_no_derivative(kBackward, inputs, {grad_q, grad_k, grad_v, grad_slopes});
     return result;

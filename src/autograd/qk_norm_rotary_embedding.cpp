@@ -3,19 +3,13 @@
 #include <contract/qk_norm_rotary_embedding.h>
 #include <meta/detail/symbolic.h>
 #include <ops/qk_norm_rotary_embedding.h>
-#include <ops/rotary_embedding_tables_backward.h>
-#include <posenc/qk_norm_rotary_embedding.h>
-#include <posenc/rotary_embedding.h>
 
 #include <ATen/TensorOperators.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/rsqrt.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <array>
-#include <functional>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -23,52 +17,33 @@ namespace posenc {
 namespace {
 
 using at::Tensor;
+using autograd::Differentiable;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
-
-struct Settings {
-  double eps = 0;
-  bool unit_offset = false;
-  bool interleaved = false;
-  bool conjugate = false;
-  std::vector<int64_t> pair_axes;
-
-  auto state() { return std::tie(eps, unit_offset, interleaved, conjugate, pair_axes); }
-};
-
-/// The tensors that both heads of a call share.
-struct Tables {
-  const Tensor& cos;
-  const Tensor& sin;
-  const std::optional<Tensor>& positions;
-};
 
 /// The normalised input, in the dtype of the arithmetic, and what it is made with, in tensor operations: for what the
 /// kernels do not compute.
 struct Normalised {
   Tensor rstd, x_hat, weight, z;
 
-  Normalised(const Tensor& x, const Tensor& narrow_weight, const Tensor& table, const Settings& settings) {
-    const auto dtype = table.scalar_type();
+  Normalised(const QKNormRotation& a, const Tensor& x, const Tensor& narrow_weight) {
+    const auto dtype = a.rotation.cos.scalar_type();
     const Tensor wide = x.to(dtype);
-    rstd = at::rsqrt((wide * wide).mean(-1, /*keepdim=*/true) + settings.eps);
+    rstd = at::rsqrt((wide * wide).mean(-1, /*keepdim=*/true) + a.eps);
     x_hat = wide * rstd;
-    weight = settings.unit_offset ? narrow_weight.to(dtype) + 1 : narrow_weight.to(dtype);
+    weight = a.unit_offset ? narrow_weight.to(dtype) + 1 : narrow_weight.to(dtype);
     z = x_hat * weight;
   }
 };
 
 /// `(dx, dweight)` of one tensor in differentiable operations: its own derivatives are the second ones of the operator.
 std::tuple<Tensor, Tensor> differentiable_gradients(
+    const QKNormRotation& a,
     const Tensor& grad,
     const Tensor& x,
-    const Tensor& weight,
-    const Tables& tables,
-    const Settings& settings) {
-  const Normalised n(x, weight, tables.cos, settings);
-  const Tensor h = rotary_embedding(
-      grad.to(tables.cos.scalar_type()), tables.cos, tables.sin, tables.positions, settings.interleaved,
-      !settings.conjugate, settings.pair_axes);
+    const Tensor& weight) {
+  const Normalised n(a, x, weight);
+  const Tensor h = dispatch::rotary_embedding(a.rotation.inverse(), grad.to(a.rotation.cos.scalar_type()));
   const Tensor dx_hat = h * n.weight;
   const Tensor dx = n.rstd * (dx_hat - n.x_hat * (dx_hat * n.x_hat).mean(-1, /*keepdim=*/true));
   const Tensor dweight = (h * n.x_hat).flatten(0, -2).sum(0);
@@ -79,24 +54,17 @@ std::tuple<Tensor, Tensor> differentiable_gradients(
 class QKNormRotaryEmbeddingBackward final : public autograd::Node<QKNormRotaryEmbeddingBackward> {
  public:
   QKNormRotaryEmbeddingBackward() = default;
-  QKNormRotaryEmbeddingBackward(
-      const Tensor& q,
-      const Tensor& k,
-      const Tensor& q_weight,
-      const Tensor& k_weight,
-      const Tables& tables,
-      const Settings& settings)
-      : q_(q, /*is_output=*/false),
+  QKNormRotaryEmbeddingBackward(const QKNormRotation& a, const Tensor& q, const Tensor& k)
+      : rotation_(a.rotation),
+        q_(q, /*is_output=*/false),
         k_(k, /*is_output=*/false),
-        q_weight_(q_weight, /*is_output=*/false),
-        k_weight_(k_weight, /*is_output=*/false),
-        cos_(tables.cos, /*is_output=*/false),
-        sin_(tables.sin, /*is_output=*/false),
-        positions_(tables.positions, /*is_output=*/false),
-        settings_(settings) {}
+        q_weight_(a.q_weight, /*is_output=*/false),
+        k_weight_(a.k_weight, /*is_output=*/false),
+        eps_(a.eps),
+        unit_offset_(a.unit_offset) {}
 
   auto state() {
-    return std::tuple_cat(std::tie(q_, k_, q_weight_, k_weight_, cos_, sin_, positions_), settings_.state());
+    return std::tuple_cat(std::tie(q_, k_, q_weight_, k_weight_), rotation_.state(), std::tie(eps_, unit_offset_));
   }
 
   variable_list differentiate(const variable_list& grads) {
@@ -108,9 +76,8 @@ class QKNormRotaryEmbeddingBackward final : public autograd::Node<QKNormRotaryEm
     const Tensor k = unpack(k_);
     const Tensor q_weight = unpack(q_weight_);
     const Tensor k_weight = unpack(k_weight_);
-    const Tensor cos = unpack(cos_);
-    const Tensor sin = unpack(sin_);
-    const auto positions = unpack_optional(positions_);
+    const autograd::UnpackedRotation tables = unpack(rotation_);
+    const QKNormRotation a{tables, q_weight, k_weight, eps_, unit_offset_};
     // A gradient that nobody asks for is not computed.
     const auto wanted = [&](size_t i) {
       return wants(i) || wants(i + 2) ? autograd::optional_tensor(grads[i]) : std::nullopt;
@@ -118,24 +85,25 @@ class QKNormRotaryEmbeddingBackward final : public autograd::Node<QKNormRotaryEm
     const auto grad_q = wanted(0);
     const auto grad_k = wanted(1);
     if (grad_q.has_value() || grad_k.has_value()) {
-      std::tie(result[0], result[1], result[2], result[3]) = qk_norm_rotary_embedding_backward(
-          grad_q, grad_k, q, k, q_weight, k_weight, cos, sin, positions, settings_.eps, settings_.unit_offset,
-          settings_.interleaved, settings_.conjugate, settings_.pair_axes,
-          /*weights_grad=*/wants(2, 4));
+      QKNormRotaryGradients gradients =
+          dispatch::qk_norm_rotary_embedding_backward(a, {grad_q, grad_k, q, k, /*weights_grad=*/wants(2, 4)});
+      result[0] = std::move(gradients.q);
+      result[1] = std::move(gradients.k);
+      result[2] = std::move(gradients.q_weight);
+      result[3] = std::move(gradients.k_weight);
     }
     if (wants(4, 6)) {
       std::vector<Tensor> rotated_grads;
       std::vector<Tensor> rotated;
       const auto add = [&](const Tensor& grad, const Tensor& x, const Tensor& weight) {
         if (grad.defined()) {
-          rotated_grads.push_back(grad.to(cos.scalar_type()));
-          rotated.push_back(Normalised(x, weight, cos, settings_).z);
+          rotated_grads.push_back(grad.to(tables.cos.scalar_type()));
+          rotated.push_back(Normalised(a, x, weight).z);
         }
       };
       add(grads[0], q, q_weight);
       add(grads[1], k, k_weight);
-      std::tie(result[4], result[5]) = rotary_embedding_tables_backward(
-          rotated_grads, rotated, cos, positions, settings_.interleaved, settings_.conjugate, settings_.pair_axes);
+      std::tie(result[4], result[5]) = dispatch::rotary_embedding_tables_backward(a.rotation, rotated_grads, rotated);
     }
     return result;
   }
@@ -145,36 +113,21 @@ class QKNormRotaryEmbeddingBackward final : public autograd::Node<QKNormRotaryEm
  private:
   static constexpr size_t kInputs = 6;
 
-  SavedVariable q_, k_, q_weight_, k_weight_, cos_, sin_, positions_;
-  Settings settings_;
+  autograd::SavedRotation rotation_;
+  SavedVariable q_, k_, q_weight_, k_weight_;
+  double eps_ = 0;
+  bool unit_offset_ = false;
 };
 
 std::tuple<Tensor, Tensor> qk_norm_rotary_embedding_autograd(
+    const QKNormRotation& a,
     const Tensor& q,
-    const Tensor& k,
-    const Tensor& q_weight,
-    const Tensor& k_weight,
-    const Tensor& cos,
-    const Tensor& sin,
-    const std::optional<Tensor>& positions,
-    double eps,
-    bool unit_offset,
-    bool interleaved,
-    bool conjugate,
-    at::IntArrayRef pair_axes) {
-  const std::array<std::reference_wrapper<const Tensor>, 6> differentiable{q, k, q_weight, k_weight, cos, sin};
-  for (const Tensor& tensor : differentiable) {
-    autograd::check_no_tangent("posenc::qk_norm_rotary_embedding", tensor);
-  }
-  auto outputs = [&] {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return qk_norm_rotary_embedding(
-        q, k, q_weight, k_weight, cos, sin, positions, eps, unit_offset, interleaved, conjugate, pair_axes);
-  }();
+    const Tensor& k) {
+  const Differentiable differentiable{q, k, a.q_weight, a.k_weight, a.rotation.cos, a.rotation.sin};
+  autograd::check_no_tangents("posenc::qk_norm_rotary_embedding", differentiable);
+  auto outputs = autograd::below_autograd([&] { return dispatch::qk_norm_rotary_embedding(a, q, k); });
   if (autograd::any_requires_grad(differentiable)) {
-    const auto node = autograd::make_node<QKNormRotaryEmbeddingBackward>(
-        differentiable, q, k, q_weight, k_weight, Tables{cos, sin, positions},
-        Settings{eps, unit_offset, interleaved, conjugate, pair_axes.vec()});
+    const auto node = autograd::make_node<QKNormRotaryEmbeddingBackward>(differentiable, a, q, k);
     torch::autograd::set_history(std::get<0>(outputs), node);
     torch::autograd::set_history(std::get<1>(outputs), node);
   }
@@ -182,66 +135,49 @@ std::tuple<Tensor, Tensor> qk_norm_rotary_embedding_autograd(
 }
 
 /// Where the gradients are to be differentiated, they are made of operations that can be.
-std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rotary_embedding_backward_autograd(
-    const std::optional<Tensor>& grad_q,
-    const std::optional<Tensor>& grad_k,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& q_weight,
-    const Tensor& k_weight,
-    const Tensor& cos,
-    const Tensor& sin,
-    const std::optional<Tensor>& positions,
-    double eps,
-    bool unit_offset,
-    bool interleaved,
-    bool conjugate,
-    at::IntArrayRef pair_axes,
-    bool weights_grad) {
+QKNormRotaryGradients qk_norm_rotary_embedding_backward_autograd(
+    const QKNormRotation& a,
+    const QKNormRotaryGradInputs& inputs) {
+  const auto& [grad_q, grad_k, q, k, weights_grad] = inputs;
   const Tensor none;
-  const std::array<std::reference_wrapper<const Tensor>, 8> differentiable{
-      grad_q.has_value() ? *grad_q : none, grad_k.has_value() ? *grad_k : none, q, k, q_weight, k_weight, cos, sin};
-  for (const Tensor& tensor : differentiable) {
-    autograd::check_no_tangent("posenc::qk_norm_rotary_embedding_backward", tensor);
-  }
+  const Differentiable differentiable{
+      grad_q.has_value() ? *grad_q : none,
+      grad_k.has_value() ? *grad_k : none,
+      q,
+      k,
+      a.q_weight,
+      a.k_weight,
+      a.rotation.cos,
+      a.rotation.sin};
+  autograd::check_no_tangents("posenc::qk_norm_rotary_embedding_backward", differentiable);
   if (!autograd::any_requires_grad(differentiable)) {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return qk_norm_rotary_embedding_backward(
-        grad_q, grad_k, q, k, q_weight, k_weight, cos, sin, positions, eps, unit_offset, interleaved, conjugate,
-        pair_axes, weights_grad);
+    return autograd::below_autograd([&] { return dispatch::qk_norm_rotary_embedding_backward(a, inputs); });
   }
-  if (!std::any_of(differentiable.begin(), differentiable.end(), meta::has_symbolic_sizes) &&
-      !(positions.has_value() && meta::has_symbolic_sizes(*positions))) {
-    contract::check_qk_norm_rotary_backward(
-        {{"posenc::qk_norm_rotary_embedding_backward", cos, sin, positions, interleaved, conjugate, pair_axes},
-         q,
-         k,
-         q_weight,
-         k_weight,
-         eps,
-         unit_offset},
-        grad_q, grad_k);
+  const auto& positions = a.rotation.positions;
+  if (!meta::any_symbolic(differentiable) && !(positions.has_value() && meta::has_symbolic_sizes(*positions))) {
+    contract::check_qk_norm_rotary_backward(a, inputs);
   }
-  const Tables tables{cos, sin, positions};
-  const Settings settings{eps, unit_offset, interleaved, conjugate, pair_axes.vec()};
-  const auto gradients_of = [&](const std::optional<Tensor>& grad, const Tensor& x, const Tensor& weight) {
-    auto gradients = grad.has_value() && grad->defined() ? differentiable_gradients(*grad, x, weight, tables, settings)
-                                                         : std::tuple<Tensor, Tensor>();
-    if (!weights_grad) {
-      std::get<1>(gradients) = Tensor();
+  QKNormRotaryGradients gradients;
+  const auto set_gradients = [&](const std::optional<Tensor>& grad, const Tensor& x, const Tensor& weight, Tensor& dx,
+                                 Tensor& dweight) {
+    if (grad.has_value() && grad->defined()) {
+      std::tie(dx, dweight) = differentiable_gradients(a, *grad, x, weight);
     }
-    return gradients;
+    if (!inputs.weights_grad) {
+      dweight = Tensor();
+    }
   };
-  const auto [dq, dq_weight] = gradients_of(grad_q, q, q_weight);
-  const auto [dk, dk_weight] = gradients_of(grad_k, k, k_weight);
-  return {dq, dk, dq_weight, dk_weight};
+  set_gradients(grad_q, q, a.q_weight, gradients.q, gradients.q_weight);
+  set_gradients(grad_k, k, a.k_weight, gradients.k, gradients.k_weight);
+  return gradients;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, Autograd, m) {
-  m.impl("qk_norm_rotary_embedding", qk_norm_rotary_embedding_autograd);
-  m.impl("qk_norm_rotary_embedding_backward", qk_norm_rotary_embedding_backward_autograd);
+  m.impl("qk_norm_rotary_embedding", qk_norm_rotary_kernel<qk_norm_rotary_embedding_autograd>);
+  m.impl(
+      "qk_norm_rotary_embedding_backward", qk_norm_rotary_backward_kernel<qk_norm_rotary_embedding_backward_autograd>);
 }
 
 }  // namespace posenc

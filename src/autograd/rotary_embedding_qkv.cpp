@@ -1,16 +1,13 @@
 #include <autograd/detail/node.h>
 #include <autograd/detail/record.h>
 #include <contract/rotary_embedding_qkv.h>
-#include <ops/rotary_embedding_tables_backward.h>
-#include <posenc/rotary_embedding.h>
+#include <ops/rotary_embedding.h>
 
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
 #include <array>
-#include <functional>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -19,50 +16,31 @@ namespace posenc {
 namespace {
 
 using at::Tensor;
+using autograd::Differentiable;
+using autograd::SavedRotation;
+using autograd::UnpackedRotation;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-/// What both directions save, and how they were called.
+/// What both directions save.
 struct Saved {
   Saved() = default;
-  Saved(
-      const Tensor& cos_table,
-      const Tensor& sin_table,
-      const std::optional<Tensor>& of_tokens,
-      int64_t num_q_heads,
-      int64_t num_kv_heads,
-      bool is_stacked,
-      bool is_interleaved,
-      bool is_conjugate,
-      at::IntArrayRef axes)
-      : cos(cos_table, /*is_output=*/false),
-        sin(sin_table, /*is_output=*/false),
-        positions(of_tokens, /*is_output=*/false),
-        q_heads(num_q_heads),
-        kv_heads(num_kv_heads),
-        stacked(is_stacked),
-        interleaved(is_interleaved),
-        conjugate(is_conjugate),
-        pair_axes(axes.vec()) {}
+  Saved(const Rotation& of_call, int64_t num_q_heads, int64_t num_kv_heads, bool is_stacked)
+      : rotation(of_call), q_heads(num_q_heads), kv_heads(num_kv_heads), stacked(is_stacked) {}
 
-  auto state() { return std::tie(cos, sin, positions, q_heads, kv_heads, stacked, interleaved, conjugate, pair_axes); }
+  auto state() { return std::tuple_cat(rotation.state(), std::tie(q_heads, kv_heads, stacked)); }
 
-  SavedVariable cos, sin, positions;
+  SavedRotation rotation;
   int64_t q_heads = 0;
   int64_t kv_heads = 0;
   bool stacked = false;
-  bool interleaved = false;
-  bool conjugate = false;
-  std::vector<int64_t> pair_axes;
 };
 
-/// The gradients to cos and sin of what was rotated, q and k, of those whose gradient is there.
+/// The gradients of cos and sin from those of q and k that are defined.
 std::tuple<Tensor, Tensor> table_gradients(
+    const Rotation& rotation,
     const std::array<Tensor, 2>& output_grads,
-    const std::array<Tensor, 2>& inputs,
-    const Tensor& cos,
-    const std::optional<Tensor>& positions,
-    const Saved& saved) {
+    const std::array<Tensor, 2>& inputs) {
   variable_list grads;
   variable_list rotated;
   for (size_t i = 0; i < 2; ++i) {
@@ -71,11 +49,8 @@ std::tuple<Tensor, Tensor> table_gradients(
       rotated.push_back(inputs[i]);
     }
   }
-  if (grads.empty()) {
-    return {};
-  }
-  return rotary_embedding_tables_backward(
-      grads, rotated, cos, positions, saved.interleaved, saved.conjugate, saved.pair_axes);
+  return grads.empty() ? std::tuple<Tensor, Tensor>()
+                       : dispatch::rotary_embedding_tables_backward(rotation, grads, rotated);
 }
 
 /// The gradient of the packed projection is those of its parts, q and k rotated backwards, packed again. Saves the
@@ -83,7 +58,7 @@ std::tuple<Tensor, Tensor> table_gradients(
 class RotaryEmbeddingQkvBackward final : public autograd::Node<RotaryEmbeddingQkvBackward> {
  public:
   RotaryEmbeddingQkvBackward() = default;
-  RotaryEmbeddingQkvBackward(const Tensor& qkv, bool saves_input, Saved saved) : saved_(std::move(saved)) {
+  RotaryEmbeddingQkvBackward(const Tensor& qkv, Saved saved, bool saves_input) : saved_(std::move(saved)) {
     if (saves_input) {
       qkv_ = SavedVariable(qkv, /*is_output=*/false);
     }
@@ -92,9 +67,7 @@ class RotaryEmbeddingQkvBackward final : public autograd::Node<RotaryEmbeddingQk
   auto state() { return std::tuple_cat(saved_.state(), std::tie(qkv_)); }
 
   variable_list differentiate(const variable_list& grads) {
-    const Tensor cos = unpack(saved_.cos);
-    const Tensor sin = unpack(saved_.sin);
-    const auto positions = unpack_optional(saved_.positions);
+    const UnpackedRotation rotation = unpack(saved_.rotation);
     variable_list result(3);
     const Tensor& some = grads[0].defined() ? grads[0] : grads[1].defined() ? grads[1] : grads[2];
     if (!some.defined()) {
@@ -109,16 +82,14 @@ class RotaryEmbeddingQkvBackward final : public autograd::Node<RotaryEmbeddingQk
         sizes[sizes.size() - 2] = num_heads;
         return at::zeros_symint(sizes, some.options());
       };
-      result[0] = rotary_embedding_pack(
-          grad_or_zeros(grads[0], saved_.q_heads), grad_or_zeros(grads[1], saved_.kv_heads),
-          grad_or_zeros(grads[2], saved_.kv_heads), cos, sin, positions, saved_.stacked, saved_.interleaved,
-          !saved_.conjugate, saved_.pair_axes);
+      result[0] = dispatch::rotary_embedding_pack(
+          Rotation(rotation).inverse(), grad_or_zeros(grads[0], saved_.q_heads),
+          grad_or_zeros(grads[1], saved_.kv_heads), grad_or_zeros(grads[2], saved_.kv_heads), saved_.stacked);
     }
     if (wants(1, 3)) {
       const contract::PackedViews inputs =
           contract::packed_views("posenc::rotary_embedding_qkv", "qkv", unpack(qkv_), saved_.q_heads, saved_.kv_heads);
-      std::tie(result[1], result[2]) =
-          table_gradients({grads[0], grads[1]}, {inputs.q, inputs.k}, cos, positions, saved_);
+      std::tie(result[1], result[2]) = table_gradients(rotation, {grads[0], grads[1]}, {inputs.q, inputs.k});
     }
     return result;
   }
@@ -134,7 +105,7 @@ class RotaryEmbeddingQkvBackward final : public autograd::Node<RotaryEmbeddingQk
 class RotaryEmbeddingPackBackward final : public autograd::Node<RotaryEmbeddingPackBackward> {
  public:
   RotaryEmbeddingPackBackward() = default;
-  RotaryEmbeddingPackBackward(const Tensor& q, const Tensor& k, bool saves_inputs, Saved saved)
+  RotaryEmbeddingPackBackward(const Tensor& q, const Tensor& k, Saved saved, bool saves_inputs)
       : saved_(std::move(saved)) {
     if (saves_inputs) {
       q_ = SavedVariable(q, /*is_output=*/false);
@@ -145,23 +116,20 @@ class RotaryEmbeddingPackBackward final : public autograd::Node<RotaryEmbeddingP
   auto state() { return std::tuple_cat(saved_.state(), std::tie(q_, k_)); }
 
   variable_list differentiate(const variable_list& grads) {
-    const Tensor cos = unpack(saved_.cos);
-    const Tensor sin = unpack(saved_.sin);
-    const auto positions = unpack_optional(saved_.positions);
+    const UnpackedRotation rotation = unpack(saved_.rotation);
     variable_list result(5);
     if (!grads[0].defined()) {
       return result;
     }
     if (wants(0, 3)) {
-      std::tie(result[0], result[1], result[2]) = rotary_embedding_qkv(
-          grads[0], saved_.q_heads, saved_.kv_heads, cos, sin, positions, saved_.interleaved, !saved_.conjugate,
-          saved_.pair_axes);
+      std::tie(result[0], result[1], result[2]) =
+          dispatch::rotary_embedding_qkv(Rotation(rotation).inverse(), grads[0], saved_.q_heads, saved_.kv_heads);
     }
     if (wants(3, 5)) {
       const contract::PackedViews output_grads =
           contract::packed_views("posenc::rotary_embedding_pack", "grad", grads[0], saved_.q_heads, saved_.kv_heads);
       std::tie(result[3], result[4]) =
-          table_gradients({output_grads.q, output_grads.k}, {unpack(q_), unpack(k_)}, cos, positions, saved_);
+          table_gradients(rotation, {output_grads.q, output_grads.k}, {unpack(q_), unpack(k_)});
     }
     return result;
   }
@@ -174,29 +142,18 @@ class RotaryEmbeddingPackBackward final : public autograd::Node<RotaryEmbeddingP
 };
 
 std::tuple<Tensor, Tensor, Tensor> rotary_embedding_qkv_autograd(
+    const Rotation& rotation,
     const Tensor& qkv,
     int64_t num_q_heads,
-    int64_t num_kv_heads,
-    const Tensor& cos,
-    const Tensor& sin,
-    const std::optional<Tensor>& positions,
-    bool interleaved,
-    bool conjugate,
-    at::IntArrayRef pair_axes) {
-  const std::array<std::reference_wrapper<const Tensor>, 3> differentiable{qkv, cos, sin};
-  for (const Tensor& tensor : differentiable) {
-    autograd::check_no_tangent("posenc::rotary_embedding_qkv", tensor);
-  }
-  auto outputs = [&] {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return rotary_embedding_qkv(qkv, num_q_heads, num_kv_heads, cos, sin, positions, interleaved, conjugate, pair_axes);
-  }();
+    int64_t num_kv_heads) {
+  const Differentiable differentiable{qkv, rotation.cos, rotation.sin};
+  autograd::check_no_tangents("posenc::rotary_embedding_qkv", differentiable);
+  auto outputs = autograd::below_autograd(
+      [&] { return dispatch::rotary_embedding_qkv(rotation, qkv, num_q_heads, num_kv_heads); });
   if (autograd::any_requires_grad(differentiable)) {
     const auto node = autograd::make_node<RotaryEmbeddingQkvBackward>(
-        differentiable, qkv, cos.requires_grad() || sin.requires_grad(),
-        Saved(
-            cos, sin, positions, num_q_heads, num_kv_heads, contract::is_stacked(qkv.dim()), interleaved, conjugate,
-            pair_axes));
+        differentiable, qkv, Saved(rotation, num_q_heads, num_kv_heads, contract::is_stacked(qkv.dim())),
+        autograd::tables_require_grad(rotation));
     torch::autograd::set_history(std::get<0>(outputs), node);
     torch::autograd::set_history(std::get<1>(outputs), node);
     torch::autograd::set_history(std::get<2>(outputs), node);
@@ -210,28 +167,19 @@ int64_t num_heads(const Tensor& x) {
 }
 
 Tensor rotary_embedding_pack_autograd(
+    const Rotation& rotation,
     const Tensor& q,
     const Tensor& k,
     const Tensor& v,
-    const Tensor& cos,
-    const Tensor& sin,
-    const std::optional<Tensor>& positions,
-    bool stacked,
-    bool interleaved,
-    bool conjugate,
-    at::IntArrayRef pair_axes) {
-  const std::array<std::reference_wrapper<const Tensor>, 5> differentiable{q, k, v, cos, sin};
-  for (const Tensor& tensor : differentiable) {
-    autograd::check_no_tangent("posenc::rotary_embedding_pack", tensor);
-  }
-  const Tensor packed = [&] {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return rotary_embedding_pack(q, k, v, cos, sin, positions, stacked, interleaved, conjugate, pair_axes);
-  }();
+    bool stacked) {
+  const Differentiable differentiable{q, k, v, rotation.cos, rotation.sin};
+  autograd::check_no_tangents("posenc::rotary_embedding_pack", differentiable);
+  const Tensor packed =
+      autograd::below_autograd([&] { return dispatch::rotary_embedding_pack(rotation, q, k, v, stacked); });
   if (autograd::any_requires_grad(differentiable)) {
     const auto node = autograd::make_node<RotaryEmbeddingPackBackward>(
-        differentiable, q, k, cos.requires_grad() || sin.requires_grad(),
-        Saved(cos, sin, positions, num_heads(q), num_heads(k), stacked, interleaved, conjugate, pair_axes));
+        differentiable, q, k, Saved(rotation, num_heads(q), num_heads(k), stacked),
+        autograd::tables_require_grad(rotation));
     torch::autograd::set_history(packed, node);
   }
   return packed;
@@ -240,8 +188,8 @@ Tensor rotary_embedding_pack_autograd(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, Autograd, m) {
-  m.impl("rotary_embedding_qkv", rotary_embedding_qkv_autograd);
-  m.impl("rotary_embedding_pack", rotary_embedding_pack_autograd);
+  m.impl("rotary_embedding_qkv", rotary_kernel<rotary_embedding_qkv_autograd>);
+  m.impl("rotary_embedding_pack", rotary_pack_kernel<rotary_embedding_pack_autograd>);
 }
 
 }  // namespace posenc

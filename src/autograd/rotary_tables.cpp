@@ -1,9 +1,12 @@
 #include <autograd/detail/node.h>
 #include <autograd/detail/record.h>
+#include <contract/rotary_frequencies.h>
+#include <meta/detail/symbolic.h>
 #include <ops/rotary_tables.h>
-#include <ops/rotary_tables_backward.h>
 
+#include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
@@ -59,11 +62,9 @@ std::tuple<Tensor, Tensor> rotary_tables_autograd(
     at::ScalarType dtype,
     double attention_factor) {
   autograd::check_no_tangent("posenc::rotary_tables", inv_freq);
-  auto tables = [&] {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return rotary_tables_symint(inv_freq, std::move(length), dtype, attention_factor);
-  }();
-  const std::array<std::reference_wrapper<const Tensor>, 1> differentiable{inv_freq};
+  auto tables = autograd::below_autograd(
+      [&] { return rotary_tables_symint(inv_freq, std::move(length), dtype, attention_factor); });
+  const autograd::Differentiable differentiable{inv_freq};
   if (autograd::any_requires_grad(differentiable)) {
     const auto node = autograd::make_node<RotaryTablesBackward>(differentiable, inv_freq.scalar_type());
     const auto& [cos, sin] = tables;
@@ -74,10 +75,32 @@ std::tuple<Tensor, Tensor> rotary_tables_autograd(
   return tables;
 }
 
+/// Where the gradient is itself differentiated it is made of tensor operations, which know their derivatives: a table
+/// is small beside what it rotates.
+Tensor rotary_tables_backward_autograd(
+    const Tensor& grad_cos,
+    const Tensor& grad_sin,
+    const Tensor& cos,
+    const Tensor& sin,
+    at::ScalarType dtype) {
+  const autograd::Differentiable differentiable{grad_cos, grad_sin, cos, sin};
+  autograd::check_no_tangents("posenc::rotary_tables_backward", differentiable);
+  if (!autograd::any_requires_grad(differentiable)) {
+    return autograd::below_autograd([&] { return rotary_tables_backward(grad_cos, grad_sin, cos, sin, dtype); });
+  }
+  if (!meta::any_symbolic(differentiable)) {
+    contract::check_frequencies_backward({grad_cos, grad_sin, cos, sin, dtype});
+  }
+  const auto wide = [](const Tensor& tensor) { return tensor.to(at::kDouble); };
+  const Tensor positions = at::arange(c10::Scalar(cos.sym_size(0)), cos.options().dtype(at::kDouble)).unsqueeze(1);
+  return ((wide(cos) * wide(grad_sin) - wide(sin) * wide(grad_cos)) * positions).sum(0).to(dtype);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, Autograd, m) {
   m.impl("rotary_tables", rotary_tables_autograd);
+  m.impl("rotary_tables_backward", rotary_tables_backward_autograd);
 }
 
 }  // namespace posenc

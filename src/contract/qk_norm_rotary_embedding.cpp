@@ -12,6 +12,8 @@ namespace {
 
 using at::Tensor;
 
+constexpr const char* kBackward = "posenc::qk_norm_rotary_embedding_backward";
+
 void check_weight(const char* op, const char* name, const Tensor& weight, const Tensor& x) {
   check_defined(op, name, weight);
   TORCH_CHECK(
@@ -44,72 +46,67 @@ QKNormRotaryProblem::Weight weight_view(const Tensor& weight) {
   return {weight.const_data_ptr(), used_stride(weight, 0)};
 }
 
-}  // namespace
-
-void check_qk_norm_rotary(const QKNormRotaryArguments& a) {
-  const Rotated k{"k", a.k};
-  check_rotary(a.rotary, {"q", a.q}, &k);
-  check_weight(a.rotary.op, "q_weight", a.q_weight, a.q);
-  check_weight(a.rotary.op, "k_weight", a.k_weight, a.q);
-  TORCH_CHECK(
-      a.k_weight.scalar_type() == a.q_weight.scalar_type(), a.rotary.op,
-      ": expected k_weight of the dtype of q_weight, ", a.q_weight.scalar_type(), ", got ", a.k_weight.scalar_type());
-  TORCH_CHECK(a.eps > 0 && std::isfinite(a.eps), a.rotary.op, ": expected a positive, finite eps, got ", a.eps);
-}
-
-QKNormRotaryProblem qk_norm_rotary_problem(const QKNormRotaryArguments& a) {
-  check_qk_norm_rotary(a);
-  const Rotated k{"k", a.k};
+/// A call whose arguments have been checked.
+QKNormRotaryProblem describe(const char* op, const QKNormRotation& a, const Tensor& q, const Tensor& k) {
   QKNormRotaryProblem problem{};
-  problem.rotary = rotary_problem(a.rotary, {"q", a.q}, &k);
+  problem.rotary = describe_rotary(op, a.rotation, {{"q", q}, {"k", k}});
   problem.weights[0] = weight_view(a.q_weight);
   problem.weights[1] = weight_view(a.k_weight);
-  problem.weights_are_wide = a.q_weight.scalar_type() == rotary_table_dtype(a.q.scalar_type());
+  problem.weights_are_wide = a.q_weight.scalar_type() == rotary_table_dtype(q.scalar_type());
   problem.unit_offset = a.unit_offset;
   problem.eps = a.eps;
   return problem;
 }
 
-void check_qk_norm_rotary_backward(
-    const QKNormRotaryArguments& a,
-    const std::optional<Tensor>& grad_q,
-    const std::optional<Tensor>& grad_k) {
-  check_qk_norm_rotary(a);
-  check_grad(a.rotary.op, "grad_q", grad_q, a.q);
-  check_grad(a.rotary.op, "grad_k", grad_k, a.k);
+}  // namespace
+
+void check_qk_norm_rotary(const char* op, const QKNormRotation& a, const Tensor& q, const Tensor& k) {
+  check_rotary(op, a.rotation, {{"q", q}, {"k", k}});
+  check_weight(op, "q_weight", a.q_weight, q);
+  check_weight(op, "k_weight", a.k_weight, q);
+  TORCH_CHECK(
+      a.k_weight.scalar_type() == a.q_weight.scalar_type(), op, ": expected k_weight of the dtype of q_weight, ",
+      a.q_weight.scalar_type(), ", got ", a.k_weight.scalar_type());
+  TORCH_CHECK(a.eps > 0 && std::isfinite(a.eps), op, ": expected a positive, finite eps, got ", a.eps);
 }
 
-QKNormRotaryGradients allocate_qk_norm_rotary_gradients(
-    const QKNormRotaryArguments& a,
-    const std::optional<Tensor>& grad_q,
-    const std::optional<Tensor>& grad_k,
-    bool weights_grad) {
-  const auto gradient_of_weight = [weights_grad](const Tensor& weight) {
-    return weights_grad ? at::empty_like(weight, at::MemoryFormat::Contiguous) : Tensor();
+QKNormRotaryProblem qk_norm_rotary_problem(const QKNormRotation& a, const Tensor& q, const Tensor& k) {
+  constexpr const char* kOp = "posenc::qk_norm_rotary_embedding";
+  check_qk_norm_rotary(kOp, a, q, k);
+  return describe(kOp, a, q, k);
+}
+
+void check_qk_norm_rotary_backward(const QKNormRotation& a, const QKNormRotaryGradInputs& inputs) {
+  check_qk_norm_rotary(kBackward, a, inputs.q, inputs.k);
+  check_grad(kBackward, "grad_q", inputs.grad_q, inputs.q);
+  check_grad(kBackward, "grad_k", inputs.grad_k, inputs.k);
+}
+
+QKNormRotaryGradients allocate_qk_norm_rotary_gradients(const QKNormRotation& a, const QKNormRotaryGradInputs& inputs) {
+  const auto gradient_of_weight = [&](const Tensor& weight) {
+    return inputs.weights_grad ? at::empty_like(weight, at::MemoryFormat::Contiguous) : Tensor();
   };
   QKNormRotaryGradients gradients;
-  if (is_given(grad_q)) {
-    gradients.q = at::empty_like(a.q);
+  if (is_given(inputs.grad_q)) {
+    gradients.q = at::empty_like(inputs.q);
     gradients.q_weight = gradient_of_weight(a.q_weight);
   }
-  if (is_given(grad_k)) {
-    gradients.k = at::empty_like(a.k);
+  if (is_given(inputs.grad_k)) {
+    gradients.k = at::empty_like(inputs.k);
     gradients.k_weight = gradient_of_weight(a.k_weight);
   }
   return gradients;
 }
 
 QKNormRotaryBackwardProblem qk_norm_rotary_backward_problem(
-    const QKNormRotaryArguments& a,
-    const std::optional<Tensor>& grad_q,
-    const std::optional<Tensor>& grad_k,
-    bool weights_grad,
+    const QKNormRotation& a,
+    const QKNormRotaryGradInputs& inputs,
     QKNormRotaryGradients& gradients) {
-  check_qk_norm_rotary_backward(a, grad_q, grad_k);
-  gradients = allocate_qk_norm_rotary_gradients(a, grad_q, grad_k, weights_grad);
+  check_qk_norm_rotary_backward(a, inputs);
+  gradients = allocate_qk_norm_rotary_gradients(a, inputs);
 
   QKNormRotaryBackwardProblem problem{};
-  problem.call = qk_norm_rotary_problem(a);
+  problem.call = describe(kBackward, a, inputs.q, inputs.k);
   const RotaryProblem::Operand operands[2] = {problem.call.rotary.operands[0], problem.call.rotary.operands[1]};
   const QKNormRotaryProblem::Weight weights[2] = {problem.call.weights[0], problem.call.weights[1]};
   problem.call.rotary.operands[0] = problem.call.rotary.operands[1] = {};
@@ -126,10 +123,10 @@ QKNormRotaryBackwardProblem qk_norm_rotary_backward_problem(
     problem.weight_grads[count] = weight_grad.defined() ? weight_grad.mutable_data_ptr() : nullptr;
     ++count;
   };
-  add(0, grad_q, gradients.q, gradients.q_weight);
-  add(1, grad_k, gradients.k, gradients.k_weight);
+  add(0, inputs.grad_q, gradients.q, gradients.q_weight);
+  add(1, inputs.grad_k, gradients.k, gradients.k_weight);
   problem.call.rotary.num_operands = count;
-  problem.call.rotary.conjugate = !a.rotary.conjugate;
+  problem.call.rotary.conjugate = !a.rotation.conjugate;
   return problem;
 }
 

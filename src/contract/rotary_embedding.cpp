@@ -71,8 +71,7 @@ void check_pair(const char* op, const Rotated& q, const Rotated& k) {
       q.tensor.sizes(), ", got ", k.tensor.sizes());
 }
 
-void check_positions(const RotaryArguments& a, const Rotated& q) {
-  const char* op = a.op;
+void check_positions(const char* op, const Rotation& a, const Rotated& q) {
   const Tensor& positions = *a.positions;
   TORCH_CHECK(positions.defined(), op, ": expected positions to be a tensor, got an undefined one");
   TORCH_CHECK(
@@ -105,44 +104,44 @@ void check_positions(const RotaryArguments& a, const Rotated& q) {
       " with pair_axes, of 1 to ", kMaxAxes, " axes, got ", positions.sizes());
 }
 
-void check_pair_axes(const RotaryArguments& a) {
+void check_pair_axes(const char* op, const Rotation& a) {
   if (a.pair_axes.empty()) {
     return;
   }
   TORCH_CHECK(
-      a.cos.dim() == 2, a.op, ": expected no pair_axes with tables given per token, [B, S, R/2] = ", a.cos.sizes(),
+      a.cos.dim() == 2, op, ": expected no pair_axes with tables given per token, [B, S, R/2] = ", a.cos.sizes(),
       ", got ", a.pair_axes.size());
-  TORCH_CHECK(a.positions.has_value(), a.op, ": expected positions, [A, S] or [A, B, S], with pair_axes, got none");
+  TORCH_CHECK(a.positions.has_value(), op, ": expected positions, [A, S] or [A, B, S], with pair_axes, got none");
   const int64_t num_pairs = a.cos.size(-1);
   TORCH_CHECK(
-      num_pairs <= kMaxPairsWithAxes, a.op, ": expected at most ", kMaxPairsWithAxes, " pairs with pair_axes, got ",
+      num_pairs <= kMaxPairsWithAxes, op, ": expected at most ", kMaxPairsWithAxes, " pairs with pair_axes, got ",
       num_pairs);
   TORCH_CHECK(
-      static_cast<int64_t>(a.pair_axes.size()) == num_pairs, a.op,
+      static_cast<int64_t>(a.pair_axes.size()) == num_pairs, op,
       ": expected as many pair_axes as pairs, R/2 = ", num_pairs, ", got ", a.pair_axes.size());
   const int64_t num_axes = a.positions->size(0);
   for (const int64_t axis : a.pair_axes) {
     TORCH_CHECK(
-        axis >= 0 && axis < num_axes, a.op, ": expected pair_axes of 0 to ", num_axes - 1, ", the axes of positions ",
+        axis >= 0 && axis < num_axes, op, ": expected pair_axes of 0 to ", num_axes - 1, ", the axes of positions ",
         a.positions->sizes(), ", got ", axis);
   }
 }
 
-void check_tables(const RotaryArguments& a, const Rotated& q) {
-  TORCH_CHECK(a.cos.defined() && a.sin.defined(), a.op, ": expected cos and sin to be tensors, got an undefined one");
+void check_tables(const char* op, const Rotation& a, const Rotated& q) {
+  TORCH_CHECK(a.cos.defined() && a.sin.defined(), op, ": expected cos and sin to be tensors, got an undefined one");
   const auto expected_dtype = rotary_table_dtype(q.tensor.scalar_type());
   const auto check = [&](const char* name, const Tensor& table) {
     TORCH_CHECK(
-        table.scalar_type() == expected_dtype, a.op, ": expected ", name, " of dtype ", expected_dtype, " for ", q.name,
+        table.scalar_type() == expected_dtype, op, ": expected ", name, " of dtype ", expected_dtype, " for ", q.name,
         " of dtype ", q.tensor.scalar_type(), ", got ", table.scalar_type());
     TORCH_CHECK(
-        table.device() == q.tensor.device(), a.op, ": expected ", name, " on the device of ", q.name, ", ",
+        table.device() == q.tensor.device(), op, ": expected ", name, " on the device of ", q.name, ", ",
         q.tensor.device(), ", got ", table.device());
   };
   check("cos", a.cos);
   check("sin", a.sin);
   TORCH_CHECK(
-      a.cos.sizes() == a.sin.sizes(), a.op, ": expected cos and sin of the same shape, got ", a.cos.sizes(), " and ",
+      a.cos.sizes() == a.sin.sizes(), op, ": expected cos and sin of the same shape, got ", a.cos.sizes(), " and ",
       a.sin.sizes());
 
   const Tensor& table = a.cos;
@@ -150,27 +149,27 @@ void check_tables(const RotaryArguments& a, const Rotated& q) {
   const int64_t seq_len = seq_len_of(q.tensor);
   const int64_t head_dim = q.tensor.size(-1);
   TORCH_CHECK(
-      table.dim() == 2 || (table.dim() == 3 && !is_packed(q.tensor)), a.op, ": expected cos and sin of shape [P, R/2]",
+      table.dim() == 2 || (table.dim() == 3 && !is_packed(q.tensor)), op, ": expected cos and sin of shape [P, R/2]",
       is_packed(q.tensor) ? "" : " or [B, S, R/2]", ", got ", table.sizes());
   TORCH_CHECK(
-      table.size(-1) >= 1 && 2 * table.size(-1) <= head_dim, a.op,
+      table.size(-1) >= 1 && 2 * table.size(-1) <= head_dim, op,
       ": expected a rotary width R = 2 * cos.size(-1) of 2 to the head size of ", q.name, ", ", head_dim, ", got ",
       2 * table.size(-1));
   if (table.dim() == 3) {
     TORCH_CHECK(
-        !a.positions.has_value(), a.op,
+        !a.positions.has_value(), op,
         ": expected no positions with tables given per token, [B, S, R/2] = ", table.sizes(),
         ", got positions of shape ", a.positions->sizes());
     TORCH_CHECK(
-        (table.size(0) == batch || table.size(0) == 1) && table.size(1) == seq_len, a.op,
+        (table.size(0) == batch || table.size(0) == 1) && table.size(1) == seq_len, op,
         ": expected cos and sin of shape [B, S, R/2] = [", batch, " or 1, ", seq_len, ", R/2], got ", table.sizes());
   } else if (!a.positions.has_value()) {
     TORCH_CHECK(
-        table.size(0) >= seq_len, a.op, ": expected cos and sin with at least ", seq_len,
-        " rows, one for each token of ", q.name, ", got ", table.sizes());
+        table.size(0) >= seq_len, op, ": expected cos and sin with at least ", seq_len, " rows, one for each token of ",
+        q.name, ", got ", table.sizes());
   } else {
     TORCH_CHECK(
-        table.size(0) >= 1 || q.tensor.numel() == 0, a.op,
+        table.size(0) >= 1 || q.tensor.numel() == 0, op,
         ": expected cos and sin with at least one row for positions to choose, got ", table.sizes());
   }
 }
@@ -196,12 +195,12 @@ bool has_equal_halves(const Tensor& table) {
 
 /// Refuses what looks like tables of transformers, which have a column for each channel. Tables without any rotation,
 /// those of position 0, have equal halves too. Waits for the device.
-void check_table_width(const RotaryArguments& a, int64_t head_dim) {
+void check_table_width(const char* op, const Rotation& a, int64_t head_dim) {
   const int64_t rotary_dim = 2 * a.cos.size(-1);
   TORCH_CHECK_VALUE(
       a.cos.numel() == 0 || !a.pair_axes.empty() || !has_equal_halves(a.cos) || !has_equal_halves(a.sin) ||
           !a.sin.any().item<bool>(),
-      a.op,
+      op,
       ": expected cos and sin with one column for each pair, R/2 of R channels that are rotated, got two equal "
       "halves of ",
       a.cos.size(-1) / 2, " columns, which would rotate ", rotary_dim, " of ", head_dim,
@@ -216,7 +215,7 @@ RotaryTable table_view(const Tensor& table) {
       table.size(-1) == 1 ? 1 : table.stride(-1)};
 }
 
-PositionsView positions_view(const RotaryArguments& a) {
+PositionsView positions_view(const Rotation& a) {
   if (!a.positions.has_value()) {
     return {nullptr, 0, 0, 0, 0, false};
   }
@@ -256,46 +255,50 @@ Strides strides_of(const Tensor& tensor) {
       tensor.stride(-1)};
 }
 
-void check_rotary(const RotaryArguments& arguments, const Rotated& q, const Rotated* k) {
-  check_rotated(arguments.op, q);
-  if (k != nullptr) {
-    check_rotated(arguments.op, *k);
-    check_pair(arguments.op, q, *k);
+void check_rotary(const char* op, const Rotation& rotation, RotatedList inputs) {
+  const Rotated& first = inputs[0];
+  for (const Rotated& input : inputs) {
+    check_rotated(op, input);
   }
-  if (arguments.positions.has_value()) {
-    check_positions(arguments, q);
+  if (inputs.size() == 2) {
+    check_pair(op, first, inputs[1]);
   }
-  check_tables(arguments, q);
-  check_pair_axes(arguments);
+  if (rotation.positions.has_value()) {
+    check_positions(op, rotation, first);
+  }
+  check_tables(op, rotation, first);
+  check_pair_axes(op, rotation);
 }
 
-RotaryProblem rotary_problem(const RotaryArguments& arguments, const Rotated& q, const Rotated* k) {
-  check_rotary(arguments, q, k);
+RotaryProblem describe_rotary(const char* op, const Rotation& rotation, RotatedList inputs) {
+  const Tensor& first = inputs[0].tensor;
   RotaryProblem problem{};
-  problem.batch = batch_of(q.tensor);
-  problem.seq_len = seq_len_of(q.tensor);
-  problem.head_dim = q.tensor.size(-1);
-  problem.num_pairs = arguments.cos.size(-1);
-  problem.table_rows = arguments.cos.size(-2);
-  problem.operands[0] = operand_of(q.tensor);
-  problem.num_operands = 1;
-  if (k != nullptr) {
-    problem.operands[1] = operand_of(k->tensor);
-    problem.num_operands = 2;
+  problem.batch = batch_of(first);
+  problem.seq_len = seq_len_of(first);
+  problem.head_dim = first.size(-1);
+  problem.num_pairs = rotation.cos.size(-1);
+  problem.table_rows = rotation.cos.size(-2);
+  for (const Rotated& input : inputs) {
+    problem.operands[problem.num_operands++] = operand_of(input.tensor);
   }
-  problem.cos = table_view(arguments.cos);
-  problem.sin = table_view(arguments.sin);
-  problem.positions = positions_view(arguments);
-  problem.interleaved = arguments.interleaved;
-  problem.conjugate = arguments.conjugate;
-  problem.pair_axes = packed_pair_axes(arguments.pair_axes);
+  problem.cos = table_view(rotation.cos);
+  problem.sin = table_view(rotation.sin);
+  problem.positions = positions_view(rotation);
+  problem.interleaved = rotation.interleaved;
+  problem.conjugate = rotation.conjugate;
+  problem.pair_axes = packed_pair_axes(rotation.pair_axes);
   if (position_check()) {
-    check_table_width(arguments, problem.head_dim);
-    if (arguments.positions.has_value()) {
-      check_position_range(arguments.op, *arguments.positions, problem.table_rows);
+    check_table_width(op, rotation, problem.head_dim);
+    if (rotation.positions.has_value()) {
+      check_position_range(op, *rotation.positions, problem.table_rows);
     }
   }
   return problem;
+}
+
+RotaryProblem rotary_problem(const char* op, const Rotation& rotation, RotatedList inputs) {
+  check_rotary(op, rotation, inputs);
+  return describe_rotary(op, rotation, inputs);
 }
 
 RotaryProblem::Operand operand_of(const Tensor& input) {
@@ -313,38 +316,35 @@ Tensor allocate_output(const Tensor& input, RotaryProblem::Operand& operand) {
   return output;
 }
 
-void check_rotary_in_place(const RotaryArguments& a, const Rotated& q, const Rotated* k) {
-  check_rotary(a, q, k);
-  const auto check_overlap = [&a](const Rotated& x, const char* name, const Tensor& other) {
+void check_rotary_in_place(const char* op, const Rotation& rotation, RotatedList inputs) {
+  check_rotary(op, rotation, inputs);
+  const auto check_overlap = [op](const Rotated& x, const char* name, const Tensor& other) {
     TORCH_CHECK(
-        !may_overlap(x.tensor, other), a.op, ": expected ", x.name, " and ", name,
+        !may_overlap(x.tensor, other), op, ": expected ", x.name, " and ", name,
         " in memory of their own, got two that overlap");
   };
-  for (const Rotated* x : {&q, k}) {
-    if (x == nullptr) {
-      continue;
-    }
+  for (const Rotated& x : inputs) {
     TORCH_CHECK(
-        !may_overlap(x->tensor), a.op, ": expected ", x->name,
-        " whose elements are each a place of their own, got strides ", x->tensor.strides(), " for sizes ",
-        x->tensor.sizes(), "; clone() it first");
-    check_overlap(*x, "cos", a.cos);
-    check_overlap(*x, "sin", a.sin);
-    if (a.positions.has_value()) {
-      check_overlap(*x, "positions", *a.positions);
+        !may_overlap(x.tensor), op, ": expected ", x.name,
+        " whose elements are each a place of their own, got strides ", x.tensor.strides(), " for sizes ",
+        x.tensor.sizes(), "; clone() it first");
+    check_overlap(x, "cos", rotation.cos);
+    check_overlap(x, "sin", rotation.sin);
+    if (rotation.positions.has_value()) {
+      check_overlap(x, "positions", *rotation.positions);
     }
   }
-  if (k != nullptr) {
-    check_overlap(q, k->name, k->tensor);
+  if (inputs.size() == 2) {
+    const Rotated& second = inputs[1];
+    check_overlap(inputs[0], second.name, second.tensor);
   }
 }
 
-RotaryProblem rotary_in_place_problem(const RotaryArguments& arguments, const Rotated& q, const Rotated* k) {
-  check_rotary_in_place(arguments, q, k);
-  RotaryProblem problem = rotary_problem(arguments, q, k);
-  set_output(q.tensor, problem.operands[0]);
-  if (k != nullptr) {
-    set_output(k->tensor, problem.operands[1]);
+RotaryProblem rotary_in_place_problem(const char* op, const Rotation& rotation, RotatedList inputs) {
+  check_rotary_in_place(op, rotation, inputs);
+  RotaryProblem problem = describe_rotary(op, rotation, inputs);
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    set_output(inputs[i].tensor, problem.operands[i]);
   }
   return problem;
 }

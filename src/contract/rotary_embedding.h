@@ -1,10 +1,10 @@
 #pragma once
 
 #include <contract/rotary_problem.h>
+#include <ops/rotary_embedding.h>
 
 #include <ATen/core/Tensor.h>
 
-#include <optional>
 #include <tuple>
 #include <utility>
 
@@ -19,34 +19,30 @@ struct Rotated {
   const at::Tensor& tensor;
 };
 
-/// The remaining arguments of `rotary_embedding` and `rotary_embedding_qk`.
-struct RotaryArguments {
-  const char* op;
-  const at::Tensor& cos;
-  const at::Tensor& sin;
-  const std::optional<at::Tensor>& positions;
-  bool interleaved;
-  bool conjugate;
-  at::IntArrayRef pair_axes;
-};
+/// One tensor, or q and k.
+using RotatedList = at::ArrayRef<Rotated>;
 
-/// Checks all arguments and describes the call; the outputs are still missing. `k` is null for one tensor.
+/// Checks all arguments of the operator `op`.
 /// @throws c10::Error  naming the argument, what was expected and what came.
-RotaryProblem rotary_problem(const RotaryArguments& arguments, const Rotated& q, const Rotated* k = nullptr);
+void check_rotary(const char* op, const Rotation& rotation, RotatedList inputs);
 
-/// The checks of `rotary_problem` for tensors without data or with symbolic sizes.
-void check_rotary(const RotaryArguments& arguments, const Rotated& q, const Rotated* k = nullptr);
+/// The same for inputs that are overwritten.
+/// @throws c10::Error  also where memory overlaps: within an input, between two, or with tables or positions.
+void check_rotary_in_place(const char* op, const Rotation& rotation, RotatedList inputs);
 
-/// The checks of `rotary_in_place_problem`, likewise.
-void check_rotary_in_place(const RotaryArguments& arguments, const Rotated& q, const Rotated* k = nullptr);
+/// Describes a call whose arguments have been checked; the outputs are still missing.
+/// @throws c10::Error  where `position_check()` is on and finds what the shapes do not show.
+RotaryProblem describe_rotary(const char* op, const Rotation& rotation, RotatedList inputs);
+
+/// `check_rotary`, then `describe_rotary`.
+RotaryProblem rotary_problem(const char* op, const Rotation& rotation, RotatedList inputs);
+
+/// The same in place; the outputs are the inputs.
+RotaryProblem rotary_in_place_problem(const char* op, const Rotation& rotation, RotatedList inputs);
 
 /// Allocates the output that goes with `input`, in its memory layout where that is dense, and enters it into
 /// `operand`.
 at::Tensor allocate_output(const at::Tensor& input, RotaryProblem::Operand& operand);
-
-/// `rotary_problem` of tensors that are overwritten; the outputs are entered.
-/// @throws c10::Error  also where memory overlaps: within a tensor, between two, or with tables or positions.
-RotaryProblem rotary_in_place_problem(const RotaryArguments& arguments, const Rotated& q, const Rotated* k = nullptr);
 
 /// An operand that is read from `input`, and the output of one.
 RotaryProblem::Operand operand_of(const at::Tensor& input);
@@ -63,76 +59,36 @@ Strides strides_of(const at::Tensor& tensor);
 /// A kernel of one dispatch key. It fills the outputs of `problem`, whose dtype and device are those of `like`.
 using RotaryKernel = void (*)(const RotaryProblem& problem, const at::Tensor& like);
 
-/// `rotary_embedding` for a dispatch key: checks, outputs, kernel.
+// The operators for a dispatch key: checks, outputs, kernel.
+
 template <RotaryKernel kKernel>
-at::Tensor rotary_embedding(
-    const at::Tensor& x,
-    const at::Tensor& cos,
-    const at::Tensor& sin,
-    const std::optional<at::Tensor>& positions,
-    bool interleaved,
-    bool conjugate,
-    at::IntArrayRef pair_axes) {
-  RotaryProblem problem =
-      rotary_problem({"posenc::rotary_embedding", cos, sin, positions, interleaved, conjugate, pair_axes}, {"x", x});
+at::Tensor rotary_embedding(const Rotation& rotation, const at::Tensor& x) {
+  RotaryProblem problem = rotary_problem("posenc::rotary_embedding", rotation, {{"x", x}});
   at::Tensor output = allocate_output(x, problem.operands[0]);
   kKernel(problem, x);
   return output;
 }
 
-/// `rotary_embedding_qk` likewise.
 template <RotaryKernel kKernel>
 std::tuple<at::Tensor, at::Tensor> rotary_embedding_qk(
+    const Rotation& rotation,
     const at::Tensor& q,
-    const at::Tensor& k,
-    const at::Tensor& cos,
-    const at::Tensor& sin,
-    const std::optional<at::Tensor>& positions,
-    bool interleaved,
-    bool conjugate,
-    at::IntArrayRef pair_axes) {
-  const Rotated second{"k", k};
-  RotaryProblem problem = rotary_problem(
-      {"posenc::rotary_embedding_qk", cos, sin, positions, interleaved, conjugate, pair_axes}, {"q", q}, &second);
+    const at::Tensor& k) {
+  RotaryProblem problem = rotary_problem("posenc::rotary_embedding_qk", rotation, {{"q", q}, {"k", k}});
   at::Tensor q_out = allocate_output(q, problem.operands[0]);
   at::Tensor k_out = allocate_output(k, problem.operands[1]);
   kKernel(problem, q);
   return {std::move(q_out), std::move(k_out)};
 }
 
-/// `rotary_embedding_` likewise. It returns nothing: what a schema returns beside what it changes, functionalisation
-/// (torch.compile) takes for new memory.
 template <RotaryKernel kKernel>
-void rotary_embedding_in_place(
-    at::Tensor& x,
-    const at::Tensor& cos,
-    const at::Tensor& sin,
-    const std::optional<at::Tensor>& positions,
-    bool interleaved,
-    bool conjugate,
-    at::IntArrayRef pair_axes) {
-  kKernel(
-      rotary_in_place_problem(
-          {"posenc::rotary_embedding_", cos, sin, positions, interleaved, conjugate, pair_axes}, {"x", x}),
-      x);
+void rotary_embedding_in_place(const Rotation& rotation, at::Tensor& x) {
+  kKernel(rotary_in_place_problem("posenc::rotary_embedding_", rotation, {{"x", x}}), x);
 }
 
-/// `rotary_embedding_qk_` likewise.
 template <RotaryKernel kKernel>
-void rotary_embedding_qk_in_place(
-    at::Tensor& q,
-    at::Tensor& k,
-    const at::Tensor& cos,
-    const at::Tensor& sin,
-    const std::optional<at::Tensor>& positions,
-    bool interleaved,
-    bool conjugate,
-    at::IntArrayRef pair_axes) {
-  const Rotated second{"k", k};
-  kKernel(
-      rotary_in_place_problem(
-          {"posenc::rotary_embedding_qk_", cos, sin, positions, interleaved, conjugate, pair_axes}, {"q", q}, &second),
-      q);
+void rotary_embedding_qk_in_place(const Rotation& rotation, at::Tensor& q, at::Tensor& k) {
+  kKernel(rotary_in_place_problem("posenc::rotary_embedding_qk_", rotation, {{"q", q}, {"k", k}}), q);
 }
 
 }  // namespace posenc::contract

@@ -58,25 +58,23 @@ PackedViews packed_views(
       heads.narrow(-2, num_q_heads + num_kv_heads, num_kv_heads)};
 }
 
-void check_rotary_pack(const RotaryArguments& a, const PackedViews& from, bool stacked) {
-  const Rotated k{"k", from.k};
-  check_rotary(a, {"q", from.q}, &k);
-  TORCH_CHECK(from.v.defined(), a.op, ": expected v to be a tensor, got an undefined one");
+void check_rotary_pack(const char* op, const Rotation& rotation, const PackedViews& from, bool stacked) {
+  check_rotary(op, rotation, {{"q", from.q}, {"k", from.k}});
+  TORCH_CHECK(from.v.defined(), op, ": expected v to be a tensor, got an undefined one");
   TORCH_CHECK(
       from.v.sizes() == from.k.sizes() && from.v.scalar_type() == from.k.scalar_type() &&
           from.v.device() == from.k.device(),
-      a.op, ": expected v of the shape, dtype and device of k, ", from.k.sizes(), " ", from.k.scalar_type(), " ",
+      op, ": expected v of the shape, dtype and device of k, ", from.k.sizes(), " ", from.k.scalar_type(), " ",
       from.k.device(), ", got ", from.v.sizes(), " ", from.v.scalar_type(), " ", from.v.device());
   TORCH_CHECK(
-      !stacked || from.q.size(-2) == from.k.size(-2), a.op,
+      !stacked || from.q.size(-2) == from.k.size(-2), op,
       ": expected q and k of as many heads where they are stacked, [.., 3, H, D], got ", from.q.sizes(), " and ",
       from.k.sizes());
 }
 
-RotaryQkvCall rotary_qkv_call(const RotaryArguments& arguments, const PackedViews& from) {
-  const Rotated k{"qkv", from.k};
+RotaryQkvCall rotary_qkv_call(const char* op, const Rotation& rotation, const PackedViews& from) {
   RotaryQkvCall call;
-  call.problem = rotary_problem(arguments, {"qkv", from.q}, &k);
+  call.problem = rotary_problem(op, rotation, {{"qkv", from.q}, {"qkv", from.k}});
   add_copied(from.v, call.problem);
   const auto allocate = [](const Tensor& view, RotaryProblem::Operand& operand) {
     Tensor output = at::empty(view.sizes(), view.options());
@@ -89,11 +87,10 @@ RotaryQkvCall rotary_qkv_call(const RotaryArguments& arguments, const PackedView
   return call;
 }
 
-RotaryPackCall rotary_pack_call(const RotaryArguments& arguments, const PackedViews& from, bool stacked) {
-  check_rotary_pack(arguments, from, stacked);
-  const Rotated k{"k", from.k};
+RotaryPackCall rotary_pack_call(const char* op, const Rotation& rotation, const PackedViews& from, bool stacked) {
+  check_rotary_pack(op, rotation, from, stacked);
   RotaryPackCall call;
-  call.problem = rotary_problem(arguments, {"q", from.q}, &k);
+  call.problem = describe_rotary(op, rotation, {{"q", from.q}, {"k", from.k}});
   add_copied(from.v, call.problem);
 
   const int64_t num_q_heads = from.q.size(-2);
@@ -104,7 +101,7 @@ RotaryPackCall rotary_pack_call(const RotaryArguments& arguments, const PackedVi
                                                 : std::vector<int64_t>{(num_q_heads + 2 * num_kv_heads) * head_dim};
   sizes.insert(sizes.end(), of_token.begin(), of_token.end());
   call.packed = at::empty(sizes, from.q.options());
-  const PackedViews to = packed_views(arguments.op, "the output", call.packed, num_q_heads, num_kv_heads);
+  const PackedViews to = packed_views(op, "the output", call.packed, num_q_heads, num_kv_heads);
   set_output(to.q, call.problem.operands[0]);
   set_output(to.k, call.problem.operands[1]);
   set_output(to.v, call.problem.operands[2]);

@@ -4,7 +4,6 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <optional>
 #include <tuple>
 #include <utility>
 
@@ -33,57 +32,44 @@ inline bool is_stacked(int64_t dims) {
 }
 
 /// The checks of `rotary_embedding_pack`.
-void check_rotary_pack(const RotaryArguments& arguments, const PackedViews& from, bool stacked);
+void check_rotary_pack(const char* op, const Rotation& rotation, const PackedViews& from, bool stacked);
 
 /// A checked call of `rotary_embedding_qkv`: `to` are the outputs.
 struct RotaryQkvCall {
   RotaryProblem problem;
   PackedViews to;
 };
-RotaryQkvCall rotary_qkv_call(const RotaryArguments& arguments, const PackedViews& from);
+RotaryQkvCall rotary_qkv_call(const char* op, const Rotation& rotation, const PackedViews& from);
 
 /// A checked call of `rotary_embedding_pack`.
 struct RotaryPackCall {
   RotaryProblem problem;
   at::Tensor packed;
 };
-RotaryPackCall rotary_pack_call(const RotaryArguments& arguments, const PackedViews& from, bool stacked);
+RotaryPackCall rotary_pack_call(const char* op, const Rotation& rotation, const PackedViews& from, bool stacked);
 
-/// `rotary_embedding_qkv` for a dispatch key: checks, outputs, kernel.
+// The operators for a dispatch key: checks, outputs, kernel.
+
 template <RotaryKernel kKernel>
 std::tuple<at::Tensor, at::Tensor, at::Tensor> rotary_embedding_qkv(
+    const Rotation& rotation,
     const at::Tensor& qkv,
     int64_t num_q_heads,
-    int64_t num_kv_heads,
-    const at::Tensor& cos,
-    const at::Tensor& sin,
-    const std::optional<at::Tensor>& positions,
-    bool interleaved,
-    bool conjugate,
-    at::IntArrayRef pair_axes) {
+    int64_t num_kv_heads) {
   constexpr const char* kOp = "posenc::rotary_embedding_qkv";
-  RotaryQkvCall call = rotary_qkv_call(
-      {kOp, cos, sin, positions, interleaved, conjugate, pair_axes},
-      packed_views(kOp, "qkv", qkv, num_q_heads, num_kv_heads));
+  RotaryQkvCall call = rotary_qkv_call(kOp, rotation, packed_views(kOp, "qkv", qkv, num_q_heads, num_kv_heads));
   kKernel(call.problem, qkv);
   return {std::move(call.to.q), std::move(call.to.k), std::move(call.to.v)};
 }
 
-/// `rotary_embedding_pack` likewise.
 template <RotaryKernel kKernel>
 at::Tensor rotary_embedding_pack(
+    const Rotation& rotation,
     const at::Tensor& q,
     const at::Tensor& k,
     const at::Tensor& v,
-    const at::Tensor& cos,
-    const at::Tensor& sin,
-    const std::optional<at::Tensor>& positions,
-    bool stacked,
-    bool interleaved,
-    bool conjugate,
-    at::IntArrayRef pair_axes) {
-  RotaryPackCall call = rotary_pack_call(
-      {"posenc::rotary_embedding_pack", cos, sin, positions, interleaved, conjugate, pair_axes}, {q, k, v}, stacked);
+    bool stacked) {
+  RotaryPackCall call = rotary_pack_call("posenc::rotary_embedding_pack", rotation, {q, k, v}, stacked);
   kKernel(call.problem, q);
   return std::move(call.packed);
 }

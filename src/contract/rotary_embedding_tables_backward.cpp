@@ -8,52 +8,53 @@
 #include <ATen/ops/sort.h>
 
 namespace posenc::contract {
+namespace {
 
 using at::Tensor;
 
-void check_rotary_tables(const RotaryTablesArguments& a) {
+void check_rotary_tables(const char* op, const Rotation& rotation, at::TensorList grads, at::TensorList inputs) {
   TORCH_CHECK(
-      a.grads.size() == a.inputs.size() && (a.inputs.size() == 1 || a.inputs.size() == 2), a.op,
-      ": expected one or two inputs and as many grads, got ", a.inputs.size(), " and ", a.grads.size());
-  const RotaryArguments rotary{a.op, a.table, a.table, a.positions, a.interleaved, a.conjugate, a.pair_axes};
-  const Rotated second{"inputs[1]", a.inputs.back()};
-  check_rotary(rotary, {"inputs[0]", a.inputs[0]}, a.inputs.size() == 2 ? &second : nullptr);
-  for (size_t i = 0; i < a.inputs.size(); ++i) {
-    const Tensor& grad = a.grads[i];
-    const Tensor& input = a.inputs[i];
+      grads.size() == inputs.size() && (inputs.size() == 1 || inputs.size() == 2), op,
+      ": expected one or two inputs and as many grads, got ", inputs.size(), " and ", grads.size());
+  const Rotated rotated[] = {{"inputs[0]", inputs.front()}, {"inputs[1]", inputs.back()}};
+  check_rotary(op, rotation, {rotated, inputs.size()});
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    const Tensor& grad = grads[i];
+    const Tensor& input = inputs[i];
     TORCH_CHECK(
         grad.defined() && grad.sizes() == input.sizes() && grad.scalar_type() == input.scalar_type() &&
             grad.device() == input.device(),
-        a.op, ": expected grads[", i, "] of the shape, dtype and device of inputs[", i, "], ", input.sizes(), " ",
+        op, ": expected grads[", i, "] of the shape, dtype and device of inputs[", i, "], ", input.sizes(), " ",
         input.scalar_type(), " ", input.device(), ", got ",
         grad.defined() ? c10::str(grad.sizes(), " ", grad.scalar_type(), " ", grad.device()) : "an undefined tensor");
   }
 }
 
-RotaryTablesCall rotary_tables_call(const RotaryTablesArguments& a) {
-  check_rotary_tables(a);
+/// A call whose arguments have been checked.
+RotaryTablesCall describe_rotary_tables(const Rotation& rotation, at::TensorList grads, at::TensorList inputs) {
+  const Tensor& table = rotation.cos;
   RotaryTablesCall call;
-  call.grad_cos = at::empty_like(a.table, at::MemoryFormat::Contiguous);
+  call.grad_cos = at::empty_like(table, at::MemoryFormat::Contiguous);
   call.grad_sin = at::empty_like(call.grad_cos);
 
   RotaryTablesProblem& problem = call.problem;
   problem = {};
-  const Tensor& first = a.inputs[0];
+  const Tensor& first = inputs[0];
   const int64_t batch = batch_of(first);
   problem.seq_len = seq_len_of(first);
   problem.tokens = batch * problem.seq_len;
-  problem.num_pairs = a.table.size(-1);
-  problem.table_rows = a.table.numel() / problem.num_pairs;
-  problem.num_operands = static_cast<int32_t>(a.inputs.size());
-  for (size_t i = 0; i < a.inputs.size(); ++i) {
+  problem.num_pairs = table.size(-1);
+  problem.table_rows = table.numel() / problem.num_pairs;
+  problem.num_operands = static_cast<int32_t>(inputs.size());
+  for (size_t i = 0; i < inputs.size(); ++i) {
     problem.operands[i] = {
-        a.grads[i].const_data_ptr(), a.inputs[i].const_data_ptr(), strides_of(a.grads[i]), strides_of(a.inputs[i]),
-        a.inputs[i].size(-2)};
+        grads[i].const_data_ptr(), inputs[i].const_data_ptr(), strides_of(grads[i]), strides_of(inputs[i]),
+        inputs[i].size(-2)};
   }
-  if (a.positions.has_value()) {
-    problem.num_axes = a.pair_axes.empty() ? 1 : a.positions->size(0);
-    const bool per_token = a.positions->dim() == (a.pair_axes.empty() ? 1 : 2);
-    const Tensor flat = a.positions->reshape({problem.num_axes, per_token ? 1 : batch, problem.seq_len})
+  if (rotation.positions.has_value()) {
+    problem.num_axes = rotation.pair_axes.empty() ? 1 : rotation.positions->size(0);
+    const bool per_token = rotation.positions->dim() == (rotation.pair_axes.empty() ? 1 : 2);
+    const Tensor flat = rotation.positions->reshape({problem.num_axes, per_token ? 1 : batch, problem.seq_len})
                             .expand({problem.num_axes, batch, problem.seq_len})
                             .reshape({problem.num_axes, problem.tokens});
     // Stable, so that the order of the sum, and with it its last bit, is the same every time.
@@ -64,15 +65,36 @@ RotaryTablesCall rotary_tables_call(const RotaryTablesArguments& a) {
     problem.order = call.order.const_data_ptr<int64_t>();
     problem.row_starts = call.row_starts.const_data_ptr<int64_t>();
   } else {
-    const bool per_token = a.table.dim() == 3 && a.table.size(0) == batch;
+    const bool per_token = table.dim() == 3 && table.size(0) == batch;
     problem.tokens_per_row = per_token ? 1 : batch;
     problem.rows_read = per_token ? batch * problem.seq_len : problem.seq_len;
   }
   problem.grad_cos = call.grad_cos.mutable_data_ptr();
   problem.grad_sin = call.grad_sin.mutable_data_ptr();
-  problem.interleaved = a.interleaved;
-  problem.conjugate = a.conjugate;
-  problem.pair_axes = packed_pair_axes(a.pair_axes);
+  problem.interleaved = rotation.interleaved;
+  problem.conjugate = rotation.conjugate;
+  problem.pair_axes = packed_pair_axes(rotation.pair_axes);
+  return call;
+}
+
+}  // namespace
+
+RotaryTablesCall rotary_tables_call(const Rotation& rotation, at::TensorList grads, at::TensorList inputs) {
+  check_rotary_tables("posenc::rotary_embedding_tables_backward", rotation, grads, inputs);
+  return describe_rotary_tables(rotation, grads, inputs);
+}
+
+RotaryBackwardCall rotary_backward_call(const Rotation& rotation, at::TensorList grads, at::TensorList inputs) {
+  constexpr const char* kOp = "posenc::rotary_embedding_backward";
+  check_rotary_tables(kOp, rotation, grads, inputs);
+  const Rotated rotated[] = {{"grads[0]", grads.front()}, {"grads[1]", grads.back()}};
+  RotaryProblem rotation_problem = describe_rotary(kOp, rotation.inverse(), {rotated, grads.size()});
+  RotaryBackwardCall call;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    call.input_grads.push_back(allocate_output(grads[i], rotation_problem.operands[i]));
+  }
+  call.tables = describe_rotary_tables(rotation, grads, inputs);
+  call.problem = {call.tables.problem, rotation_problem};
   return call;
 }
 

@@ -1,28 +1,14 @@
 #pragma once
 
 #include <contract/rotary_problem.h>
+#include <ops/rotary_embedding.h>
 
 #include <ATen/core/Tensor.h>
 
-#include <optional>
-#include <tuple>
+#include <vector>
 
+// What `rotary_embedding_tables_backward` and `rotary_embedding_backward` accept.
 namespace posenc::contract {
-
-/// The arguments of `rotary_embedding_tables_backward`, and of others that sum as it does.
-struct RotaryTablesArguments {
-  const char* op;
-  at::TensorList grads;
-  at::TensorList inputs;
-  const at::Tensor& table;
-  const std::optional<at::Tensor>& positions;
-  bool interleaved;
-  bool conjugate;
-  at::IntArrayRef pair_axes;
-};
-
-/// @throws c10::Error  naming the argument, what was expected and what came.
-void check_rotary_tables(const RotaryTablesArguments& arguments);
 
 /// A checked call, with everything that its kernel needs and what keeps that alive.
 struct RotaryTablesCall {
@@ -31,8 +17,17 @@ struct RotaryTablesCall {
   at::Tensor order, row_starts;  // undefined without positions
 };
 
-/// Checks all arguments, sorts tokens by the row they read (on the device, without waiting for it) and
-/// allocates the outputs.
-RotaryTablesCall rotary_tables_call(const RotaryTablesArguments& arguments);
+/// Checks the arguments of `rotary_embedding_tables_backward`, sorts tokens by the row they read (on the device, without
+/// waiting for it) and allocates the outputs.
+/// @throws c10::Error  naming the argument, what was expected and what came.
+RotaryTablesCall rotary_tables_call(const Rotation& rotation, at::TensorList grads, at::TensorList inputs);
+
+/// The same of `rotary_embedding_backward`, where positions have one axis.
+struct RotaryBackwardCall {
+  RotaryBackwardProblem problem;
+  std::vector<at::Tensor> input_grads;
+  RotaryTablesCall tables;
+};
+RotaryBackwardCall rotary_backward_call(const Rotation& rotation, at::TensorList grads, at::TensorList inputs);
 
 }  // namespace posenc::contract

@@ -122,4 +122,11 @@ struct RotaryTablesProblem {
   }
 };
 
+/// One call of `rotary_embedding_backward`, or of `rotary_embedding_tables_backward`, which reads `num_pairs` of the
+/// rotation alone.
+struct RotaryBackwardProblem {
+  RotaryTablesProblem tables;
+  RotaryProblem rotation;  // of the gradients, inverse
+};
+
 }  // namespace posenc

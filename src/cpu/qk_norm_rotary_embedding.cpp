@@ -362,8 +362,10 @@ void run_backward(const QKNormRotaryBackwardProblem& problem, const at::Tensor& 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, CPU, m) {
-  m.impl("qk_norm_rotary_embedding", contract::qk_norm_rotary_embedding<run>);
-  m.impl("qk_norm_rotary_embedding_backward", contract::qk_norm_rotary_embedding_backward<run_backward>);
+  m.impl("qk_norm_rotary_embedding", qk_norm_rotary_kernel<contract::qk_norm_rotary_embedding<run>>);
+  m.impl(
+      "qk_norm_rotary_embedding_backward",
+      qk_norm_rotary_backward_kernel<contract::qk_norm_rotary_embedding_backward<run_backward>>);
 }
 
 }  // namespace posenc

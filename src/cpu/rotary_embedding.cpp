@@ -1,8 +1,8 @@
 #include <contract/rotary_embedding.h>
+#include <contract/rotary_embedding_qkv.h>
 #include <cpu/detail/clones.h>
 #include <cpu/detail/dispatch.h>
 #include <cpu/detail/lanes.h>
-#include <cpu/detail/rotate.h>
 
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -188,17 +188,19 @@ void run_typed(const RotaryProblem& problem) {
   });
 }
 
-}  // namespace
-
-void cpu::rotate(const RotaryProblem& problem, const at::Tensor& like) {
-  for_dtype(like.scalar_type(), [&](auto type) { run_typed<typename decltype(type)::type>(problem); });
+void rotate(const RotaryProblem& problem, const at::Tensor& like) {
+  cpu::for_dtype(like.scalar_type(), [&](auto type) { run_typed<typename decltype(type)::type>(problem); });
 }
 
+}  // namespace
+
 TORCH_LIBRARY_IMPL(posenc, CPU, m) {
-  m.impl("rotary_embedding", contract::rotary_embedding<cpu::rotate>);
-  m.impl("rotary_embedding_", contract::rotary_embedding_in_place<cpu::rotate>);
-  m.impl("rotary_embedding_qk", contract::rotary_embedding_qk<cpu::rotate>);
-  m.impl("rotary_embedding_qk_", contract::rotary_embedding_qk_in_place<cpu::rotate>);
+  m.impl("rotary_embedding", rotary_kernel<contract::rotary_embedding<rotate>>);
+  m.impl("rotary_embedding_", rotary_kernel<contract::rotary_embedding_in_place<rotate>>);
+  m.impl("rotary_embedding_qk", rotary_kernel<contract::rotary_embedding_qk<rotate>>);
+  m.impl("rotary_embedding_qk_", rotary_kernel<contract::rotary_embedding_qk_in_place<rotate>>);
+  m.impl("rotary_embedding_qkv", rotary_kernel<contract::rotary_embedding_qkv<rotate>>);
+  m.impl("rotary_embedding_pack", rotary_pack_kernel<contract::rotary_embedding_pack<rotate>>);
 }
 
 }  // namespace posenc

@@ -81,15 +81,10 @@ void run(const RotaryTablesProblem& problem) {
 }
 
 std::tuple<Tensor, Tensor> rotary_embedding_tables_backward_cpu(
+    const Rotation& rotation,
     at::TensorList grads,
-    at::TensorList inputs,
-    const Tensor& table,
-    const std::optional<Tensor>& positions,
-    bool interleaved,
-    bool conjugate,
-    at::IntArrayRef pair_axes) {
-  const auto call = contract::rotary_tables_call(
-      {"posenc::rotary_embedding_tables_backward", grads, inputs, table, positions, interleaved, conjugate, pair_axes});
+    at::TensorList inputs) {
+  const auto call = contract::rotary_tables_call(rotation, grads, inputs);
   cpu::for_dtype(inputs[0].scalar_type(), [&](auto type) { run<typename decltype(type)::type>(call.problem); });
   return {call.grad_cos, call.grad_sin};
 }
@@ -97,7 +92,7 @@ std::tuple<Tensor, Tensor> rotary_embedding_tables_backward_cpu(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, CPU, m) {
-  m.impl("rotary_embedding_tables_backward", rotary_embedding_tables_backward_cpu);
+  m.impl("rotary_embedding_tables_backward", rotary_kernel<rotary_embedding_tables_backward_cpu>);
 }
 
 }  // namespace posenc

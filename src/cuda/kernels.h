@@ -3,6 +3,7 @@
 #include <contract/alibi_problem.h>
 #include <contract/qk_norm_rotary_problem.h>
 #include <contract/rotary_problem.h>
+#include <ops/rotary_embedding.h>
 
 #include <ATen/core/Tensor.h>
 
@@ -24,24 +25,15 @@ void alibi_mask(const AlibiAddProblem& problem, const at::Tensor& like);
 void alibi_softmax(const AlibiSoftmaxProblem& problem, const at::Tensor& like);
 void alibi_softmax_backward(const AlibiSoftmaxBackwardProblem& problem, const at::Tensor& like);
 
-// Operators as their schemas are.
+// Whole operators.
 std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> rotary_embedding_backward(
+    const Rotation& rotation,
     at::TensorList grads,
-    at::TensorList inputs,
-    const at::Tensor& cos,
-    const at::Tensor& sin,
-    const std::optional<at::Tensor>& positions,
-    bool interleaved,
-    bool conjugate,
-    at::IntArrayRef pair_axes);
+    at::TensorList inputs);
 std::tuple<at::Tensor, at::Tensor> rotary_embedding_tables_backward(
+    const Rotation& rotation,
     at::TensorList grads,
-    at::TensorList inputs,
-    const at::Tensor& table,
-    const std::optional<at::Tensor>& positions,
-    bool interleaved,
-    bool conjugate,
-    at::IntArrayRef pair_axes);
+    at::TensorList inputs);
 std::tuple<at::Tensor, at::Tensor> rotary_tables(
     const at::Tensor& inv_freq,
     int64_t length,

@@ -9,19 +9,20 @@
 namespace posenc {
 
 TORCH_LIBRARY_IMPL(posenc, CUDA, m) {
-  m.impl("rotary_embedding", contract::rotary_embedding<cuda::rotate>);
-  m.impl("rotary_embedding_", contract::rotary_embedding_in_place<cuda::rotate>);
-  m.impl("rotary_embedding_qk", contract::rotary_embedding_qk<cuda::rotate>);
-  m.impl("rotary_embedding_qk_", contract::rotary_embedding_qk_in_place<cuda::rotate>);
-  m.impl("rotary_embedding_qkv", contract::rotary_embedding_qkv<cuda::rotate>);
-  m.impl("rotary_embedding_pack", contract::rotary_embedding_pack<cuda::rotate>);
-  m.impl("rotary_embedding_backward", cuda::rotary_embedding_backward);
-  m.impl("rotary_embedding_tables_backward", cuda::rotary_embedding_tables_backward);
+  m.impl("rotary_embedding", rotary_kernel<contract::rotary_embedding<cuda::rotate>>);
+  m.impl("rotary_embedding_", rotary_kernel<contract::rotary_embedding_in_place<cuda::rotate>>);
+  m.impl("rotary_embedding_qk", rotary_kernel<contract::rotary_embedding_qk<cuda::rotate>>);
+  m.impl("rotary_embedding_qk_", rotary_kernel<contract::rotary_embedding_qk_in_place<cuda::rotate>>);
+  m.impl("rotary_embedding_qkv", rotary_kernel<contract::rotary_embedding_qkv<cuda::rotate>>);
+  m.impl("rotary_embedding_pack", rotary_pack_kernel<contract::rotary_embedding_pack<cuda::rotate>>);
+  m.impl("rotary_embedding_backward", rotary_kernel<cuda::rotary_embedding_backward>);
+  m.impl("rotary_embedding_tables_backward", rotary_kernel<cuda::rotary_embedding_tables_backward>);
   m.impl("rotary_tables", cuda::rotary_tables);
   m.impl("rotary_tables_backward", cuda::rotary_tables_backward);
-  m.impl("qk_norm_rotary_embedding", contract::qk_norm_rotary_embedding<cuda::qk_norm_rotate>);
+  m.impl("qk_norm_rotary_embedding", qk_norm_rotary_kernel<contract::qk_norm_rotary_embedding<cuda::qk_norm_rotate>>);
   m.impl(
-      "qk_norm_rotary_embedding_backward", contract::qk_norm_rotary_embedding_backward<cuda::qk_norm_rotate_backward>);
+      "qk_norm_rotary_embedding_backward",
+      qk_norm_rotary_backward_kernel<contract::qk_norm_rotary_embedding_backward<cuda::qk_norm_rotate_backward>>);
   m.impl("alibi_bias", contract::alibi_bias<cuda::alibi_bias>);
   m.impl("alibi_add", contract::alibi_add<cuda::alibi_add>);
   m.impl("alibi_add_", contract::alibi_add_<cuda::alibi_add>);

@@ -1,9 +1,7 @@
-#include <contract/rotary_embedding_backward.h>
 #include <contract/rotary_embedding_tables_backward.h>
 #include <cuda/detail/dispatch.h>
 #include <cuda/detail/vector_width.h>
 #include <cuda/kernels.h>
-#include <ops/rotary_embedding_backward.h>
 #include <posenc/logging.h>
 #include <cuda/rotary_embedding_backward_kernel.cuh>
 
@@ -141,39 +139,29 @@ void run_rotary_backward(
 }  // namespace
 
 std::tuple<std::vector<Tensor>, Tensor, Tensor> rotary_embedding_backward(
+    const Rotation& rotation,
     at::TensorList grads,
-    at::TensorList inputs,
-    const Tensor& cos,
-    const Tensor& sin,
-    const std::optional<Tensor>& positions,
-    bool interleaved,
-    bool conjugate,
-    at::IntArrayRef pair_axes) {
-  if (!pair_axes.empty()) {  // a token has a row for each axis, and no block all of its pairs
-    return rotary_embedding_backward_in_two(grads, inputs, cos, sin, positions, interleaved, conjugate, pair_axes);
+    at::TensorList inputs) {
+  if (!rotation.pair_axes.empty()) {  // a token has a row for each axis, and no block all of its pairs
+    return rotary_embedding_backward_by_parts(rotation, grads, inputs);
   }
-  auto call = contract::rotary_backward_call({grads, inputs, cos, sin, positions, interleaved, conjugate});
-  const c10::cuda::CUDAGuard device(cos.device());
+  auto call = contract::rotary_backward_call(rotation, grads, inputs);
+  const c10::cuda::CUDAGuard device(rotation.cos.device());
   run_rotary_backward</*WritesInputGrads=*/true>(
       "posenc::rotary_embedding_backward", call.problem, call.tables, grads[0].scalar_type());
   return {std::move(call.input_grads), call.tables.grad_cos, call.tables.grad_sin};
 }
 
 std::tuple<Tensor, Tensor> rotary_embedding_tables_backward(
+    const Rotation& rotation,
     at::TensorList grads,
-    at::TensorList inputs,
-    const Tensor& table,
-    const std::optional<Tensor>& positions,
-    bool interleaved,
-    bool conjugate,
-    at::IntArrayRef pair_axes) {
-  constexpr const char* kOp = "posenc::rotary_embedding_tables_backward";
-  const auto call =
-      contract::rotary_tables_call({kOp, grads, inputs, table, positions, interleaved, conjugate, pair_axes});
+    at::TensorList inputs) {
+  const auto call = contract::rotary_tables_call(rotation, grads, inputs);
   RotaryBackwardProblem problem{call.problem, {}};
   problem.rotation.num_pairs = call.problem.num_pairs;
-  const c10::cuda::CUDAGuard device(table.device());
-  run_rotary_backward</*WritesInputGrads=*/false>(kOp, problem, call, inputs[0].scalar_type());
+  const c10::cuda::CUDAGuard device(rotation.cos.device());
+  run_rotary_backward</*WritesInputGrads=*/false>(
+      "posenc::rotary_embedding_tables_backward", problem, call, inputs[0].scalar_type());
   return {call.grad_cos, call.grad_sin};
 }
 

@@ -1,6 +1,6 @@
 #pragma once
 
-#include <contract/rotary_backward_problem.h>
+#include <contract/rotary_problem.h>
 #include <cuda/detail/launch.h>
 #include <cuda/detail/rotary_tables.cuh>
 

@@ -1,88 +1,116 @@
-#include <contract/rotary_embedding.h>
-#include <meta/detail/rotary_symbolic.h>
+#include <contract/rotary_embedding_qkv.h>
+#include <meta/detail/symbolic.h>
+#include <ops/rotary_embedding.h>
 
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
 
 namespace posenc {
 namespace {
 
 using at::Tensor;
-using contract::RotaryArguments;
-using contract::Rotated;
-using meta::any_symbolic;
+using contract::RotatedList;
+using meta::has_symbolic_sizes;
 
-void check(const RotaryArguments& arguments, const Rotated& q, const Rotated* k) {
-  if (!any_symbolic(arguments) && !any_symbolic(q) && (k == nullptr || !any_symbolic(*k))) {
-    contract::check_rotary(arguments, q, k);
+bool any_symbolic(const Rotation& rotation) {
+  return has_symbolic_sizes(rotation.cos) || has_symbolic_sizes(rotation.sin) ||
+      (rotation.positions.has_value() && has_symbolic_sizes(*rotation.positions));
+}
+
+/// `check_arguments(op, rotation, inputs)` where all sizes are numbers.
+template <typename Check>
+void check(const Check& check_arguments, const char* op, const Rotation& rotation, RotatedList inputs) {
+  const bool symbolic = any_symbolic(rotation) ||
+      std::any_of(inputs.begin(), inputs.end(), [](const auto& input) { return has_symbolic_sizes(input.tensor); });
+  if (!symbolic) {
+    check_arguments(op, rotation, inputs);
   }
 }
 
-Tensor rotary_embedding_meta(
-    const Tensor& x,
-    const Tensor& cos,
-    const Tensor& sin,
-    const std::optional<Tensor>& positions,
-    bool interleaved,
-    bool conjugate,
-    at::IntArrayRef pair_axes) {
-  check({"posenc::rotary_embedding", cos, sin, positions, interleaved, conjugate, pair_axes}, {"x", x}, nullptr);
+Tensor rotary_embedding_meta(const Rotation& rotation, const Tensor& x) {
+  check(contract::check_rotary, "posenc::rotary_embedding", rotation, {{"x", x}});
   return at::empty_like(x);
 }
 
-std::tuple<Tensor, Tensor> rotary_embedding_qk_meta(
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& cos,
-    const Tensor& sin,
-    const std::optional<Tensor>& positions,
-    bool interleaved,
-    bool conjugate,
-    at::IntArrayRef pair_axes) {
-  const Rotated rotated_k{"k", k};
-  check({"posenc::rotary_embedding_qk", cos, sin, positions, interleaved, conjugate, pair_axes}, {"q", q}, &rotated_k);
+std::tuple<Tensor, Tensor> rotary_embedding_qk_meta(const Rotation& rotation, const Tensor& q, const Tensor& k) {
+  check(contract::check_rotary, "posenc::rotary_embedding_qk", rotation, {{"q", q}, {"k", k}});
   return {at::empty_like(q), at::empty_like(k)};
 }
 
-void check_in_place(const RotaryArguments& arguments, const Rotated& q, const Rotated* k) {
-  if (!any_symbolic(arguments) && !any_symbolic(q) && (k == nullptr || !any_symbolic(*k))) {
-    contract::check_rotary_in_place(arguments, q, k);
+void rotary_embedding_meta_(const Rotation& rotation, Tensor& x) {
+  check(contract::check_rotary_in_place, "posenc::rotary_embedding_", rotation, {{"x", x}});
+}
+
+void rotary_embedding_qk_meta_(const Rotation& rotation, Tensor& q, Tensor& k) {
+  check(contract::check_rotary_in_place, "posenc::rotary_embedding_qk_", rotation, {{"q", q}, {"k", k}});
+}
+
+std::tuple<Tensor, Tensor, Tensor> rotary_embedding_qkv_meta(
+    const Rotation& rotation,
+    const Tensor& qkv,
+    int64_t num_q_heads,
+    int64_t num_kv_heads) {
+  constexpr const char* kOp = "posenc::rotary_embedding_qkv";
+  contract::check_head_counts(kOp, num_q_heads, num_kv_heads);
+  if (!has_symbolic_sizes(qkv) && !any_symbolic(rotation)) {
+    const contract::PackedViews views = contract::packed_views(kOp, "qkv", qkv, num_q_heads, num_kv_heads);
+    contract::check_rotary(kOp, rotation, {{"qkv", views.q}, {"qkv", views.k}});
   }
+  const bool stacked = contract::is_stacked(qkv.dim());
+  const c10::SymInt head_dim =
+      stacked ? qkv.sym_size(-1) : qkv.sym_size(-1) / c10::SymInt(num_q_heads + 2 * num_kv_heads);
+  const auto output = [&](int64_t num_heads) {
+    std::vector<c10::SymInt> sizes = qkv.sym_sizes().slice(0, qkv.dim() - (stacked ? 3 : 1)).vec();
+    sizes.emplace_back(num_heads);
+    sizes.push_back(head_dim);
+    return at::empty_symint(sizes, qkv.options());
+  };
+  return {output(num_q_heads), output(num_kv_heads), output(num_kv_heads)};
 }
 
-void rotary_embedding_meta_(
-    Tensor& x,
-    const Tensor& cos,
-    const Tensor& sin,
-    const std::optional<Tensor>& positions,
-    bool interleaved,
-    bool conjugate,
-    at::IntArrayRef pair_axes) {
-  check_in_place(
-      {"posenc::rotary_embedding_", cos, sin, positions, interleaved, conjugate, pair_axes}, {"x", x}, nullptr);
+Tensor rotary_embedding_pack_meta(
+    const Rotation& rotation,
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& v,
+    bool stacked) {
+  if (!meta::any_symbolic({q, k, v}) && !any_symbolic(rotation)) {
+    contract::check_rotary_pack("posenc::rotary_embedding_pack", rotation, {q, k, v}, stacked);
+  }
+  std::vector<c10::SymInt> sizes = q.sym_sizes().slice(0, q.dim() - 2).vec();
+  if (stacked) {
+    sizes.emplace_back(3);
+    sizes.push_back(q.sym_size(-2));
+    sizes.push_back(q.sym_size(-1));
+  } else {
+    sizes.push_back((q.sym_size(-2) + k.sym_size(-2) * 2) * q.sym_size(-1));
+  }
+  return at::empty_symint(sizes, q.options());
 }
 
-void rotary_embedding_qk_meta_(
-    Tensor& q,
-    Tensor& k,
-    const Tensor& cos,
-    const Tensor& sin,
-    const std::optional<Tensor>& positions,
-    bool interleaved,
-    bool conjugate,
-    at::IntArrayRef pair_axes) {
-  const Rotated rotated_k{"k", k};
-  check_in_place(
-      {"posenc::rotary_embedding_qk_", cos, sin, positions, interleaved, conjugate, pair_axes}, {"q", q}, &rotated_k);
+std::tuple<Tensor, Tensor> rotary_embedding_tables_backward_meta(
+    const Rotation& rotation,
+    at::TensorList /*grads*/,
+    at::TensorList /*inputs*/) {
+  const auto gradient = [&] { return at::empty_like(rotation.cos, at::MemoryFormat::Contiguous); };
+  return {gradient(), gradient()};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, Meta, m) {
-  m.impl("rotary_embedding", rotary_embedding_meta);
-  m.impl("rotary_embedding_", rotary_embedding_meta_);
-  m.impl("rotary_embedding_qk", rotary_embedding_qk_meta);
-  m.impl("rotary_embedding_qk_", rotary_embedding_qk_meta_);
+  m.impl("rotary_embedding", rotary_kernel<rotary_embedding_meta>);
+  m.impl("rotary_embedding_", rotary_kernel<rotary_embedding_meta_>);
+  m.impl("rotary_embedding_qk", rotary_kernel<rotary_embedding_qk_meta>);
+  m.impl("rotary_embedding_qk_", rotary_kernel<rotary_embedding_qk_meta_>);
+  m.impl("rotary_embedding_qkv", rotary_kernel<rotary_embedding_qkv_meta>);
+  m.impl("rotary_embedding_pack", rotary_pack_kernel<rotary_embedding_pack_meta>);
+  m.impl("rotary_embedding_tables_backward", rotary_kernel<rotary_embedding_tables_backward_meta>);
 }
 
 }  // namespace posenc

@@ -23,10 +23,23 @@ std::tuple<Tensor, Tensor> rotary_tables_meta(
   return {table(), table()};
 }
 
+Tensor rotary_tables_backward_meta(
+    const Tensor& grad_cos,
+    const Tensor& grad_sin,
+    const Tensor& cos,
+    const Tensor& sin,
+    at::ScalarType dtype) {
+  if (!meta::any_symbolic({grad_cos, grad_sin, cos, sin})) {
+    contract::check_frequencies_backward({grad_cos, grad_sin, cos, sin, dtype});
+  }
+  return at::empty_symint({cos.sym_size(1)}, cos.options().dtype(dtype));
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, Meta, m) {
   m.impl("rotary_tables", rotary_tables_meta);
+  m.impl("rotary_tables_backward", rotary_tables_backward_meta);
 }
 
 }  // namespace posenc

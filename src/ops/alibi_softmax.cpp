@@ -1,8 +1,8 @@
 #include <contract/tensor.h>
 #include <ops/alibi_softmax.h>
+#include <ops/dispatch.h>
 #include <posenc/alibi.h>
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include <utility>
@@ -30,9 +30,7 @@ Tensor alibi_softmax_symint(
     bool causal,
     const std::optional<Tensor>& key_padding_mask,
     std::optional<c10::SymInt> query_offset) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("posenc::alibi_softmax", "")
-                             .typed<decltype(alibi_softmax_symint)>();
+  static const auto op = find_operator<decltype(alibi_softmax_symint)>("posenc::alibi_softmax");
   return op.call(scores, slopes, scale, causal, key_padding_mask, std::move(query_offset));
 }
 
@@ -54,9 +52,7 @@ std::tuple<Tensor, Tensor> alibi_softmax_backward(
     bool causal,
     std::optional<c10::SymInt> query_offset,
     bool slopes_grad) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("posenc::alibi_softmax_backward", "")
-                             .typed<decltype(alibi_softmax_backward)>();
+  static const auto op = find_operator<decltype(alibi_softmax_backward)>("posenc::alibi_softmax_backward");
   return op.call(grad, probs, scale, causal, std::move(query_offset), slopes_grad);
 }
 

@@ -1,8 +1,11 @@
 #include <ops/qk_norm_rotary_embedding.h>
+
+#include <ops/dispatch.h>
 #include <posenc/qk_norm_rotary_embedding.h>
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
+
+#include <utility>
 
 namespace posenc {
 
@@ -22,6 +25,29 @@ TORCH_LIBRARY_FRAGMENT(posenc, m) {
       {at::Tag::pt2_compliant_tag});
 }
 
+namespace dispatch {
+
+std::tuple<Tensor, Tensor> qk_norm_rotary_embedding(const QKNormRotation& a, const Tensor& q, const Tensor& k) {
+  static const auto op =
+      find_operator<decltype(qk_norm_rotary_kernel<&qk_norm_rotary_embedding>)>("posenc::qk_norm_rotary_embedding");
+  const Rotation& r = a.rotation;
+  return op.call(
+      q, k, a.q_weight, a.k_weight, r.cos, r.sin, r.positions, a.eps, a.unit_offset, r.interleaved, r.conjugate,
+      r.pair_axes);
+}
+
+QKNormRotaryGradients qk_norm_rotary_embedding_backward(const QKNormRotation& a, const QKNormRotaryGradInputs& in) {
+  static const auto op = find_operator<decltype(qk_norm_rotary_backward_kernel<&qk_norm_rotary_embedding_backward>)>(
+      "posenc::qk_norm_rotary_embedding_backward");
+  const Rotation& r = a.rotation;
+  auto [dq, dk, dq_weight, dk_weight] = op.call(
+      in.grad_q, in.grad_k, in.q, in.k, a.q_weight, a.k_weight, r.cos, r.sin, r.positions, a.eps, a.unit_offset,
+      r.interleaved, r.conjugate, r.pair_axes, in.weights_grad);
+  return {std::move(dq), std::move(dk), std::move(dq_weight), std::move(dk_weight)};
+}
+
+}  // namespace dispatch
+
 std::tuple<Tensor, Tensor> qk_norm_rotary_embedding(
     const Tensor& q,
     const Tensor& k,
@@ -35,34 +61,8 @@ std::tuple<Tensor, Tensor> qk_norm_rotary_embedding(
     bool interleaved,
     bool conjugate,
     at::IntArrayRef pair_axes) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("posenc::qk_norm_rotary_embedding", "")
-                             .typed<decltype(qk_norm_rotary_embedding)>();
-  return op.call(q, k, q_weight, k_weight, cos, sin, positions, eps, unit_offset, interleaved, conjugate, pair_axes);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rotary_embedding_backward(
-    const std::optional<Tensor>& grad_q,
-    const std::optional<Tensor>& grad_k,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& q_weight,
-    const Tensor& k_weight,
-    const Tensor& cos,
-    const Tensor& sin,
-    const std::optional<Tensor>& positions,
-    double eps,
-    bool unit_offset,
-    bool interleaved,
-    bool conjugate,
-    at::IntArrayRef pair_axes,
-    bool weights_grad) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("posenc::qk_norm_rotary_embedding_backward", "")
-                             .typed<decltype(qk_norm_rotary_embedding_backward)>();
-  return op.call(
-      grad_q, grad_k, q, k, q_weight, k_weight, cos, sin, positions, eps, unit_offset, interleaved, conjugate,
-      pair_axes, weights_grad);
+  return dispatch::qk_norm_rotary_embedding(
+      {{cos, sin, positions, interleaved, conjugate, pair_axes}, q_weight, k_weight, eps, unit_offset}, q, k);
 }
 
 }  // namespace posenc

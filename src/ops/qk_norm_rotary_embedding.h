@@ -1,23 +1,63 @@
 #pragma once
 
+#include <ops/rotary_embedding.h>
+
 #include <ATen/core/Tensor.h>
 
 #include <optional>
 #include <tuple>
+#include <utility>
 
+// `qk_norm_rotary_embedding` and its backward below the dispatcher: their common arguments are one struct.
 namespace posenc {
 
-/// The gradients of `qk_norm_rotary_embedding`. With g one head of an output's gradient rotated backwards, r the
-/// reciprocal of the root mean square of its input x, and w its weight,
-///
-///     dx = r (g w - x r^2 mean(g w x)),    dw = sum over tokens and heads of g x r.
-///
-/// Deterministic.
-///
-/// @param grad_q,grad_k  gradients of the outputs; the results that belong to one that is absent are undefined.
-/// @param weights_grad  whether the gradients of the weights are wanted; they are undefined otherwise.
-/// @return `(dq, dk, dq_weight, dk_weight)`, each of the dtype of what it is the gradient of.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> qk_norm_rotary_embedding_backward(
+/// The arguments that both have beside q, k and gradients, as `posenc/qk_norm_rotary_embedding.h` documents them.
+struct QKNormRotation {
+  Rotation rotation;
+  const at::Tensor& q_weight;
+  const at::Tensor& k_weight;
+  double eps;
+  bool unit_offset;
+};
+
+/// An implementation `kFunction(const QKNormRotation&, q, k)` with the C++ signature of the schema.
+template <auto kFunction>
+std::tuple<at::Tensor, at::Tensor> qk_norm_rotary_kernel(
+    const at::Tensor& q,
+    const at::Tensor& k,
+    const at::Tensor& q_weight,
+    const at::Tensor& k_weight,
+    const at::Tensor& cos,
+    const at::Tensor& sin,
+    const std::optional<at::Tensor>& positions,
+    double eps,
+    bool unit_offset,
+    bool interleaved,
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
+  return kFunction(
+      {{cos, sin, positions, interleaved, conjugate, pair_axes}, q_weight, k_weight, eps, unit_offset}, q, k);
+}
+
+/// The results of `qk_norm_rotary_embedding_backward`, each of the dtype of its input; undefined where it was not asked
+/// for.
+struct QKNormRotaryGradients {
+  at::Tensor q, k, q_weight, k_weight;
+};
+
+/// The arguments of `qk_norm_rotary_embedding_backward` beside `QKNormRotation`.
+struct QKNormRotaryGradInputs {
+  const std::optional<at::Tensor>& grad_q;  // of the outputs; nullopt or undefined means zero
+  const std::optional<at::Tensor>& grad_k;
+  const at::Tensor& q;
+  const at::Tensor& k;
+  bool weights_grad;  // whether dq_weight and dk_weight are asked for
+};
+
+/// An implementation `kFunction(const QKNormRotation&, const QKNormRotaryGradInputs&)` with the C++ signature of the
+/// schema of `qk_norm_rotary_embedding_backward`.
+template <auto kFunction>
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> qk_norm_rotary_backward_kernel(
     const std::optional<at::Tensor>& grad_q,
     const std::optional<at::Tensor>& grad_k,
     const at::Tensor& q,
@@ -32,6 +72,30 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> qk_norm_rotary_embedd
     bool interleaved,
     bool conjugate,
     at::IntArrayRef pair_axes,
-    bool weights_grad);
+    bool weights_grad) {
+  QKNormRotaryGradients gradients = kFunction(
+      {{cos, sin, positions, interleaved, conjugate, pair_axes}, q_weight, k_weight, eps, unit_offset},
+      {grad_q, grad_k, q, k, weights_grad});
+  return {std::move(gradients.q), std::move(gradients.k), std::move(gradients.q_weight), std::move(gradients.k_weight)};
+}
 
+// Calls through the dispatcher.
+namespace dispatch {
+
+std::tuple<at::Tensor, at::Tensor> qk_norm_rotary_embedding(
+    const QKNormRotation& rotation,
+    const at::Tensor& q,
+    const at::Tensor& k);
+
+/// The gradients of `qk_norm_rotary_embedding`. With g one head of an output's gradient rotated by the inverse, r the
+/// reciprocal of the root mean square of its input x, and w its weight,
+///
+///     dx = r (g w - x r^2 mean(g w x)),    dw = sum over tokens and heads of g x r.
+///
+/// Deterministic. The results that belong to a gradient that is absent are undefined.
+QKNormRotaryGradients qk_norm_rotary_embedding_backward(
+    const QKNormRotation& rotation,
+    const QKNormRotaryGradInputs& inputs);
+
+}  // namespace dispatch
 }  // namespace posenc

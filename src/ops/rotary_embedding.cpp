@@ -1,31 +1,96 @@
+#include <ops/rotary_embedding.h>
+
+#include <ops/dispatch.h>
 #include <posenc/rotary_embedding.h>
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
+
+#include <string>
+#include <utility>
 
 namespace posenc {
 
 using at::Tensor;
 
 TORCH_LIBRARY_FRAGMENT(posenc, m) {
-  m.def(
-      "rotary_embedding(Tensor x, Tensor cos, Tensor sin, Tensor? positions=None, *, "
-      "bool interleaved=False, bool conjugate=False, int[] pair_axes=[]) -> Tensor",
-      {at::Tag::pt2_compliant_tag});
-  m.def(
-      "rotary_embedding_qk(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? positions=None, *, "
-      "bool interleaved=False, bool conjugate=False, int[] pair_axes=[]) -> (Tensor, Tensor)",
-      {at::Tag::pt2_compliant_tag});
-  // They return nothing: functionalisation (torch.compile) takes no operator that returns what it changed.
-  m.def(
-      "rotary_embedding_(Tensor(a!) x, Tensor cos, Tensor sin, Tensor? positions=None, *, "
-      "bool interleaved=False, bool conjugate=False, int[] pair_axes=[]) -> ()",
-      {at::Tag::pt2_compliant_tag});
-  m.def(
-      "rotary_embedding_qk_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, Tensor? positions=None, *, "
-      "bool interleaved=False, bool conjugate=False, int[] pair_axes=[]) -> ()",
-      {at::Tag::pt2_compliant_tag});
+  const std::string tables = "Tensor cos, Tensor sin, Tensor? positions=None, *";
+  const std::string options = "bool interleaved=False, bool conjugate=False, int[] pair_axes=[]";
+  const std::string rotation = tables + ", " + options;
+  const auto define = [&m](const std::string& schema) { m.def(schema.c_str(), {at::Tag::pt2_compliant_tag}); };
+  define("rotary_embedding(Tensor x, " + rotation + ") -> Tensor");
+  define("rotary_embedding_qk(Tensor q, Tensor k, " + rotation + ") -> (Tensor, Tensor)");
+  define("rotary_embedding_(Tensor(a!) x, " + rotation + ") -> ()");
+  define("rotary_embedding_qk_(Tensor(a!) q, Tensor(b!) k, " + rotation + ") -> ()");
+  define(
+      "rotary_embedding_qkv(Tensor qkv, int num_q_heads, int num_kv_heads, " + rotation +
+      ") -> (Tensor, Tensor, Tensor)");
+  define(
+      "rotary_embedding_pack(Tensor q, Tensor k, Tensor v, " + tables + ", bool stacked=False, " + options +
+      ") -> Tensor");
+  define("rotary_embedding_backward(Tensor[] grads, Tensor[] inputs, " + rotation + ") -> (Tensor[], Tensor, Tensor)");
+  define("rotary_embedding_tables_backward(Tensor[] grads, Tensor[] inputs, " + rotation + ") -> (Tensor, Tensor)");
 }
+
+namespace dispatch {
+namespace {
+
+/// Calls the operator `name`, whose implementations have the type of `kFunction`.
+template <auto kFunction, typename... Inputs>
+auto call(const char* name, const Rotation& rotation, Inputs&&... inputs) {
+  using Signature = RotarySignature<kFunction>;
+  static const auto op = find_operator<decltype(Signature::call)>(name);
+  return Signature::dispatch(op, rotation, std::forward<Inputs>(inputs)...);
+}
+
+}  // namespace
+
+Tensor rotary_embedding(const Rotation& rotation, const Tensor& x) {
+  return call<&rotary_embedding>("posenc::rotary_embedding", rotation, x);
+}
+
+std::tuple<Tensor, Tensor> rotary_embedding_qk(const Rotation& rotation, const Tensor& q, const Tensor& k) {
+  return call<&rotary_embedding_qk>("posenc::rotary_embedding_qk", rotation, q, k);
+}
+
+void rotary_embedding_(const Rotation& rotation, Tensor& x) {
+  call<&rotary_embedding_>("posenc::rotary_embedding_", rotation, x);
+}
+
+void rotary_embedding_qk_(const Rotation& rotation, Tensor& q, Tensor& k) {
+  call<&rotary_embedding_qk_>("posenc::rotary_embedding_qk_", rotation, q, k);
+}
+
+std::tuple<Tensor, Tensor, Tensor> rotary_embedding_qkv(
+    const Rotation& rotation,
+    const Tensor& qkv,
+    int64_t num_q_heads,
+    int64_t num_kv_heads) {
+  return call<&rotary_embedding_qkv>("posenc::rotary_embedding_qkv", rotation, qkv, num_q_heads, num_kv_heads);
+}
+
+Tensor rotary_embedding_pack(const Rotation& r, const Tensor& q, const Tensor& k, const Tensor& v, bool stacked) {
+  static const auto op =
+      find_operator<decltype(rotary_pack_kernel<&rotary_embedding_pack>)>("posenc::rotary_embedding_pack");
+  return op.call(q, k, v, r.cos, r.sin, r.positions, stacked, r.interleaved, r.conjugate, r.pair_axes);
+}
+
+std::tuple<std::vector<Tensor>, Tensor, Tensor> rotary_embedding_backward(
+    const Rotation& rotation,
+    at::TensorList grads,
+    at::TensorList inputs) {
+  return call<&rotary_embedding_backward>("posenc::rotary_embedding_backward", rotation, grads, inputs);
+}
+
+std::tuple<Tensor, Tensor> rotary_embedding_tables_backward(
+    const Rotation& rotation,
+    at::TensorList grads,
+    at::TensorList inputs) {
+  return call<&rotary_embedding_tables_backward>("posenc::rotary_embedding_tables_backward", rotation, grads, inputs);
+}
+
+}  // namespace dispatch
+
+// The public functions.
 
 Tensor rotary_embedding(
     const Tensor& x,
@@ -35,10 +100,7 @@ Tensor rotary_embedding(
     bool interleaved,
     bool conjugate,
     at::IntArrayRef pair_axes) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("posenc::rotary_embedding", "")
-                             .typed<decltype(rotary_embedding)>();
-  return op.call(x, cos, sin, positions, interleaved, conjugate, pair_axes);
+  return dispatch::rotary_embedding({cos, sin, positions, interleaved, conjugate, pair_axes}, x);
 }
 
 std::tuple<Tensor, Tensor> rotary_embedding_qk(
@@ -50,10 +112,7 @@ std::tuple<Tensor, Tensor> rotary_embedding_qk(
     bool interleaved,
     bool conjugate,
     at::IntArrayRef pair_axes) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("posenc::rotary_embedding_qk", "")
-                             .typed<decltype(rotary_embedding_qk)>();
-  return op.call(q, k, cos, sin, positions, interleaved, conjugate, pair_axes);
+  return dispatch::rotary_embedding_qk({cos, sin, positions, interleaved, conjugate, pair_axes}, q, k);
 }
 
 Tensor& rotary_embedding_(
@@ -64,11 +123,7 @@ Tensor& rotary_embedding_(
     bool interleaved,
     bool conjugate,
     at::IntArrayRef pair_axes) {
-  using Signature =
-      void(Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, bool, bool, at::IntArrayRef);
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("posenc::rotary_embedding_", "").typed<Signature>();
-  op.call(x, cos, sin, positions, interleaved, conjugate, pair_axes);
+  dispatch::rotary_embedding_({cos, sin, positions, interleaved, conjugate, pair_axes}, x);
   return x;
 }
 
@@ -81,12 +136,36 @@ std::tuple<Tensor&, Tensor&> rotary_embedding_qk_(
     bool interleaved,
     bool conjugate,
     at::IntArrayRef pair_axes) {
-  using Signature =
-      void(Tensor&, Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, bool, bool, at::IntArrayRef);
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("posenc::rotary_embedding_qk_", "").typed<Signature>();
-  op.call(q, k, cos, sin, positions, interleaved, conjugate, pair_axes);
+  dispatch::rotary_embedding_qk_({cos, sin, positions, interleaved, conjugate, pair_axes}, q, k);
   return {q, k};
+}
+
+std::tuple<Tensor, Tensor, Tensor> rotary_embedding_qkv(
+    const Tensor& qkv,
+    int64_t num_q_heads,
+    int64_t num_kv_heads,
+    const Tensor& cos,
+    const Tensor& sin,
+    const std::optional<Tensor>& positions,
+    bool interleaved,
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
+  return dispatch::rotary_embedding_qkv(
+      {cos, sin, positions, interleaved, conjugate, pair_axes}, qkv, num_q_heads, num_kv_heads);
+}
+
+Tensor rotary_embedding_pack(
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& v,
+    const Tensor& cos,
+    const Tensor& sin,
+    const std::optional<Tensor>& positions,
+    bool stacked,
+    bool interleaved,
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
+  return dispatch::rotary_embedding_pack({cos, sin, positions, interleaved, conjugate, pair_axes}, q, k, v, stacked);
 }
 
 }  // namespace posenc

@@ -70,8 +70,8 @@ def rotary_embedding_backward(i, tables, **kw):
 
 def rotary_embedding_tables_backward(i, tables, **kw):
     shapes = [(2, i.size, 4, 8), (2, i.size, 2, 8)]
-    # The table says its shape and nothing else.
-    return Sample([i.normal(*s) for s in shapes], [i.normal(*s) for s in shapes], tables[0].detach(), **kw)
+    # Of the tables only shape and dtype are read.
+    return Sample([i.normal(*s) for s in shapes], [i.normal(*s) for s in shapes], *[t.detach() for t in tables], **kw)
 
 
 def qk_norm_rotary_embedding(i, tables, **kw):

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <autograd/detail/saved_rotation.h>
 #include <detail/torch_compat.h>
 
 #include <ATen/SavedTensorHooks.h>
@@ -128,6 +129,11 @@ class Node : public torch::autograd::Node {
 
   /// The tensor that was saved, an input or an output of the forward pass. Throws if it was modified since.
   at::Tensor unpack(const SavedVariable& saved) { return saved.unpack(getptr()); }
+
+  /// The arguments of a rotation that were saved.
+  UnpackedRotation unpack(const SavedRotation& saved) {
+    return saved.unpacked([this](const SavedVariable& variable) { return unpack(variable); });
+  }
 
   /// The same of an argument that may be absent.
   std::optional<at::Tensor> unpack_optional(const SavedVariable& saved) {

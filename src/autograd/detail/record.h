@@ -2,18 +2,31 @@
 
 #include <detail/torch_compat.h>
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/functions/utils.h>
 
 #include <algorithm>
+#include <functional>
+#include <initializer_list>
 #include <optional>
 #include <utility>
 
 // How an operator enters the graph. Nodes are made by hand, as LibTorch makes its own: torch::autograd::Function
 // costs 2 microseconds more a call (measured: 8.3 against 6.1 for q and k), which a decoder pays in every layer.
 namespace posenc::autograd {
+
+/// The result of `function`, whose calls of operators go past autograd and the count of versions.
+template <typename Function>
+auto below_autograd(const Function& function) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return function();
+}
+
+/// The arguments of an operator that may have gradients or tangents.
+using Differentiable = std::initializer_list<std::reference_wrapper<const at::Tensor>>;
 
 /// Whether a graph is recorded and one of the tensors wants a gradient.
 template <typename Tensors>
@@ -43,12 +56,17 @@ inline void check_no_tangent(const char* op, const at::Tensor& tensor) {
       ": expected no forward-mode tangents, which it does not carry on, got some: differentiate in backward mode");
 }
 
+template <typename Tensors>
+void check_no_tangents(const char* op, const Tensors& tensors) {
+  for (const at::Tensor& tensor : tensors) {
+    check_no_tangent(op, tensor);
+  }
+}
+
 /// Refuses gradients through an operator that has none of its own. `advice` says what to do instead.
 template <typename Tensors>
 void check_no_gradients(const char* op, const Tensors& inputs, const char* advice) {
-  for (const at::Tensor& input : inputs) {
-    check_no_tangent(op, input);
-  }
+  check_no_tangents(op, inputs);
   TORCH_CHECK_NOT_IMPLEMENTED(
       !any_requires_grad(inputs), op,
       ": expected a call without gradients of its own, got an argument that requires grad: ", advice);

@@ -1,25 +1,17 @@
 #pragma once
 
-#include <posenc/rotary_embedding.h>
+#include <ops/rotary_embedding.h>
 
 #include <ATen/ops/constant_pad_nd.h>
 
 namespace posenc::autograd {
 
-/// Rotation of `x` by gradients or tangents of the tables. As the tables do not reach channels R to D - 1, these
-/// are zero here, where a rotation would pass them through.
-inline at::Tensor rotate_by_table_gradients(
-    const at::Tensor& x,
-    const at::Tensor& cos,
-    const at::Tensor& sin,
-    const std::optional<at::Tensor>& positions,
-    bool interleaved,
-    bool conjugate,
-    at::IntArrayRef pair_axes) {
-  const c10::SymInt rotary_dim = cos.sym_size(-1) * 2;
+/// `x` rotated by gradients or tangents of `cos` and `sin`, those of `rotation`. They do not reach channels R to D - 1,
+/// which are zero here, where a rotation would keep them.
+inline at::Tensor rotate_by_table_gradients(const Rotation& rotation, const at::Tensor& x) {
+  const c10::SymInt rotary_dim = rotation.cos.sym_size(-1) * 2;
   const c10::SymInt tail = x.sym_size(-1) - rotary_dim;
-  const at::Tensor rotated =
-      rotary_embedding(x.narrow_symint(-1, 0, rotary_dim), cos, sin, positions, interleaved, conjugate, pair_axes);
+  const at::Tensor rotated = dispatch::rotary_embedding(rotation, x.narrow_symint(-1, 0, rotary_dim));
   return tail == 0 ? rotated : at::constant_pad_nd_symint(rotated, {0, tail});
 }
 

@@ -1,0 +1,31 @@
+#include <ops/rotary_embedding.h>
+
+#include <torch/library.h>
+
+#include <utility>
+
+namespace posenc {
+
+using at::Tensor;
+
+std::tuple<std::vector<Tensor>, Tensor, Tensor> rotary_embedding_backward_by_parts(
+    const Rotation& rotation,
+    at::TensorList grads,
+    at::TensorList inputs) {
+  // First, as it checks the lengths of both lists.
+  auto [grad_cos, grad_sin] = dispatch::rotary_embedding_tables_backward(rotation, grads, inputs);
+  std::vector<Tensor> input_grads(grads.size());
+  if (grads.size() == 2) {
+    std::tie(input_grads[0], input_grads[1]) = dispatch::rotary_embedding_qk(rotation.inverse(), grads[0], grads[1]);
+  } else {
+    input_grads[0] = dispatch::rotary_embedding(rotation.inverse(), grads[0]);
+  }
+  return {std::move(input_grads), std::move(grad_cos), std::move(grad_sin)};
+}
+
+// For the CPU, where the sums in float64, not the memory, bound the gradients of tables, and for tensors without data.
+TORCH_LIBRARY_IMPL(posenc, CompositeExplicitAutograd, m) {
+  m.impl("rotary_embedding_backward", rotary_kernel<rotary_embedding_backward_by_parts>);
+}
+
+}  // namespace posenc

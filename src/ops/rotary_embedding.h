@@ -1,0 +1,129 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+// The operators of the rotary family below the dispatcher: their common arguments are one struct.
+namespace posenc {
+
+/// The arguments that every operator of this family has beside its inputs, as `posenc/rotary_embedding.h` documents
+/// them. It refers to the tensors of the call.
+struct Rotation {
+  const at::Tensor& cos;
+  const at::Tensor& sin;
+  const std::optional<at::Tensor>& positions;
+  bool interleaved;
+  bool conjugate;
+  at::IntArrayRef pair_axes;
+
+  /// The rotation by the negative angles, which is also the gradient of this one.
+  Rotation inverse() const { return {cos, sin, positions, interleaved, !conjugate, pair_axes}; }
+};
+
+/// An implementation `Result kFunction(const Rotation&, inputs...)` as the dispatcher calls it: `call` has the C++
+/// signature of the schema, and `dispatch` calls an operator of that signature.
+template <auto kFunction>
+struct RotarySignature;
+
+template <typename Result, typename... Inputs, Result (*kFunction)(const Rotation&, Inputs...)>
+struct RotarySignature<kFunction> {
+  static Result call(
+      Inputs... inputs,
+      const at::Tensor& cos,
+      const at::Tensor& sin,
+      const std::optional<at::Tensor>& positions,
+      bool interleaved,
+      bool conjugate,
+      at::IntArrayRef pair_axes) {
+    return kFunction({cos, sin, positions, interleaved, conjugate, pair_axes}, inputs...);
+  }
+
+  template <typename Operator>
+  static Result dispatch(const Operator& op, const Rotation& r, Inputs... inputs) {
+    return op.call(inputs..., r.cos, r.sin, r.positions, r.interleaved, r.conjugate, r.pair_axes);
+  }
+};
+
+/// What `torch::Library::impl` takes.
+template <auto kFunction>
+constexpr auto rotary_kernel = &RotarySignature<kFunction>::call;
+
+/// The same of `rotary_embedding_pack`, whose schema has `stacked` before the options of the rotation.
+template <auto kFunction>
+at::Tensor rotary_pack_kernel(
+    const at::Tensor& q,
+    const at::Tensor& k,
+    const at::Tensor& v,
+    const at::Tensor& cos,
+    const at::Tensor& sin,
+    const std::optional<at::Tensor>& positions,
+    bool stacked,
+    bool interleaved,
+    bool conjugate,
+    at::IntArrayRef pair_axes) {
+  return kFunction({cos, sin, positions, interleaved, conjugate, pair_axes}, q, k, v, stacked);
+}
+
+// Calls through the dispatcher. `posenc/rotary_embedding.h` documents those that users call too.
+namespace dispatch {
+
+at::Tensor rotary_embedding(const Rotation& rotation, const at::Tensor& x);
+std::tuple<at::Tensor, at::Tensor> rotary_embedding_qk(
+    const Rotation& rotation,
+    const at::Tensor& q,
+    const at::Tensor& k);
+
+/// The operators in place return nothing: functionalisation (torch.compile) takes no operator that returns its argument.
+void rotary_embedding_(const Rotation& rotation, at::Tensor& x);
+void rotary_embedding_qk_(const Rotation& rotation, at::Tensor& q, at::Tensor& k);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> rotary_embedding_qkv(
+    const Rotation& rotation,
+    const at::Tensor& qkv,
+    int64_t num_q_heads,
+    int64_t num_kv_heads);
+at::Tensor rotary_embedding_pack(
+    const Rotation& rotation,
+    const at::Tensor& q,
+    const at::Tensor& k,
+    const at::Tensor& v,
+    bool stacked);
+
+/// All gradients of `rotary_embedding` and `rotary_embedding_qk` in one pass over memory: `grads` rotated by
+/// `rotation.inverse()`, and the results of `rotary_embedding_tables_backward`. Where something requires grad, it calls
+/// those two operators, which are differentiable.
+///
+/// @param grads,inputs  gradients of the outputs and the inputs of the rotation: one of each, or two (q and k).
+/// @return `(input_grads, dcos, dsin)`.
+std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> rotary_embedding_backward(
+    const Rotation& rotation,
+    at::TensorList grads,
+    at::TensorList inputs);
+
+/// The gradients of `rotary_embedding` and `rotary_embedding_qk` with respect to `cos` and `sin`:
+///
+///     dcos = sum(g1 x1 + g2 x2),    dsin = sum(g2 x1 - g1 x2)    (negated where conjugate)
+///
+/// over all heads of all inputs and every token that read the row. Deterministic. Of `cos` and `sin` only shape and
+/// dtype are read.
+///
+/// @param grads,inputs  gradients of the outputs and the inputs of the rotation: one of each, or two (q and k).
+/// @return `(dcos, dsin)`, contiguous.
+std::tuple<at::Tensor, at::Tensor> rotary_embedding_tables_backward(
+    const Rotation& rotation,
+    at::TensorList grads,
+    at::TensorList inputs);
+
+}  // namespace dispatch
+
+/// `rotary_embedding_backward` by the two operators that it combines: the implementation where one kernel for both
+/// brings nothing, and where second derivatives are asked for.
+std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> rotary_embedding_backward_by_parts(
+    const Rotation& rotation,
+    at::TensorList grads,
+    at::TensorList inputs);
+
+}  // namespace posenc
