@@ -60,8 +60,8 @@ class PackedBatches {
 
   /// Bool `[Tq]` and `[Tk]`: tokens of sequences that are longer than `max_seqlen` or not within the tensors. Undefined
   /// on a CPU, where such lengths are errors.
-  const at::Tensor& broken_q() const { return broken_q_; }
-  const at::Tensor& broken_k() const { return broken_k_; }
+  const at::Tensor& invalid_q() const { return broken_q_; }
+  const at::Tensor& invalid_k() const { return broken_k_; }
 
  private:
   /// All sequences of queries or of keys.

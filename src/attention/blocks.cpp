@@ -17,8 +17,6 @@ namespace {
 
 using at::Tensor;
 
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
 /// Scores of a block of rows, 32 MiB in float32: enough rows for matrix products to be efficient, and little beside q,
 /// k and v of a length at which memory matters. A single row is never divided.
 constexpr int64_t kBlockElements = int64_t{1} << 23;
@@ -38,8 +36,8 @@ Blocks::Blocks(const Padded& call)
       finite_k_(k_),
       finite_v_(key_matrices(call.v)),
       slopes_(call.slopes.to(dtype_).view({1, -1, 1, 1})) {
-  if (call.poison.defined()) {
-    slopes_ = slopes_ + call.poison.view({-1, 1, 1, 1});
+  if (call.nan_if_too_long.defined()) {
+    slopes_ = slopes_ + call.nan_if_too_long.view({-1, 1, 1, 1});
   }
   const auto integers = call.q.options().dtype(at::kLong);
   keys_ = at::arange(call.k_len(), integers);

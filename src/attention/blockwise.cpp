@@ -16,8 +16,6 @@ namespace {
 
 using at::Tensor;
 
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
 /// Probabilities and the gradient of the logits of one block.
 struct BlockGradient {
   Tensor p, ds;

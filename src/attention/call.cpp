@@ -18,7 +18,6 @@ namespace {
 using at::Tensor;
 using contract::AlibiAttention;
 
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 /// The arguments of the checked call, without tensors.
@@ -63,21 +62,21 @@ Tensor filled_lse(const AlibiAttention& call, const Tensor& q, double value) {
 }
 
 /// NaN in the tokens of sequences whose lengths are not as promised.
-void spoil(const Tensor& x, const Tensor& broken_tokens) {
-  if (broken_tokens.defined()) {
-    x.masked_fill_(broken_tokens.view({-1, 1, 1}), kNaN);
+void set_nan(const Tensor& x, const Tensor& invalid_tokens) {
+  if (invalid_tokens.defined()) {
+    x.masked_fill_(invalid_tokens.view({-1, 1, 1}), kNaN);
   }
 }
 
-void spoil_lse(const Tensor& lse, const Tensor& broken_tokens) {
-  if (broken_tokens.defined()) {
-    lse.masked_fill_(broken_tokens.unsqueeze(0), kNaN);
+void set_lse_nan(const Tensor& lse, const Tensor& invalid_tokens) {
+  if (invalid_tokens.defined()) {
+    lse.masked_fill_(invalid_tokens.unsqueeze(0), kNaN);
   }
 }
 
-void spoil_slopes(const Tensor& grad_slopes, const Tensor& broken_tokens) {
-  if (broken_tokens.defined()) {
-    grad_slopes.masked_fill_(broken_tokens.any(), kNaN);
+void set_slopes_nan(const Tensor& grad_slopes, const Tensor& invalid_tokens) {
+  if (invalid_tokens.defined()) {
+    grad_slopes.masked_fill_(invalid_tokens.any(), kNaN);
   }
 }
 
@@ -123,7 +122,7 @@ Padded padded_call(
   // On a CPU such lengths are errors.
   if (broken.defined() && !broken.is_cpu()) {
     const auto wide = q.options().dtype(contract::alibi_slopes_dtype(q.scalar_type()));
-    result.poison = at::zeros({call.batch}, wide).masked_fill_(broken, kNaN);
+    result.nan_if_too_long = at::zeros({call.batch}, wide).masked_fill_(broken, kNaN);
   }
   return result;
 }
@@ -149,8 +148,8 @@ std::tuple<Tensor, Tensor> forward(
     batch.of_q.unpad(rows, out);
     unpad_lse(batch.of_q, sums, lse);
   }
-  spoil(out, batches.broken_q());
-  spoil_lse(lse, batches.broken_q());
+  set_nan(out, batches.invalid_q());
+  set_lse_nan(lse, batches.invalid_q());
   return {out, lse};
 }
 
@@ -189,11 +188,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
       grad_slopes.add_(dslopes);
     }
   }
-  spoil(grad_q, batches.broken_q());
-  spoil(grad_k, batches.broken_k());
-  spoil(grad_v, batches.broken_k());
+  set_nan(grad_q, batches.invalid_q());
+  set_nan(grad_k, batches.invalid_k());
+  set_nan(grad_v, batches.invalid_k());
   if (slopes_grad) {
-    spoil_slopes(grad_slopes, batches.broken_q());
+    set_slopes_nan(grad_slopes, batches.invalid_q());
   }
   return {grad_q, grad_k, grad_v, grad_slopes};
 }
@@ -245,13 +244,13 @@ SecondOrderResult double_backward(
     result.slopes.add_(of_batch.slopes);
   }
   for (const Tensor& x : {result.grad_out, result.q}) {
-    spoil(x, batches.broken_q());
+    set_nan(x, batches.invalid_q());
   }
   for (const Tensor& x : {result.k, result.v}) {
-    spoil(x, batches.broken_k());
+    set_nan(x, batches.invalid_k());
   }
-  spoil_lse(result.grad_lse, batches.broken_q());
-  spoil_slopes(result.slopes, batches.broken_q());
+  set_lse_nan(result.grad_lse, batches.invalid_q());
+  set_slopes_nan(result.slopes, batches.invalid_q());
   return result;
 }
 

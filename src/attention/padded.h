@@ -3,16 +3,19 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <limits>
 #include <optional>
 
 namespace posenc::attention {
+
+inline constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 /// `softmax(scale q k^T + bias + mask) v` of tensors `[B, S, H, D]`: the one form of a call that is computed.
 struct Padded {
   at::Tensor q, k, v;                   // zeros behind the lengths
   at::Tensor slopes;                    // [Hq]
   at::Tensor seqlens_q, seqlens_k;      // int64 [B]; undefined: all rows, all keys
-  at::Tensor poison;                    // [B], NaN where a length is beyond its tensor, else 0; or undefined
+  at::Tensor nan_if_too_long;           // [B], NaN where a length is beyond its tensor, else 0; or undefined
   std::optional<int64_t> query_offset;  // nullopt: `seqlens_k[b] - seqlens_q[b]`, both are defined then
   double scale;
   bool causal;

@@ -152,9 +152,9 @@ std::tuple<Tensor, Tensor> cudnn_attention(const Padded& call) {
     // Rows of zeros and, where a length is not as promised, of NaN.
     Tensor factor = limits.alive.to(out.scalar_type());
     lse.masked_fill_(limits.alive.logical_not().unsqueeze(1), -kInfinity);
-    if (call.poison.defined()) {
-      factor.add_(call.poison.unsqueeze(1));
-      lse.add_(call.poison.view({-1, 1, 1}));
+    if (call.nan_if_too_long.defined()) {
+      factor.add_(call.nan_if_too_long.unsqueeze(1));
+      lse.add_(call.nan_if_too_long.view({-1, 1, 1}));
     }
     out.mul_(factor.unsqueeze(-1).unsqueeze(-1));
   }
