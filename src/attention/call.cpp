@@ -17,6 +17,9 @@ namespace {
 
 using at::Tensor;
 using contract::AlibiAttention;
+using contract::AttentionBackwardArguments;
+using contract::AttentionSlopeSumsArguments;
+using contract::AttentionTensors;
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
@@ -31,17 +34,11 @@ Padded scalars_of(const AlibiAttention& call, const Tensor& slopes) {
 }
 
 /// A batch of packed tensors.
-Padded padded_batch(
-    const AlibiAttention& call,
-    const PackedBatches::Batch& batch,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& slopes) {
-  Padded result = scalars_of(call, slopes);
-  result.q = batch.of_q.pad(q);
-  result.k = batch.of_k.pad(k);
-  result.v = batch.of_k.pad(v);
+Padded padded_batch(const AlibiAttention& call, const PackedBatches::Batch& batch, const AttentionTensors& inputs) {
+  Padded result = scalars_of(call, inputs.slopes);
+  result.q = batch.of_q.pad(inputs.q);
+  result.k = batch.of_k.pad(inputs.k);
+  result.v = batch.of_k.pad(inputs.v);
   result.seqlens_q = batch.of_q.seqlens();
   result.seqlens_k = batch.of_k.seqlens();
   return result;
@@ -97,12 +94,8 @@ Tensor zeros_behind(const Tensor& x, const Tensor& seqlens, int64_t dim) {
 }
 
 /// A call of padded tensors, with zeros behind the lengths: NaN there would reach other rows as 0 * NaN.
-Padded padded_call(
-    const AlibiAttention& call,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& slopes) {
+Padded padded_call(const AlibiAttention& call, const AttentionTensors& inputs) {
+  const auto& [q, k, v, slopes] = inputs;
   Padded result = scalars_of(call, slopes);
   Tensor broken;
   const auto lengths = [&broken](const Tensor& given, int64_t most) {
@@ -129,22 +122,18 @@ Padded padded_call(
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> forward(
-    const AlibiAttention& call,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& slopes,
-    Forward compute) {
+std::tuple<Tensor, Tensor> forward(const AlibiAttention& call, const AttentionTensors& inputs, Forward compute) {
   if (!call.packed()) {
-    return compute(padded_call(call, q, k, v, slopes));
+    return compute(padded_call(call, inputs));
   }
+  const Tensor& q = inputs.q;
+  const Tensor& k = inputs.k;
   const PackedBatches batches(call, q.size(0), k.size(0));
   Tensor out = at::zeros_like(q);
   Tensor lse = filled_lse(call, q, -kInfinity);
   for (size_t i = 0; i < batches.size(); ++i) {
     const PackedBatches::Batch batch = batches.batch(i);
-    const auto [rows, sums] = compute(padded_batch(call, batch, q, k, v, slopes));
+    const auto [rows, sums] = compute(padded_batch(call, batch, inputs));
     batch.of_q.unpad(rows, out);
     unpad_lse(batch.of_q, sums, lse);
   }
@@ -155,18 +144,12 @@ std::tuple<Tensor, Tensor> forward(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const AlibiAttention& call,
-    const Tensor& grad_out,
-    const Tensor& grad_lse,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& slopes,
-    const Tensor& out,
-    const Tensor& lse,
-    bool slopes_grad,
+    const AttentionBackwardArguments& arguments,
     Backward compute) {
+  const auto& [grad_out, given_grad_lse, q, k, v, slopes, out, lse, slopes_grad] = arguments;
+  const Tensor grad_lse = given_grad_lse.value_or(Tensor());
   if (!call.packed()) {
-    const Padded padded = padded_call(call, q, k, v, slopes);
+    const Padded padded = padded_call(call, arguments.inputs());
     return compute(
         padded, zeros_behind(grad_out, padded.seqlens_q, 1), zeros_behind(grad_lse, padded.seqlens_q, 2), out, lse,
         slopes_grad);
@@ -179,8 +162,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   for (size_t i = 0; i < batches.size(); ++i) {
     const auto [of_q, of_k] = batches.batch(i);
     const auto [dq, dk, dv, dslopes] = compute(
-        padded_batch(call, {of_q, of_k}, q, k, v, slopes), of_q.pad(grad_out), pad_lse(of_q, grad_lse), of_q.pad(out),
-        pad_lse(of_q, lse), slopes_grad);
+        padded_batch(call, {of_q, of_k}, arguments.inputs()), of_q.pad(grad_out), pad_lse(of_q, grad_lse),
+        of_q.pad(out), pad_lse(of_q, lse), slopes_grad);
     of_q.unpad(dq, grad_q);
     of_k.unpad(dk, grad_k);
     of_k.unpad(dv, grad_v);
@@ -197,36 +180,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   return {grad_q, grad_k, grad_v, grad_slopes};
 }
 
-Tensor slope_sums(
-    const AlibiAttention& call,
-    const Tensor& grad_out,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& slopes,
-    const Tensor& lse,
-    SlopeSums compute) {
-  const Padded padded = padded_call(call, q, k, v, slopes);
-  return compute(padded, zeros_behind(grad_out, padded.seqlens_q, 1), lse);
+Tensor slope_sums(const AlibiAttention& call, const AttentionSlopeSumsArguments& arguments, SlopeSums compute) {
+  const Padded padded = padded_call(call, arguments.inputs());
+  return compute(padded, zeros_behind(arguments.grad_out, padded.seqlens_q, 1), arguments.lse);
 }
 
 SecondOrderResult double_backward(
     const AlibiAttention& call,
+    const AttentionTensors& inputs,
     const Tensor& grad_out,
     const Tensor& grad_lse,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& slopes,
     const SecondOrderGrads& grads) {
   if (!call.packed()) {
-    const Padded padded = padded_call(call, q, k, v, slopes);
+    const Padded padded = padded_call(call, inputs);
     const SecondOrderGrads visible{
         zeros_behind(grads.q, padded.seqlens_q, 1), zeros_behind(grads.k, padded.seqlens_k, 1),
         zeros_behind(grads.v, padded.seqlens_k, 1), grads.slopes};
     return blockwise_double_backward(
         padded, zeros_behind(grad_out, padded.seqlens_q, 1), zeros_behind(grad_lse, padded.seqlens_q, 2), visible);
   }
+  const auto& [q, k, v, slopes] = inputs;
   const PackedBatches batches(call, q.size(0), k.size(0));
   SecondOrderResult result{at::zeros_like(q), filled_lse(call, q, 0), at::zeros_like(q),
                            at::zeros_like(k), at::zeros_like(v),      zeros_of_slopes(call, q)};
@@ -234,7 +207,7 @@ SecondOrderResult double_backward(
   for (size_t i = 0; i < batches.size(); ++i) {
     const auto [of_q, of_k] = batches.batch(i);
     const SecondOrderResult of_batch = blockwise_double_backward(
-        padded_batch(call, {of_q, of_k}, q, k, v, slopes), of_q.pad(grad_out), pad_lse(of_q, grad_lse),
+        padded_batch(call, {of_q, of_k}, inputs), of_q.pad(grad_out), pad_lse(of_q, grad_lse),
         {pad(of_q, grads.q), pad(of_k, grads.k), pad(of_k, grads.v), grads.slopes});
     of_q.unpad(of_batch.grad_out, result.grad_out);
     unpad_lse(of_q, of_batch.grad_lse, result.grad_lse);

@@ -31,45 +31,27 @@ using SlopeSums = c10::function_ref<at::Tensor(const Padded& batch, const at::Te
 
 std::tuple<at::Tensor, at::Tensor> forward(
     const contract::AlibiAttention& call,
-    const at::Tensor& q,
-    const at::Tensor& k,
-    const at::Tensor& v,
-    const at::Tensor& slopes,
+    const contract::AttentionTensors& inputs,
     Forward compute);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
     const contract::AlibiAttention& call,
-    const at::Tensor& grad_out,
-    const at::Tensor& grad_lse,
-    const at::Tensor& q,
-    const at::Tensor& k,
-    const at::Tensor& v,
-    const at::Tensor& slopes,
-    const at::Tensor& out,
-    const at::Tensor& lse,
-    bool slopes_grad,
+    const contract::AttentionBackwardArguments& arguments,
     Backward compute);
 
 /// Of padded tensors alone.
 at::Tensor slope_sums(
     const contract::AlibiAttention& call,
-    const at::Tensor& grad_out,
-    const at::Tensor& q,
-    const at::Tensor& k,
-    const at::Tensor& v,
-    const at::Tensor& slopes,
-    const at::Tensor& lse,
+    const contract::AttentionSlopeSumsArguments& arguments,
     SlopeSums compute);
 
 /// The same on all devices.
+/// @param grad_lse  undefined means zero.
 SecondOrderResult double_backward(
     const contract::AlibiAttention& call,
+    const contract::AttentionTensors& inputs,
     const at::Tensor& grad_out,
     const at::Tensor& grad_lse,
-    const at::Tensor& q,
-    const at::Tensor& k,
-    const at::Tensor& v,
-    const at::Tensor& slopes,
     const SecondOrderGrads& grads);
 
 }  // namespace posenc::attention

@@ -11,12 +11,9 @@ using at::Tensor;
 template <c10::DeviceType Device>
 std::tuple<Tensor, Tensor> alibi_attention_autocast(
     const SymbolicAttentionOptions& options,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& slopes) {
+    const AttentionTensors& inputs) {
   const autocast::AttentionDtype<Device> cast;
-  return alibi_attention_with_lse(options, cast(q), cast(k), cast(v), slopes);
+  return dispatch::alibi_attention(options, {cast(inputs.q), cast(inputs.k), cast(inputs.v), inputs.slopes});
 }
 
 }  // namespace

@@ -69,9 +69,10 @@ class AlibiAttentionBackward final : public autograd::AttentionNode<AlibiAttenti
   variable_list gradients(const AttentionInputs& inputs, const variable_list& grads) {
     const auto& [q, k, v, slopes] = inputs;
     const Tensor result = out();
-    auto [grad_q, grad_k, grad_v, grad_slopes] = alibi_attention_backward(
-        options_.unpack(), or_zeros(grads[0], result), optional_tensor(grads[1]), q, k, v, slopes, result, lse(),
-        /*slopes_grad=*/wants(3));
+    auto [grad_q, grad_k, grad_v, grad_slopes] = dispatch::alibi_attention_backward(
+        options_.unpack(),
+        {or_zeros(grads[0], result), optional_tensor(grads[1]), q, k, v, slopes, result, lse(),
+         /*slopes_grad=*/wants(3)});
     return {grad_q, grad_k, grad_v, grad_slopes};
   }
 
@@ -81,13 +82,10 @@ class AlibiAttentionBackward final : public autograd::AttentionNode<AlibiAttenti
 
 std::tuple<Tensor, Tensor> alibi_attention_autograd(
     const SymbolicAttentionOptions& options,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& slopes) {
+    const AttentionTensors& inputs) {
   return autograd::record_attention<AlibiAttentionBackward>(
-      "posenc::alibi_attention", {q, k, v, slopes}, [&] { return alibi_attention_with_lse(options, q, k, v, slopes); },
-      options);
+      "posenc::alibi_attention", {inputs.q, inputs.k, inputs.v, inputs.slopes},
+      [&] { return dispatch::alibi_attention(options, inputs); }, options);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -121,10 +119,11 @@ class AlibiAttentionDoubleBackward final : public autograd::Node<AlibiAttentionD
     if (std::none_of(grads.begin(), grads.end(), [](const Tensor& grad) { return grad.defined(); })) {
       return variable_list(inputs_.size());
     }
-    auto [grad_out, grad_lse, q, k, v, slopes] = alibi_attention_double_backward(
-        options_.unpack(), optional_tensor(grads[0]), optional_tensor(grads[1]), optional_tensor(grads[2]),
-        optional_tensor(grads[3]), unpack(inputs_[0]), unpack_optional(inputs_[1]), unpack(inputs_[2]),
-        unpack(inputs_[3]), unpack(inputs_[4]), unpack(inputs_[5]));
+    auto [grad_out, grad_lse, q, k, v, slopes] = dispatch::alibi_attention_double_backward(
+        options_.unpack(),
+        {optional_tensor(grads[0]), optional_tensor(grads[1]), optional_tensor(grads[2]), optional_tensor(grads[3]),
+         unpack(inputs_[0]), unpack_optional(inputs_[1]), unpack(inputs_[2]), unpack(inputs_[3]), unpack(inputs_[4]),
+         unpack(inputs_[5])});
     return {grad_out, grad_lse, q, k, v, slopes};
   }
 
@@ -242,75 +241,46 @@ void record(
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> alibi_attention_backward_autograd(
+AttentionGradients alibi_attention_backward_autograd(
     const SymbolicAttentionOptions& options,
-    const Tensor& grad_out,
-    const std::optional<Tensor>& grad_lse,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& slopes,
-    const Tensor& out,
-    const Tensor& lse,
-    bool slopes_grad) {
-  const BackwardInputs inputs{grad_out, grad_lse.value_or(Tensor()), q, k, v, slopes};
-  for (const Tensor& input : inputs) {
-    autograd::check_no_tangent("posenc::alibi_attention_backward", input);
-  }
-  auto [grad_q, grad_k, grad_v, grad_slopes] = autograd::below_autograd(
-      [&] { return alibi_attention_backward(options, grad_out, grad_lse, q, k, v, slopes, out, lse, slopes_grad); });
+    const AttentionBackwardArguments& a) {
+  const BackwardInputs inputs{a.grad_out, a.grad_lse.value_or(Tensor()), a.q, a.k, a.v, a.slopes};
+  autograd::check_no_tangents("posenc::alibi_attention_backward", inputs);
+  auto [grad_q, grad_k, grad_v, grad_slopes] =
+      autograd::below_autograd([&] { return dispatch::alibi_attention_backward(options, a); });
   record<AlibiAttentionDoubleBackward>(inputs, options, {grad_q, grad_k, grad_v, grad_slopes});
   return {grad_q, grad_k, grad_v, grad_slopes};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> alibi_attention_double_backward_autograd(
+AttentionSecondGradients alibi_attention_double_backward_autograd(
     const SymbolicAttentionOptions& options,
-    const std::optional<Tensor>& grad_grad_q,
-    const std::optional<Tensor>& grad_grad_k,
-    const std::optional<Tensor>& grad_grad_v,
-    const std::optional<Tensor>& grad_grad_slopes,
-    const Tensor& grad_out,
-    const std::optional<Tensor>& grad_lse,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& slopes) {
+    const AttentionDoubleBackwardArguments& a) {
   const auto or_undefined = [](const std::optional<Tensor>& x) { return x.value_or(Tensor()); };
   const DoubleBackwardInputs inputs{
-      or_undefined(grad_grad_q),
-      or_undefined(grad_grad_k),
-      or_undefined(grad_grad_v),
-      or_undefined(grad_grad_slopes),
-      grad_out,
-      or_undefined(grad_lse),
-      q,
-      k,
-      v,
-      slopes};
-  for (const Tensor& input : inputs) {
-    autograd::check_no_tangent("posenc::alibi_attention_double_backward", input);
-  }
-  auto [d_grad_out, d_grad_lse, d_q, d_k, d_v, d_slopes] = autograd::below_autograd([&] {
-    return alibi_attention_double_backward(
-        options, grad_grad_q, grad_grad_k, grad_grad_v, grad_grad_slopes, grad_out, grad_lse, q, k, v, slopes);
-  });
+      or_undefined(a.grad_grad_q),
+      or_undefined(a.grad_grad_k),
+      or_undefined(a.grad_grad_v),
+      or_undefined(a.grad_grad_slopes),
+      a.grad_out,
+      or_undefined(a.grad_lse),
+      a.q,
+      a.k,
+      a.v,
+      a.slopes};
+  autograd::check_no_tangents("posenc::alibi_attention_double_backward", inputs);
+  auto [d_grad_out, d_grad_lse, d_q, d_k, d_v, d_slopes] =
+      autograd::below_autograd([&] { return dispatch::alibi_attention_double_backward(options, a); });
   record<AlibiAttentionTripleBackward>(inputs, options, {d_grad_out, d_grad_lse, d_q, d_k, d_v, d_slopes});
   return {d_grad_out, d_grad_lse, d_q, d_k, d_v, d_slopes};
 }
 
 Tensor alibi_attention_slope_sums_autograd(
     const SymbolicAttentionOptions& options,
-    const Tensor& grad_out,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& slopes,
-    const Tensor& lse) {
+    const AttentionSlopeSumsArguments& a) {
   autograd::check_no_gradients(
-      "posenc::alibi_attention_slope_sums", std::array<Tensor, 6>{grad_out, q, k, v, slopes, lse},
+      "posenc::alibi_attention_slope_sums", autograd::Differentiable{a.grad_out, a.q, a.k, a.v, a.slopes, a.lse},
       "differentiate alibi_attention with create_graph");
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return alibi_attention_slope_sums(options, grad_out, q, k, v, slopes, lse);
+  return autograd::below_autograd([&] { return dispatch::alibi_attention_slope_sums(options, a); });
 }
 
 }  // namespace

@@ -9,26 +9,15 @@ namespace {
 
 using at::Tensor;
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> alibi_attention_double_backward_composite(
+AttentionSecondGradients alibi_attention_double_backward_composite(
     const ConcreteAttentionOptions& options,
-    const std::optional<Tensor>& grad_grad_q,
-    const std::optional<Tensor>& grad_grad_k,
-    const std::optional<Tensor>& grad_grad_v,
-    const std::optional<Tensor>& grad_grad_slopes,
-    const Tensor& grad_out,
-    const std::optional<Tensor>& grad_lse,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& slopes) {
-  const auto call = contract::alibi_attention_double_backward(
-      "posenc::alibi_attention_double_backward", grad_grad_q, grad_grad_k, grad_grad_v, grad_grad_slopes, grad_out,
-      grad_lse, q, k, v, slopes, options);
+    const AttentionDoubleBackwardArguments& a) {
+  const auto call = contract::check_attention_double_backward("posenc::alibi_attention_double_backward", a, options);
   const auto or_undefined = [](const std::optional<Tensor>& x) { return x.value_or(Tensor()); };
   attention::SecondOrderResult result = attention::double_backward(
-      call, grad_out, or_undefined(grad_lse), q, k, v, slopes,
-      {or_undefined(grad_grad_q), or_undefined(grad_grad_k), or_undefined(grad_grad_v),
-       or_undefined(grad_grad_slopes)});
+      call, a.inputs(), a.grad_out, or_undefined(a.grad_lse),
+      {or_undefined(a.grad_grad_q), or_undefined(a.grad_grad_k), or_undefined(a.grad_grad_v),
+       or_undefined(a.grad_grad_slopes)});
   return {result.grad_out, result.grad_lse, result.q, result.k, result.v, result.slopes};
 }
 

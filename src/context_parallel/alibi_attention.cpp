@@ -53,9 +53,9 @@ struct Shard {
 struct Pair {
   int64_t q_half, k_half;
   SymbolicAttentionOptions options;
-  // What all distances are longer than those of the call. Chunks further apart than neighbours are computed as
-  // neighbours: their scores are less by slope * beyond, all of a row alike. The fused kernels are built for an offset,
-  // and so there are three of them, not one for each pair of ranks.
+  // Tokens to add to every distance: true distance minus the distance that the kernel computes. Chunks that are not
+  // neighbours are computed as neighbours, and the scores of each row are then too large by slope * beyond. The fused
+  // kernels are built for one offset: this way there are three of them, not one for each pair of ranks.
   int64_t beyond;
 };
 
@@ -134,11 +134,11 @@ std::tuple<Tensor, Tensor> alibi_attention(
     const Group& group,
     const ContextParallelALiBiAttentionOptions& options) {
   const Shard shard{
-      contract::context_parallel_alibi_attention(
-          "posenc::context_parallel_alibi_attention", q, k, v, slopes, options, group->getSize()),
+      contract::check_context_parallel_attention(
+          "posenc::context_parallel_alibi_attention", {q, k, v, slopes}, options, group->getSize()),
       group};
   if (shard.ranks() == 1) {
-    return alibi_attention_with_lse(shard.options(), q, k, v, slopes);
+    return dispatch::alibi_attention(shard.options(), {q, k, v, slopes});
   }
   const auto wide = q.options().dtype(contract::alibi_slopes_dtype(q.scalar_type()));
   Tensor out = at::empty_like(q);
@@ -149,9 +149,9 @@ std::tuple<Tensor, Tensor> alibi_attention(
   std::array<MergedRows, 2> halves;
   around(shard, k, v, [&](int64_t step, const Tensor& k_block, const Tensor& v_block) {
     for (const Pair& pair : visible_pairs(shard, shard.source(step))) {
-      const auto [part, part_lse] = alibi_attention_with_lse(
-          pair.options, shard.half(q, pair.q_half), shard.half(k_block, pair.k_half), shard.half(v_block, pair.k_half),
-          slopes);
+      const auto [part, part_lse] = dispatch::alibi_attention(
+          pair.options,
+          {shard.half(q, pair.q_half), shard.half(k_block, pair.k_half), shard.half(v_block, pair.k_half), slopes});
       halves[pair.q_half].add(part, lse_of_whole(part_lse, slopes, pair));
     }
   });
@@ -175,9 +175,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> alibi_attention_backward(
     const ContextParallelALiBiAttentionOptions& options,
     std::array<bool, 4> grad_mask) {
   const Shard shard{
-      contract::context_parallel_alibi_attention_backward(
-          "posenc::context_parallel_alibi_attention_backward", grad_out, grad_lse, q, k, v, slopes, out, lse, options,
-          group->getSize()),
+      contract::check_context_parallel_attention_backward(
+          "posenc::context_parallel_alibi_attention_backward",
+          {grad_out, grad_lse, q, k, v, slopes, out, lse, grad_mask[3]}, options, group->getSize()),
       group};
   const bool q_grad = grad_mask[0];
   const bool k_grad = grad_mask[1];
@@ -185,8 +185,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> alibi_attention_backward(
   const bool slopes_grad = grad_mask[3];
   if (shard.ranks() == 1) {
     const auto wanted = [](bool is_wanted, const Tensor& x) { return is_wanted ? x : Tensor(); };
-    const auto [dq, dk, dv, dslopes] =
-        posenc::alibi_attention_backward(shard.options(), grad_out, grad_lse, q, k, v, slopes, out, lse, slopes_grad);
+    const auto [dq, dk, dv, dslopes] = dispatch::alibi_attention_backward(
+        shard.options(), {grad_out, grad_lse, q, k, v, slopes, out, lse, slopes_grad});
     return {wanted(q_grad, dq), wanted(k_grad, dk), wanted(v_grad, dv), dslopes};
   }
   const bool kv_grad = k_grad || v_grad;
@@ -209,11 +209,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> alibi_attention_backward(
         const Tensor lse_part = lse_of_call(shard.half_of_rows(lse, pair.q_half), slopes, pair);
         if (q_grad || kv_grad) {
           // With output and log-sum-exp over all keys, a part of the keys gives its part of the gradients.
-          const auto [dq, dk, dv, none] = posenc::alibi_attention_backward(
-              pair.options, grad_part,
-              grad_lse.has_value() ? std::optional<Tensor>(shard.half_of_rows(*grad_lse, pair.q_half)) : std::nullopt,
-              q_part, k_part, v_part, slopes, shard.half(out, pair.q_half), lse_part,
-              /*slopes_grad=*/false);
+          const std::optional<Tensor> grad_lse_part =
+              grad_lse.has_value() ? std::optional<Tensor>(shard.half_of_rows(*grad_lse, pair.q_half)) : std::nullopt;
+          const auto [dq, dk, dv, none] = dispatch::alibi_attention_backward(
+              pair.options,
+              {grad_part, grad_lse_part, q_part, k_part, v_part, slopes, shard.half(out, pair.q_half), lse_part,
+               /*slopes_grad=*/false});
           if (q_grad) {
             shard.half(sums_of_q, pair.q_half).add_(dq);
           }
@@ -227,7 +228,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> alibi_attention_backward(
         if (slopes_grad) {
           add_slope_sums(
               shard.half_of_rows(sums_of_slopes, pair.q_half),
-              alibi_attention_slope_sums(pair.options, grad_part, q_part, k_part, v_part, slopes, lse_part), pair);
+              dispatch::alibi_attention_slope_sums(pair.options, {grad_part, q_part, k_part, v_part, slopes, lse_part}),
+              pair);
         }
       }
       if (kv_grad) {

@@ -170,13 +170,11 @@ void check_rows(const char* op, const char* name, const Tensor& tensor, const Al
 
 }  // namespace
 
-AlibiAttention alibi_attention(
+AlibiAttention check_attention(
     const char* op,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& slopes,
+    const AttentionTensors& inputs,
     const ConcreteAttentionOptions& options) {
+  const auto& [q, k, v, slopes] = inputs;
   check_defined(op, "q", q);
   check_defined(op, "k", k);
   check_defined(op, "v", v);
@@ -218,72 +216,54 @@ AlibiAttention alibi_attention(
   return call;
 }
 
-AlibiAttention alibi_attention_backward(
+AlibiAttention check_attention_backward(
     const char* op,
-    const Tensor& grad_out,
-    const std::optional<Tensor>& grad_lse,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& slopes,
-    const Tensor& out,
-    const Tensor& lse,
+    const AttentionBackwardArguments& a,
     const ConcreteAttentionOptions& options) {
-  const AlibiAttention call = alibi_attention(op, q, k, v, slopes, options);
-  check_like(op, "grad_out", grad_out, q.sizes(), q.scalar_type(), q.device());
-  check_like(op, "out", out, q.sizes(), q.scalar_type(), q.device());
-  check_rows(op, "lse", lse, call, q);
-  if (grad_lse.has_value()) {
-    check_rows(op, "grad_lse", *grad_lse, call, q);
+  const AlibiAttention call = check_attention(op, a.inputs(), options);
+  check_like(op, "grad_out", a.grad_out, a.q.sizes(), a.q.scalar_type(), a.q.device());
+  check_like(op, "out", a.out, a.q.sizes(), a.q.scalar_type(), a.q.device());
+  check_rows(op, "lse", a.lse, call, a.q);
+  if (a.grad_lse.has_value()) {
+    check_rows(op, "grad_lse", *a.grad_lse, call, a.q);
   }
   return call;
 }
 
-AlibiAttention alibi_attention_double_backward(
+AlibiAttention check_attention_double_backward(
     const char* op,
-    const std::optional<Tensor>& grad_grad_q,
-    const std::optional<Tensor>& grad_grad_k,
-    const std::optional<Tensor>& grad_grad_v,
-    const std::optional<Tensor>& grad_grad_slopes,
-    const Tensor& grad_out,
-    const std::optional<Tensor>& grad_lse,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& slopes,
+    const AttentionDoubleBackwardArguments& a,
     const ConcreteAttentionOptions& options) {
-  const AlibiAttention call = alibi_attention(op, q, k, v, slopes, options);
-  check_like(op, "grad_out", grad_out, q.sizes(), q.scalar_type(), q.device());
-  if (grad_lse.has_value()) {
-    check_rows(op, "grad_lse", *grad_lse, call, q);
+  const AlibiAttention call = check_attention(op, a.inputs(), options);
+  check_like(op, "grad_out", a.grad_out, a.q.sizes(), a.q.scalar_type(), a.q.device());
+  if (a.grad_lse.has_value()) {
+    check_rows(op, "grad_lse", *a.grad_lse, call, a.q);
   }
   for (const auto& [name, given, input] :
-       {std::tuple("grad_grad_q", &grad_grad_q, &q), std::tuple("grad_grad_k", &grad_grad_k, &k),
-        std::tuple("grad_grad_v", &grad_grad_v, &v)}) {
+       {std::tuple("grad_grad_q", &a.grad_grad_q, &a.q), std::tuple("grad_grad_k", &a.grad_grad_k, &a.k),
+        std::tuple("grad_grad_v", &a.grad_grad_v, &a.v)}) {
     if (given->has_value()) {
       check_like(op, name, **given, input->sizes(), input->scalar_type(), input->device());
     }
   }
-  if (grad_grad_slopes.has_value()) {
+  if (a.grad_grad_slopes.has_value()) {
     check_like(
-        op, "grad_grad_slopes", *grad_grad_slopes, slopes.sizes(), alibi_slopes_dtype(q.scalar_type()), q.device());
+        op, "grad_grad_slopes", *a.grad_grad_slopes, a.slopes.sizes(), alibi_slopes_dtype(a.q.scalar_type()),
+        a.q.device());
   }
   return call;
 }
 
-AlibiAttention alibi_attention_slope_sums(
+AlibiAttention check_attention_slope_sums(
     const char* op,
-    const Tensor& grad_out,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& slopes,
-    const Tensor& lse,
+    const AttentionSlopeSumsArguments& a,
     const ConcreteAttentionOptions& options) {
-  check_defined(op, "q", q);
-  TORCH_CHECK(q.dim() == 4, op, ": expected q of shape [B, Sq, Hq, D], got ", q.sizes());
-  return alibi_attention_backward(
-      op, grad_out, /*grad_lse=*/std::nullopt, q, k, v, slopes, /*out=*/grad_out, lse, options);
+  check_defined(op, "q", a.q);
+  TORCH_CHECK(a.q.dim() == 4, op, ": expected q of shape [B, Sq, Hq, D], got ", a.q.sizes());
+  const AlibiAttention call = check_attention(op, a.inputs(), options);
+  check_like(op, "grad_out", a.grad_out, a.q.sizes(), a.q.scalar_type(), a.q.device());
+  check_rows(op, "lse", a.lse, call, a.q);
+  return call;
 }
 
 }  // namespace posenc::contract

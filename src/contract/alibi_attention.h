@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <tuple>
 
 // What `alibi_attention` and its backward pass accept, as contract/alibi.h for the rest of the family.
 namespace posenc::contract {
@@ -32,6 +33,63 @@ AttentionOptions<Int> attention_options(const ALiBiAttentionOptions& o) {
 using ConcreteAttentionOptions = AttentionOptions<int64_t>;
 using SymbolicAttentionOptions = AttentionOptions<c10::SymInt>;
 
+// The arguments of each operator beside its options, in the order of its schema. They refer to the tensors of the call.
+// `flat` names the members for the dispatcher, which knows no structs.
+
+struct AttentionTensors {
+  const at::Tensor& q;
+  const at::Tensor& k;
+  const at::Tensor& v;
+  const at::Tensor& slopes;
+
+  auto flat() const { return std::tie(q, k, v, slopes); }
+};
+
+struct AttentionBackwardArguments {
+  const at::Tensor& grad_out;
+  const std::optional<at::Tensor>& grad_lse;  // nullopt means zero
+  const at::Tensor& q;
+  const at::Tensor& k;
+  const at::Tensor& v;
+  const at::Tensor& slopes;
+  const at::Tensor& out;
+  const at::Tensor& lse;
+  bool slopes_grad;  // whether the gradient of the slopes is asked for
+
+  AttentionTensors inputs() const { return {q, k, v, slopes}; }
+  auto flat() const { return std::tie(grad_out, grad_lse, q, k, v, slopes, out, lse, slopes_grad); }
+};
+
+struct AttentionDoubleBackwardArguments {
+  const std::optional<at::Tensor>& grad_grad_q;  // of dq, dk, dv and dslopes; nullopt means zero
+  const std::optional<at::Tensor>& grad_grad_k;
+  const std::optional<at::Tensor>& grad_grad_v;
+  const std::optional<at::Tensor>& grad_grad_slopes;
+  const at::Tensor& grad_out;
+  const std::optional<at::Tensor>& grad_lse;
+  const at::Tensor& q;
+  const at::Tensor& k;
+  const at::Tensor& v;
+  const at::Tensor& slopes;
+
+  AttentionTensors inputs() const { return {q, k, v, slopes}; }
+  auto flat() const {
+    return std::tie(grad_grad_q, grad_grad_k, grad_grad_v, grad_grad_slopes, grad_out, grad_lse, q, k, v, slopes);
+  }
+};
+
+struct AttentionSlopeSumsArguments {
+  const at::Tensor& grad_out;
+  const at::Tensor& q;
+  const at::Tensor& k;
+  const at::Tensor& v;
+  const at::Tensor& slopes;
+  const at::Tensor& lse;
+
+  AttentionTensors inputs() const { return {q, k, v, slopes}; }
+  auto flat() const { return std::tie(grad_out, q, k, v, slopes, lse); }
+};
+
 /// A checked call. Sequences are counted as in a padded batch: of a packed one, `batch` is their number, and `q_len`
 /// and `k_len` are the lengths that none exceeds.
 struct AlibiAttention {
@@ -39,8 +97,7 @@ struct AlibiAttention {
   int64_t q_heads, k_heads, head_dim;
   double scale;
   bool causal;
-  // Nothing: length in keys less length in queries, of every sequence its own. The host knows it to be 0 where both are
-  // one tensor.
+  // nullopt: `seqlens_k[b] - seqlens_q[b]`, per sequence; 0 if the same tensor was passed for both.
   std::optional<int64_t> query_offset;
   at::Tensor seqlens_q, seqlens_k;        // [B] or undefined
   at::Tensor cu_seqlens_q, cu_seqlens_k;  // [B + 1], both or none
@@ -48,53 +105,20 @@ struct AlibiAttention {
   bool packed() const { return cu_seqlens_q.defined(); }
 };
 
-/// Checks a call of `alibi_attention`.
+/// Checks a call of the operator `op`.
 /// @throws c10::Error  naming the argument, what was expected and what came; as all functions here.
-AlibiAttention alibi_attention(
+AlibiAttention check_attention(const char* op, const AttentionTensors& inputs, const ConcreteAttentionOptions& options);
+AlibiAttention check_attention_backward(
     const char* op,
-    const at::Tensor& q,
-    const at::Tensor& k,
-    const at::Tensor& v,
-    const at::Tensor& slopes,
+    const AttentionBackwardArguments& arguments,
     const ConcreteAttentionOptions& options);
-
-/// Checks a call of `alibi_attention_backward`.
-AlibiAttention alibi_attention_backward(
+AlibiAttention check_attention_double_backward(
     const char* op,
-    const at::Tensor& grad_out,
-    const std::optional<at::Tensor>& grad_lse,
-    const at::Tensor& q,
-    const at::Tensor& k,
-    const at::Tensor& v,
-    const at::Tensor& slopes,
-    const at::Tensor& out,
-    const at::Tensor& lse,
+    const AttentionDoubleBackwardArguments& arguments,
     const ConcreteAttentionOptions& options);
-
-/// Checks a call of `alibi_attention_double_backward`.
-AlibiAttention alibi_attention_double_backward(
+AlibiAttention check_attention_slope_sums(
     const char* op,
-    const std::optional<at::Tensor>& grad_grad_q,
-    const std::optional<at::Tensor>& grad_grad_k,
-    const std::optional<at::Tensor>& grad_grad_v,
-    const std::optional<at::Tensor>& grad_grad_slopes,
-    const at::Tensor& grad_out,
-    const std::optional<at::Tensor>& grad_lse,
-    const at::Tensor& q,
-    const at::Tensor& k,
-    const at::Tensor& v,
-    const at::Tensor& slopes,
-    const ConcreteAttentionOptions& options);
-
-/// Checks a call of `alibi_attention_slope_sums`.
-AlibiAttention alibi_attention_slope_sums(
-    const char* op,
-    const at::Tensor& grad_out,
-    const at::Tensor& q,
-    const at::Tensor& k,
-    const at::Tensor& v,
-    const at::Tensor& slopes,
-    const at::Tensor& lse,
+    const AttentionSlopeSumsArguments& arguments,
     const ConcreteAttentionOptions& options);
 
 }  // namespace posenc::contract

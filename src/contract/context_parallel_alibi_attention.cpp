@@ -35,34 +35,22 @@ AlibiAttention checked(const char* op, const AlibiAttention& call, int64_t world
 
 }  // namespace
 
-AlibiAttention context_parallel_alibi_attention(
+AlibiAttention check_context_parallel_attention(
     const char* op,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& slopes,
+    const AttentionTensors& inputs,
     const ContextParallelALiBiAttentionOptions& options,
     int64_t world_size) {
-  check_shard(op, q);
-  return checked(op, alibi_attention(op, q, k, v, slopes, options_of_one(options)), world_size);
+  check_shard(op, inputs.q);
+  return checked(op, check_attention(op, inputs, options_of_one(options)), world_size);
 }
 
-AlibiAttention context_parallel_alibi_attention_backward(
+AlibiAttention check_context_parallel_attention_backward(
     const char* op,
-    const Tensor& grad_out,
-    const std::optional<Tensor>& grad_lse,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& slopes,
-    const Tensor& out,
-    const Tensor& lse,
+    const AttentionBackwardArguments& arguments,
     const ContextParallelALiBiAttentionOptions& options,
     int64_t world_size) {
-  check_shard(op, q);
-  return checked(
-      op, alibi_attention_backward(op, grad_out, grad_lse, q, k, v, slopes, out, lse, options_of_one(options)),
-      world_size);
+  check_shard(op, arguments.q);
+  return checked(op, check_attention_backward(op, arguments, options_of_one(options)), world_size);
 }
 
 }  // namespace posenc::contract

@@ -9,26 +9,16 @@ namespace posenc::contract {
 /// Checks a call of `context_parallel_alibi_attention` among `world_size` ranks.
 /// @return the call that would be made of the tensors of this rank alone.
 /// @throws c10::Error  naming the argument, what was expected and what came; as all functions here.
-AlibiAttention context_parallel_alibi_attention(
+AlibiAttention check_context_parallel_attention(
     const char* op,
-    const at::Tensor& q,
-    const at::Tensor& k,
-    const at::Tensor& v,
-    const at::Tensor& slopes,
+    const AttentionTensors& inputs,
     const ContextParallelALiBiAttentionOptions& options,
     int64_t world_size);
 
-/// Checks a call of `context_parallel_alibi_attention_backward`.
-AlibiAttention context_parallel_alibi_attention_backward(
+/// Checks a call of `context_parallel_alibi_attention_backward`. `slopes_grad` is not read.
+AlibiAttention check_context_parallel_attention_backward(
     const char* op,
-    const at::Tensor& grad_out,
-    const std::optional<at::Tensor>& grad_lse,
-    const at::Tensor& q,
-    const at::Tensor& k,
-    const at::Tensor& v,
-    const at::Tensor& slopes,
-    const at::Tensor& out,
-    const at::Tensor& lse,
+    const AttentionBackwardArguments& arguments,
     const ContextParallelALiBiAttentionOptions& options,
     int64_t world_size);
 

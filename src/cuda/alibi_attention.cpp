@@ -88,45 +88,26 @@ Tensor compute_slope_sums(const attention::Padded& batch, const Tensor& grad_out
 
 std::tuple<Tensor, Tensor> alibi_attention_cuda(
     const ConcreteAttentionOptions& options,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& slopes) {
-  const auto call = contract::alibi_attention("posenc::alibi_attention", q, k, v, slopes, options);
-  const c10::cuda::CUDAGuard device(q.device());
-  return attention::forward(call, q, k, v, slopes, compute_forward);
+    const AttentionTensors& inputs) {
+  const auto call = contract::check_attention("posenc::alibi_attention", inputs, options);
+  const c10::cuda::CUDAGuard device(inputs.q.device());
+  return attention::forward(call, inputs, compute_forward);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> alibi_attention_backward_cuda(
+AttentionGradients alibi_attention_backward_cuda(
     const ConcreteAttentionOptions& options,
-    const Tensor& grad_out,
-    const std::optional<Tensor>& grad_lse,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& slopes,
-    const Tensor& out,
-    const Tensor& lse,
-    bool slopes_grad) {
-  const auto call = contract::alibi_attention_backward(
-      "posenc::alibi_attention_backward", grad_out, grad_lse, q, k, v, slopes, out, lse, options);
-  const c10::cuda::CUDAGuard device(q.device());
-  return attention::backward(
-      call, grad_out, grad_lse.value_or(Tensor()), q, k, v, slopes, out, lse, slopes_grad, compute_backward);
+    const AttentionBackwardArguments& arguments) {
+  const auto call = contract::check_attention_backward("posenc::alibi_attention_backward", arguments, options);
+  const c10::cuda::CUDAGuard device(arguments.q.device());
+  return attention::backward(call, arguments, compute_backward);
 }
 
 Tensor alibi_attention_slope_sums_cuda(
     const ConcreteAttentionOptions& options,
-    const Tensor& grad_out,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& slopes,
-    const Tensor& lse) {
-  const auto call = contract::alibi_attention_slope_sums(
-      "posenc::alibi_attention_slope_sums", grad_out, q, k, v, slopes, lse, options);
-  const c10::cuda::CUDAGuard device(q.device());
-  return attention::slope_sums(call, grad_out, q, k, v, slopes, lse, compute_slope_sums);
+    const AttentionSlopeSumsArguments& arguments) {
+  const auto call = contract::check_attention_slope_sums("posenc::alibi_attention_slope_sums", arguments, options);
+  const c10::cuda::CUDAGuard device(arguments.q.device());
+  return attention::slope_sums(call, arguments, compute_slope_sums);
 }
 
 }  // namespace

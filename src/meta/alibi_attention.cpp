@@ -7,13 +7,14 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
-#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <utility>
 
 namespace posenc {
 namespace {
 
 using at::Tensor;
-using meta::any_symbolic;
 using meta::has_symbolic_sizes;
 
 /// The options as numbers, where none is a symbol: only then can a call be checked.
@@ -50,74 +51,60 @@ Tensor empty_lse(const Tensor& q) {
                       : at::empty_symint({q.sym_size(0), q.sym_size(2), q.sym_size(1)}, dtype_of_sums(q));
 }
 
+bool is_symbolic(const Tensor& x) {
+  return has_symbolic_sizes(x);
+}
+bool is_symbolic(const std::optional<Tensor>& x) {
+  return x.has_value() && has_symbolic_sizes(*x);
+}
+bool is_symbolic(bool /*x*/) {
+  return false;
+}
+
+/// `check_arguments(op, arguments, options)` where nothing is a symbol.
+template <typename Check, typename Arguments>
+void check(
+    const Check& check_arguments,
+    const char* op,
+    const Arguments& arguments,
+    const SymbolicAttentionOptions& options) {
+  const auto numbers = concrete(options);
+  const bool symbolic =
+      std::apply([](const auto&... members) { return (is_symbolic(members) || ...); }, arguments.flat());
+  if (numbers.has_value() && !symbolic) {
+    check_arguments(op, arguments, *numbers);
+  }
+}
+
 std::tuple<Tensor, Tensor> alibi_attention_meta(
     const SymbolicAttentionOptions& options,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& slopes) {
-  if (const auto numbers = concrete(options); numbers && !any_symbolic({q, k, v, slopes})) {
-    contract::alibi_attention("posenc::alibi_attention", q, k, v, slopes, *numbers);
-  }
-  return {at::empty_like(q), empty_lse(q)};
+    const AttentionTensors& inputs) {
+  check(contract::check_attention, "posenc::alibi_attention", inputs, options);
+  return {at::empty_like(inputs.q), empty_lse(inputs.q)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> alibi_attention_backward_meta(
+AttentionGradients alibi_attention_backward_meta(
     const SymbolicAttentionOptions& options,
-    const Tensor& grad_out,
-    const std::optional<Tensor>& grad_lse,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& slopes,
-    const Tensor& out,
-    const Tensor& lse,
-    bool slopes_grad) {
-  if (const auto numbers = concrete(options); numbers && !any_symbolic({grad_out, q, k, v, slopes, out, lse})) {
-    contract::alibi_attention_backward(
-        "posenc::alibi_attention_backward", grad_out, grad_lse, q, k, v, slopes, out, lse, *numbers);
-  }
+    const AttentionBackwardArguments& a) {
+  check(contract::check_attention_backward, "posenc::alibi_attention_backward", a, options);
   Tensor grad_slopes;
-  if (slopes_grad) {
-    grad_slopes = at::empty_symint({slopes.sym_size(0)}, dtype_of_sums(q));
+  if (a.slopes_grad) {
+    grad_slopes = at::empty_symint({a.slopes.sym_size(0)}, dtype_of_sums(a.q));
   }
-  return {at::empty_like(q), at::empty_like(k), at::empty_like(v), grad_slopes};
+  return {at::empty_like(a.q), at::empty_like(a.k), at::empty_like(a.v), grad_slopes};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> alibi_attention_double_backward_meta(
+AttentionSecondGradients alibi_attention_double_backward_meta(
     const SymbolicAttentionOptions& options,
-    const std::optional<Tensor>& grad_grad_q,
-    const std::optional<Tensor>& grad_grad_k,
-    const std::optional<Tensor>& grad_grad_v,
-    const std::optional<Tensor>& grad_grad_slopes,
-    const Tensor& grad_out,
-    const std::optional<Tensor>& grad_lse,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& slopes) {
-  if (const auto numbers = concrete(options); numbers && !any_symbolic({grad_out, q, k, v, slopes})) {
-    contract::alibi_attention_double_backward(
-        "posenc::alibi_attention_double_backward", grad_grad_q, grad_grad_k, grad_grad_v, grad_grad_slopes, grad_out,
-        grad_lse, q, k, v, slopes, *numbers);
-  }
-  return {at::empty_like(q), empty_lse(q),      at::empty_like(q),
-          at::empty_like(k), at::empty_like(v), at::empty_symint({slopes.sym_size(0)}, dtype_of_sums(q))};
+    const AttentionDoubleBackwardArguments& a) {
+  check(contract::check_attention_double_backward, "posenc::alibi_attention_double_backward", a, options);
+  return {at::empty_like(a.q), empty_lse(a.q),      at::empty_like(a.q),
+          at::empty_like(a.k), at::empty_like(a.v), at::empty_symint({a.slopes.sym_size(0)}, dtype_of_sums(a.q))};
 }
 
-Tensor alibi_attention_slope_sums_meta(
-    const SymbolicAttentionOptions& options,
-    const Tensor& grad_out,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& slopes,
-    const Tensor& lse) {
-  if (const auto numbers = concrete(options); numbers && !any_symbolic({grad_out, q, k, v, slopes, lse})) {
-    contract::alibi_attention_slope_sums(
-        "posenc::alibi_attention_slope_sums", grad_out, q, k, v, slopes, lse, *numbers);
-  }
-  return at::empty_symint({4, q.sym_size(0), q.sym_size(2), q.sym_size(1)}, q.options().dtype(at::kDouble));
+Tensor alibi_attention_slope_sums_meta(const SymbolicAttentionOptions& options, const AttentionSlopeSumsArguments& a) {
+  check(contract::check_attention_slope_sums, "posenc::alibi_attention_slope_sums", a, options);
+  return at::empty_symint({4, a.q.sym_size(0), a.q.sym_size(2), a.q.sym_size(1)}, a.q.options().dtype(at::kDouble));
 }
 
 }  // namespace

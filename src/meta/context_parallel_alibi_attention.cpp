@@ -25,8 +25,8 @@ struct Meta {
       const Group& /*group*/,
       const ContextParallelALiBiAttentionOptions& options) {
     if (!any_symbolic({q, k, v, slopes})) {
-      contract::context_parallel_alibi_attention(
-          "posenc::context_parallel_alibi_attention", q, k, v, slopes, options, kAtLeastOneRank);
+      contract::check_context_parallel_attention(
+          "posenc::context_parallel_alibi_attention", {q, k, v, slopes}, options, kAtLeastOneRank);
     }
     const auto wide = q.options().dtype(contract::alibi_slopes_dtype(q.scalar_type()));
     return {at::empty_like(q), at::empty_symint({q.sym_size(0), q.sym_size(2), q.sym_size(1)}, wide)};
@@ -45,9 +45,9 @@ struct Meta {
       const ContextParallelALiBiAttentionOptions& options,
       std::array<bool, 4> grad_mask) {
     if (!any_symbolic({grad_out, q, k, v, slopes, out, lse})) {
-      contract::context_parallel_alibi_attention_backward(
-          "posenc::context_parallel_alibi_attention_backward", grad_out, grad_lse, q, k, v, slopes, out, lse, options,
-          kAtLeastOneRank);
+      contract::check_context_parallel_attention_backward(
+          "posenc::context_parallel_alibi_attention_backward",
+          {grad_out, grad_lse, q, k, v, slopes, out, lse, grad_mask[3]}, options, kAtLeastOneRank);
     }
     const auto like = [](bool wanted, const Tensor& x) { return wanted ? at::empty_like(x) : Tensor(); };
     Tensor grad_slopes;

@@ -8,22 +8,32 @@
 
 #include <optional>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 
 // The operators of attention below the public function. All take their options first, as one struct, in which integers
 // may be symbols of a graph that is being traced.
 namespace posenc {
 
+using contract::AttentionBackwardArguments;
+using contract::AttentionDoubleBackwardArguments;
+using contract::AttentionSlopeSumsArguments;
+using contract::AttentionTensors;
 using contract::ConcreteAttentionOptions;
 using contract::SymbolicAttentionOptions;
 
+/// `(dq, dk, dv, dslopes)`.
+using AttentionGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+/// The gradients of grad_out, grad_lse, q, k, v and slopes.
+using AttentionSecondGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// Calls through the dispatcher.
+namespace dispatch {
+
 /// `posenc::alibi_attention_with_lse`.
-std::tuple<at::Tensor, at::Tensor> alibi_attention_with_lse(
+std::tuple<at::Tensor, at::Tensor> alibi_attention(
     const SymbolicAttentionOptions& options,
-    const at::Tensor& q,
-    const at::Tensor& k,
-    const at::Tensor& v,
-    const at::Tensor& slopes);
+    const AttentionTensors& inputs);
 
 /// The gradients of `alibi_attention_with_lse` from its arguments and results, recomputing the probabilities
 /// P = exp(S - lse) (Dao et al. 2022, https://arxiv.org/abs/2205.14135, appendix B): with
@@ -37,17 +47,9 @@ std::tuple<at::Tensor, at::Tensor> alibi_attention_with_lse(
 /// @param grad_lse  of the shape of `lse`, or nothing for zeros.
 /// @return `(dq, dk, dv, dslopes)`; the last is `[Hq]`, float64 for float64, float32 for all others, and undefined
 ///   unless `slopes_grad`.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> alibi_attention_backward(
+AttentionGradients alibi_attention_backward(
     const SymbolicAttentionOptions& options,
-    const at::Tensor& grad_out,
-    const std::optional<at::Tensor>& grad_lse,
-    const at::Tensor& q,
-    const at::Tensor& k,
-    const at::Tensor& v,
-    const at::Tensor& slopes,
-    const at::Tensor& out,
-    const at::Tensor& lse,
-    bool slopes_grad);
+    const AttentionBackwardArguments& arguments);
 
 /// The gradients of `alibi_attention_backward` from gradients of its results, by the formulas of
 /// attention/second_order.h: in memory that grows with Sq + Sk.
@@ -55,18 +57,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> alibi_attention_backw
 /// @param grad_grad_q,grad_grad_k,grad_grad_v  gradients of dq, dk and dv, in their shapes; nothing for zeros.
 /// @param grad_grad_slopes  the gradient of dslopes, `[Hq]`, float64 for float64, float32 for all others.
 /// @return the gradients of grad_out, grad_lse, q, k, v and slopes.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> alibi_attention_double_backward(
+AttentionSecondGradients alibi_attention_double_backward(
     const SymbolicAttentionOptions& options,
-    const std::optional<at::Tensor>& grad_grad_q,
-    const std::optional<at::Tensor>& grad_grad_k,
-    const std::optional<at::Tensor>& grad_grad_v,
-    const std::optional<at::Tensor>& grad_grad_slopes,
-    const at::Tensor& grad_out,
-    const std::optional<at::Tensor>& grad_lse,
-    const at::Tensor& q,
-    const at::Tensor& k,
-    const at::Tensor& v,
-    const at::Tensor& slopes);
+    const AttentionDoubleBackwardArguments& arguments);
 
 /// What a call contributes to the gradient of the slopes, where it is of some of the keys of each row: of four
 /// quantities x, the sums of P x over the keys of the call, with P = exp(S - lse) and the lse of all keys:
@@ -81,26 +74,28 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
 /// @return float64 `[4, B, Hq, Sq]`.
 at::Tensor alibi_attention_slope_sums(
     const SymbolicAttentionOptions& options,
-    const at::Tensor& grad_out,
-    const at::Tensor& q,
-    const at::Tensor& k,
-    const at::Tensor& v,
-    const at::Tensor& slopes,
-    const at::Tensor& lse);
+    const AttentionSlopeSumsArguments& arguments);
 
-/// Makes a kernel for the dispatcher, which knows no structs, of a function that takes the options as its first
-/// argument: the kernel takes them one by one, as its last arguments.
+}  // namespace dispatch
+
+/// An implementation `Result Function(const AttentionOptions<Int>&, const Arguments&)` as the dispatcher calls it: the
+/// static function `call` takes the members of the arguments, then those of the options.
 template <auto Function>
 struct AttentionKernel;
 
-template <
-    typename Result,
-    typename Int,
-    typename... Arguments,
-    Result (*Function)(const contract::AttentionOptions<Int>&, Arguments...)>
-struct AttentionKernel<Function> {
+namespace detail {
+
+/// Numbers by value, all else by reference.
+template <typename T>
+using Parameter = std::conditional_t<std::is_arithmetic_v<std::decay_t<T>>, std::decay_t<T>, T>;
+
+template <auto Function, typename Result, typename Int, typename Arguments, typename Members>
+struct AttentionKernelOf;
+
+template <auto Function, typename Result, typename Int, typename Arguments, typename... Members>
+struct AttentionKernelOf<Function, Result, Int, Arguments, std::tuple<Members...>> {
   static Result call(
-      Arguments... arguments,
+      Parameter<Members>... members,
       std::optional<double> scale,
       bool causal,
       std::optional<Int> query_offset,
@@ -113,8 +108,18 @@ struct AttentionKernel<Function> {
     return Function(
         {scale, causal, std::move(query_offset), seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k,
          std::move(max_seqlen_q), std::move(max_seqlen_k)},
-        arguments...);
+        Arguments{members...});
   }
 };
+
+}  // namespace detail
+
+template <
+    typename Result,
+    typename Int,
+    typename Arguments,
+    Result (*Function)(const contract::AttentionOptions<Int>&, const Arguments&)>
+struct AttentionKernel<Function>
+    : detail::AttentionKernelOf<Function, Result, Int, Arguments, decltype(std::declval<Arguments>().flat())> {};
 
 }  // namespace posenc

@@ -3,7 +3,6 @@
 #include <autograd/detail/node.h>
 #include <autograd/detail/record.h>
 
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -79,13 +78,8 @@ std::tuple<at::Tensor, at::Tensor> record_attention(
     const AttentionInputs& inputs,
     const Forward& forward,
     const Args&... args) {
-  for (const at::Tensor& input : inputs) {
-    check_no_tangent(op, input);
-  }
-  auto outputs = [&] {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return forward();
-  }();
+  check_no_tangents(op, inputs);
+  auto outputs = below_autograd(forward);
   if (any_requires_grad(inputs)) {
     const auto node = make_node<Node>(inputs, inputs, args...);
     torch::autograd::set_history(std::get<0>(outputs), node);
