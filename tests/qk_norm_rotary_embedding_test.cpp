@@ -72,8 +72,9 @@ std::vector<RotaryCase> grid() {
   }
   for (const auto& [name, axes, pattern] : std::vector<std::tuple<std::string, int64_t, PairAxes>>{
            {"Chunked", 3, PairAxes::chunked}, {"Cycled", 3, PairAxes::cycled}, {"Random", 4, PairAxes::random}}) {
-    const auto add_axes = [&, a = axes, p = pattern](const std::string& suffix, std::function<void(RotaryCase&)> more) {
-      add("Axes" + name + suffix, [=](RotaryCase& c) {
+    const auto add_axes = [&, n = name, a = axes, p = pattern](
+                              const std::string& suffix, std::function<void(RotaryCase&)> more) {
+      add("Axes" + n + suffix, [=](RotaryCase& c) {
         c.axes = a;
         c.pair_axes = p;
         c.positions = PositionShape::per_batch;
