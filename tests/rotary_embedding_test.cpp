@@ -77,8 +77,9 @@ std::vector<RotaryCase> grid() {
            {"TwoAxes", 2, PairAxes::chunked},
            {"ThreeAxesCycled", 3, PairAxes::cycled},
            {"FourAxesRandom", 4, PairAxes::random}}) {
-    const auto add_axes = [&, a = axes, p = pattern](const std::string& suffix, std::function<void(RotaryCase&)> more) {
-      add(name + suffix, [=](RotaryCase& c) {
+    const auto add_axes = [&, n = name, a = axes, p = pattern](
+                              const std::string& suffix, std::function<void(RotaryCase&)> more) {
+      add(n + suffix, [=](RotaryCase& c) {
         c.axes = a;
         c.pair_axes = p;
         c.positions = PositionShape::per_batch;
