@@ -215,7 +215,7 @@ TEST_P(AlibiAttentionForms, AreFusedAndRight) {
   const AttentionInputs in = make_attention_inputs(c, {at::kCUDA, dtype});
   const at::Tensor grad = at::randn(in.q.sizes(), at::kFloat).to(in.q.options());
   TensorList actual;
-  EXPECT_EQ(logged([&, &c = c] { actual = everything(in, grad); }).find(kNotFused), std::string::npos);
+  EXPECT_EQ(logged([&] { actual = everything(in, grad); }).find(kNotFused), std::string::npos);
   const TensorList expected = everything_in_float64(in, grad);
   for (size_t i = 0; i < actual.size(); ++i) {
     SCOPED_TRACE(kNames[i]);
