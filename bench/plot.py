@@ -19,7 +19,16 @@ PASSES = ("forward", "backward")
 COLORS = {"forward": "tab:blue", "backward": "tab:orange"}
 # What the benchmark times beside an operator that is no implementation of it in LibTorch.
 YARDSTICKS = {"copy", "fill", "bare_cudnn", "without_bias"}
-OPERATORS = ("RoPE", "RoPE in place", "RoPE packed", "M-RoPE", "QK-norm + RoPE", "ALiBi bias", "ALiBi add", "ALiBi softmax")
+OPERATORS = (
+    "RoPE",
+    "RoPE in place",
+    "RoPE packed",
+    "M-RoPE",
+    "QK-norm + RoPE",
+    "ALiBi bias",
+    "ALiBi add",
+    "ALiBi softmax",
+)
 
 
 def read(path):
@@ -51,7 +60,8 @@ def draw_ratios(axes, times, others, title):
             values = sorted(ratios(times, operator, passed, others))
             if values:
                 axes.plot(values, [i + offset] * len(values), "o", ms=4, alpha=0.4, mew=0, color=COLORS[passed])
-                axes.plot([values[len(values) // 2]] * 2, [i + offset - 0.15, i + offset + 0.15], lw=2, color=COLORS[passed])
+                median = values[len(values) // 2]
+                axes.plot([median] * 2, [i + offset - 0.15, i + offset + 0.15], lw=2, color=COLORS[passed])
     axes.set_yticks(range(len(OPERATORS)), OPERATORS)
     axes.grid(axis="x", alpha=0.3)
     axes.set_title(title, fontsize=10)
@@ -66,7 +76,8 @@ def operators(context, times, path):
     draw_ratios(left, times, lambda name: name not in YARDSTICKS, "speedup over the fastest tensor code in LibTorch")
     left.set_xscale("log", base=2)
     left.xaxis.set_major_formatter(lambda x, _: f"{x:g}x")
-    draw_ratios(right, times, lambda name: name in {"copy", "fill"}, "time of a copy of its input over the time of posenc")
+    title = "time of a copy of its input over the time of posenc"
+    draw_ratios(right, times, lambda name: name in {"copy", "fill"}, title)
     right.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f} %")
     right.set_xlim(0, None)
     right.invert_yaxis()  # of both

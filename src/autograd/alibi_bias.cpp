@@ -6,8 +6,6 @@
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/library.h>
 
-#include <array>
-#include <functional>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -49,10 +47,10 @@ Tensor alibi_bias_autograd(
     bool causal,
     at::ScalarType dtype,
     std::optional<c10::SymInt> query_offset) {
-  autograd::check_no_tangent("posenc::alibi_bias", slopes);
+  const autograd::Differentiable differentiable{slopes};
+  autograd::check_no_tangents("posenc::alibi_bias", differentiable);
   const Tensor output = autograd::below_autograd(
       [&] { return alibi_bias_symint(slopes, std::move(q_len), std::move(k_len), causal, dtype, query_offset); });
-  const autograd::Differentiable differentiable{slopes};
   if (autograd::any_requires_grad(differentiable)) {
     torch::autograd::set_history(
         output, autograd::make_node<AlibiBiasBackward>(differentiable, causal, std::move(query_offset)));
@@ -60,7 +58,8 @@ Tensor alibi_bias_autograd(
   return output;
 }
 
-/// The gradient of scores is what comes in, and that of slopes needs nothing else: nothing is saved.
+/// The gradient of scores is that of the sum, and the gradient of slopes is computed from it and the distances: no
+/// tensor is saved.
 class AlibiAddBackward final : public autograd::Node<AlibiAddBackward> {
  public:
   AlibiAddBackward() = default;
@@ -91,7 +90,7 @@ class AlibiAddBackward final : public autograd::Node<AlibiAddBackward> {
   std::optional<c10::SymInt> query_offset_;
 };
 
-/// A mask of zeros and ones is its own transpose.
+/// `alibi_mask` multiplies by zeros and ones, so its gradient is `alibi_mask` of the gradient.
 class AlibiMaskBackward final : public autograd::Node<AlibiMaskBackward> {
  public:
   AlibiMaskBackward() = default;
@@ -118,11 +117,10 @@ Tensor alibi_add_autograd(
     const Tensor& slopes,
     bool causal,
     std::optional<c10::SymInt> query_offset) {
-  autograd::check_no_tangent("posenc::alibi_add", scores);
-  autograd::check_no_tangent("posenc::alibi_add", slopes);
+  const autograd::Differentiable differentiable{scores, slopes};
+  autograd::check_no_tangents("posenc::alibi_add", differentiable);
   const Tensor output =
       autograd::below_autograd([&] { return alibi_add_symint(scores, slopes, causal, query_offset); });
-  const autograd::Differentiable differentiable{scores, slopes};
   if (autograd::any_requires_grad(differentiable)) {
     torch::autograd::set_history(
         output, autograd::make_node<AlibiAddBackward>(differentiable, causal, std::move(query_offset)));
@@ -131,9 +129,8 @@ Tensor alibi_add_autograd(
 }
 
 void alibi_add_autograd_(Tensor& scores, const Tensor& slopes, bool causal, std::optional<c10::SymInt> query_offset) {
-  autograd::check_no_tangent("posenc::alibi_add_", scores);
-  autograd::check_no_tangent("posenc::alibi_add_", slopes);
   const autograd::Differentiable differentiable{scores, slopes};
+  autograd::check_no_tangents("posenc::alibi_add_", differentiable);
   NodePtr node;
   if (autograd::any_requires_grad(differentiable)) {
     TORCH_CHECK(
@@ -159,9 +156,9 @@ void alibi_add_version_(Tensor& scores, const Tensor& slopes, bool causal, std::
 }
 
 Tensor alibi_mask_autograd(const Tensor& grad, std::optional<c10::SymInt> query_offset) {
-  autograd::check_no_tangent("posenc::alibi_mask", grad);
-  const Tensor output = autograd::below_autograd([&] { return alibi_mask(grad, query_offset); });
   const autograd::Differentiable differentiable{grad};
+  autograd::check_no_tangents("posenc::alibi_mask", differentiable);
+  const Tensor output = autograd::below_autograd([&] { return alibi_mask(grad, query_offset); });
   if (autograd::any_requires_grad(differentiable)) {
     torch::autograd::set_history(
         output, autograd::make_node<AlibiMaskBackward>(differentiable, std::move(query_offset)));
@@ -169,8 +166,8 @@ Tensor alibi_mask_autograd(const Tensor& grad, std::optional<c10::SymInt> query_
   return output;
 }
 
-/// The gradient of slopes is linear in the gradient of the bias. Its transpose is the bias itself, of what comes in
-/// as slopes, and zero where the mask hides a key.
+/// `alibi_slopes_backward` is linear in `grad`, [B, H, Sq, Sk] or [H, Sq, Sk]. Its gradient is `alibi_bias` with the
+/// incoming gradient, [H], as slopes; zero where the causal mask hides a key.
 class AlibiSlopesBackwardBackward final : public autograd::Node<AlibiSlopesBackwardBackward> {
  public:
   AlibiSlopesBackwardBackward() = default;
@@ -206,9 +203,9 @@ class AlibiSlopesBackwardBackward final : public autograd::Node<AlibiSlopesBackw
 };
 
 Tensor alibi_slopes_backward_autograd(const Tensor& grad, bool causal, std::optional<c10::SymInt> query_offset) {
-  autograd::check_no_tangent("posenc::alibi_slopes_backward", grad);
-  const Tensor output = autograd::below_autograd([&] { return alibi_slopes_backward(grad, causal, query_offset); });
   const autograd::Differentiable differentiable{grad};
+  autograd::check_no_tangents("posenc::alibi_slopes_backward", differentiable);
+  const Tensor output = autograd::below_autograd([&] { return alibi_slopes_backward(grad, causal, query_offset); });
   if (autograd::any_requires_grad(differentiable)) {
     torch::autograd::set_history(
         output,

@@ -4,13 +4,10 @@
 #include <ops/alibi_softmax.h>
 
 #include <ATen/TensorOperators.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/arange.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
-#include <array>
-#include <functional>
 #include <tuple>
 #include <utility>
 
@@ -129,11 +126,10 @@ Tensor alibi_softmax_autograd(
     bool causal,
     const std::optional<Tensor>& key_padding_mask,
     std::optional<c10::SymInt> query_offset) {
-  autograd::check_no_tangent("posenc::alibi_softmax", scores);
-  autograd::check_no_tangent("posenc::alibi_softmax", slopes);
+  const autograd::Differentiable differentiable{scores, slopes};
+  autograd::check_no_tangents("posenc::alibi_softmax", differentiable);
   const Tensor output = autograd::below_autograd(
       [&] { return alibi_softmax_symint(scores, slopes, scale, causal, key_padding_mask, query_offset); });
-  const autograd::Differentiable differentiable{scores, slopes};
   if (autograd::any_requires_grad(differentiable)) {
     const auto node =
         autograd::make_node<AlibiSoftmaxBackward>(differentiable, Settings{scale, causal, std::move(query_offset)});
@@ -150,11 +146,10 @@ std::tuple<Tensor, Tensor> alibi_softmax_backward_autograd(
     bool causal,
     std::optional<c10::SymInt> query_offset,
     bool slopes_grad) {
-  autograd::check_no_tangent("posenc::alibi_softmax_backward", grad);
-  autograd::check_no_tangent("posenc::alibi_softmax_backward", probs);
+  const autograd::Differentiable differentiable{grad, probs};
+  autograd::check_no_tangents("posenc::alibi_softmax_backward", differentiable);
   auto outputs = autograd::below_autograd(
       [&] { return alibi_softmax_backward(grad, probs, scale, causal, query_offset, slopes_grad); });
-  const autograd::Differentiable differentiable{grad, probs};
   if (autograd::any_requires_grad(differentiable)) {
     const auto node = autograd::make_node<AlibiSoftmaxBackwardBackward>(
         differentiable, grad, probs, Settings{scale, causal, std::move(query_offset)});

@@ -25,8 +25,8 @@ using autograd::UnpackedRotation;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-/// The gradient of a rotation is the inverse rotation, computed by the operator itself, so that it can be differentiated
-/// again. Saves the inputs only where the tables need a gradient.
+/// The gradient of q and k is the gradient of the outputs rotated by the negative angles. It is computed by the same
+/// operator, so that it can be differentiated again. q and k are saved only where cos or sin requires a gradient.
 class RotaryEmbeddingBackward final : public autograd::Node<RotaryEmbeddingBackward> {
  public:
   RotaryEmbeddingBackward() = default;
@@ -263,7 +263,7 @@ TORCH_LIBRARY_IMPL(posenc, Autograd, m) {
   m.impl("rotary_embedding_qk_", rotary_kernel<rotary_embedding_qk_autograd_>);
 }
 
-// Tells autograd that values saved of what was overwritten are stale.
+// Increments the version of each tensor that was overwritten, so that autograd refuses values of it that were saved.
 TORCH_LIBRARY_IMPL(posenc, ADInplaceOrView, m) {
   m.impl("rotary_embedding_", rotary_kernel<rotary_embedding_version_>);
   m.impl("rotary_embedding_qk_", rotary_kernel<rotary_embedding_qk_version_>);

@@ -5,14 +5,11 @@
 #include <ops/rotary_tables.h>
 
 #include <ATen/TensorOperators.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
-#include <array>
-#include <functional>
 #include <tuple>
 #include <utility>
 
@@ -23,8 +20,8 @@ using at::Tensor;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-/// The derivative of a cosine is a sine: the tables say all. They are outputs, and so lead a second derivative back to
-/// the frequencies.
+/// The derivatives of `cos` and `sin` are made of `sin` and `cos`: the two outputs are all that is saved. As outputs
+/// they carry second derivatives back to the frequencies.
 class RotaryTablesBackward final : public autograd::Node<RotaryTablesBackward> {
  public:
   RotaryTablesBackward() = default;
@@ -75,8 +72,8 @@ std::tuple<Tensor, Tensor> rotary_tables_autograd(
   return tables;
 }
 
-/// Where the gradient is itself differentiated it is made of tensor operations, which know their derivatives: a table
-/// is small beside what it rotates.
+/// Where the gradient is itself differentiated, it is computed in tensor operations, which LibTorch differentiates.
+/// Their cost is small: a table [P, R/2] has few elements beside the tensors that it rotates.
 Tensor rotary_tables_backward_autograd(
     const Tensor& grad_cos,
     const Tensor& grad_sin,

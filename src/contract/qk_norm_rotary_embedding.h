@@ -11,20 +11,21 @@
 // What `qk_norm_rotary_embedding` and its backward accept.
 namespace posenc::contract {
 
-/// @throws c10::Error  naming the argument, what was expected and what came.
+/// Check shapes, dtypes and devices of all arguments; `op` is the name of the operator in messages.
+/// @throws c10::Error  at the first argument that is wrong: its name, what was expected and what was given.
 void check_qk_norm_rotary(const char* op, const QKNormRotation& rotation, const at::Tensor& q, const at::Tensor& k);
 void check_qk_norm_rotary_backward(const QKNormRotation& rotation, const QKNormRotaryGradInputs& inputs);
 
 /// Checks all arguments and describes the call; the outputs are still missing.
 QKNormRotaryProblem qk_norm_rotary_problem(const QKNormRotation& rotation, const at::Tensor& q, const at::Tensor& k);
 
-/// The outputs of the backward pass.
+/// Allocates the gradients that `inputs` ask for; the others are undefined.
 QKNormRotaryGradients allocate_qk_norm_rotary_gradients(
     const QKNormRotation& rotation,
     const QKNormRotaryGradInputs& inputs);
 
-/// Checks all arguments and describes the call with these outputs. Operands whose gradient is absent are left out;
-/// `rotary.num_operands` may be 0.
+/// Checks all arguments, allocates `gradients` and describes the call. q or k is left out where its gradient is absent;
+/// `rotary.num_operands` is 0 where both are.
 QKNormRotaryBackwardProblem qk_norm_rotary_backward_problem(
     const QKNormRotation& rotation,
     const QKNormRotaryGradInputs& inputs,

@@ -22,12 +22,13 @@ struct Rotated {
 /// One tensor, or q and k.
 using RotatedList = at::ArrayRef<Rotated>;
 
-/// Checks all arguments of the operator `op`.
-/// @throws c10::Error  naming the argument, what was expected and what came.
+/// Checks shapes, dtypes and devices of all arguments of the operator `op`, such as "posenc::rotary_embedding".
+/// @throws c10::Error  at the first argument that is wrong: its name, what was expected and what was given.
 void check_rotary(const char* op, const Rotation& rotation, RotatedList inputs);
 
-/// The same for inputs that are overwritten.
-/// @throws c10::Error  also where memory overlaps: within an input, between two, or with tables or positions.
+/// `check_rotary` for inputs that are overwritten.
+/// @throws c10::Error  as `check_rotary`; also where the memory of an input overlaps itself, the other input, a table
+///   or the positions.
 void check_rotary_in_place(const char* op, const Rotation& rotation, RotatedList inputs);
 
 /// Describes a call whose arguments have been checked; the outputs are still missing.
@@ -37,7 +38,7 @@ RotaryProblem describe_rotary(const char* op, const Rotation& rotation, RotatedL
 /// `check_rotary`, then `describe_rotary`.
 RotaryProblem rotary_problem(const char* op, const Rotation& rotation, RotatedList inputs);
 
-/// The same in place; the outputs are the inputs.
+/// `check_rotary_in_place`, then `describe_rotary` with the inputs as outputs.
 RotaryProblem rotary_in_place_problem(const char* op, const Rotation& rotation, RotatedList inputs);
 
 /// Allocates the output that goes with `input`, in its memory layout where that is dense, and enters it into

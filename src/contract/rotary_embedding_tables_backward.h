@@ -17,12 +17,12 @@ struct RotaryTablesCall {
   at::Tensor order, row_starts;  // undefined without positions
 };
 
-/// Checks the arguments of `rotary_embedding_tables_backward`, sorts tokens by the row they read (on the device, without
-/// waiting for it) and allocates the outputs.
-/// @throws c10::Error  naming the argument, what was expected and what came.
+/// Checks the arguments of `rotary_embedding_tables_backward` and allocates dcos and dsin. Where positions choose the
+/// rows of the tables, sorts the tokens by row on the device of the tensors; the host does not wait for it.
+/// @throws c10::Error  where an argument is wrong, before anything is launched.
 RotaryTablesCall rotary_tables_call(const Rotation& rotation, at::TensorList grads, at::TensorList inputs);
 
-/// The same of `rotary_embedding_backward`, where positions have one axis.
+/// A checked call of `rotary_embedding_backward`, where positions have one axis.
 struct RotaryBackwardCall {
   RotaryBackwardProblem problem;
   std::vector<at::Tensor> input_grads;

@@ -29,14 +29,14 @@ std::tuple<Tensor, Tensor> rotary_tables_cpu(
   return {angles.cos().mul_(attention_factor).to(dtype), angles.sin().mul_(attention_factor).to(dtype)};
 }
 
-/// One row of each table from one pair on.
+/// One row of the gradients and of the tables, [R/2], from the first pair of a thread on; strides in elements.
 template <typename T>
 struct Row {
   const T *grad_cos, *grad_sin, *cos, *sin;
   int64_t grad_cos_stride, grad_sin_stride, cos_stride, sin_stride;
 };
 
-/// All strides are 1 where `Dense`.
+/// Adds the terms of one row to `sums`, float64 [count]. All strides are 1 where `Dense`.
 template <typename T, bool Dense>
 POSENC_CPU_CLONES void add_row(const Row<T>& row, double position, int64_t count, double* sums) {
   const int64_t gc = Dense ? 1 : row.grad_cos_stride;
@@ -51,7 +51,8 @@ POSENC_CPU_CLONES void add_row(const Row<T>& row, double position, int64_t count
   }
 }
 
-/// Every pair is summed by one thread, in the order of positions.
+/// Sums over the positions for each pair. One thread sums a pair, in the order of positions, so that the result does
+/// not depend on the number of threads.
 template <typename T>
 void run(const FrequenciesBackwardProblem& problem, double* sums) {
   const int64_t grain = std::max<int64_t>(1, cpu::kGrainElements / std::max<int64_t>(1, problem.length));

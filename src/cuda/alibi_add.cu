@@ -20,7 +20,7 @@ void launch_alibi_add(const AlibiAddProblem& problem) {
   const int64_t along_keys = threads_along_keys(num_vectors, U);
   const int64_t along_queries = kMaxThreads / along_keys;
   const int64_t key_groups = ceil_div(num_vectors, along_keys * U);
-  // Outputs of more than 2^31 blocks a matrix, 2^40 elements, fit no memory.
+  // Below 2^31, the limit of a grid: 2^31 blocks for one [Sq, Sk] matrix would be 2^40 elements, more than any memory.
   const int64_t blocks = key_groups * ceil_div(shape.q_len, along_queries);
   const Matrices matrices(shape);
   const dim3 block(along_keys, along_queries);
@@ -29,7 +29,8 @@ void launch_alibi_add(const AlibiAddProblem& problem) {
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-/// Launches with 16-byte vectors where the call allows them, else with single elements.
+/// Launches the kernel of one pass. Each thread loads and stores 16 bytes at a time where addresses and strides of the
+/// scores and the output are multiples of 16 bytes, else one element at a time.
 template <AlibiPass Pass>
 void run_alibi_add(const AlibiAddProblem& problem, const at::Tensor& like) {
   if (is_empty(problem.shape)) {

@@ -11,7 +11,6 @@
 
 #include <algorithm>
 #include <mutex>
-#include <optional>
 #include <tuple>
 #include <vector>
 

@@ -39,8 +39,9 @@ std::tuple<at::Tensor, at::Tensor> qk_norm_rotary_kernel(
       {{cos, sin, positions, interleaved, conjugate, pair_axes}, q_weight, k_weight, eps, unit_offset}, q, k);
 }
 
-/// The results of `qk_norm_rotary_embedding_backward`, each of the dtype of its input; undefined where it was not asked
-/// for.
+/// The gradients of q, k, q_weight and k_weight, each of the shape and dtype of that tensor. Those of q and q_weight
+/// are undefined where `grad_q` is absent, those of k and k_weight where `grad_k` is. Those of the weights are
+/// undefined unless `weights_grad`.
 struct QKNormRotaryGradients {
   at::Tensor q, k, q_weight, k_weight;
 };
@@ -87,12 +88,13 @@ std::tuple<at::Tensor, at::Tensor> qk_norm_rotary_embedding(
     const at::Tensor& q,
     const at::Tensor& k);
 
-/// The gradients of `qk_norm_rotary_embedding`. With g one head of an output's gradient rotated by the inverse, r the
-/// reciprocal of the root mean square of its input x, and w its weight,
+/// The gradients of `qk_norm_rotary_embedding`. For one head of one token, let x [D] be the input,
+/// r = 1 / sqrt(mean(x^2) + eps), w [D] the weight (1 + weight with `unit_offset`), and g [D] the gradient of the
+/// output rotated by the negative angles. Then
 ///
-///     dx = r (g w - x r^2 mean(g w x)),    dw = sum over tokens and heads of g x r.
+///     dx = r (g w - x r^2 mean(g w x)),    dw = sum over all tokens and heads of g x r,
 ///
-/// Deterministic. The results that belong to a gradient that is absent are undefined.
+/// with means over the D channels. Deterministic.
 QKNormRotaryGradients qk_norm_rotary_embedding_backward(
     const QKNormRotation& rotation,
     const QKNormRotaryGradInputs& inputs);

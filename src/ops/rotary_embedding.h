@@ -76,7 +76,8 @@ std::tuple<at::Tensor, at::Tensor> rotary_embedding_qk(
     const at::Tensor& q,
     const at::Tensor& k);
 
-/// The operators in place return nothing: functionalisation (torch.compile) takes no operator that returns its argument.
+/// The operators in place return nothing: functionalisation (torch.compile) takes no operator that returns its
+/// argument.
 void rotary_embedding_(const Rotation& rotation, at::Tensor& x);
 void rotary_embedding_qk_(const Rotation& rotation, at::Tensor& q, at::Tensor& k);
 
@@ -96,8 +97,9 @@ at::Tensor rotary_embedding_pack(
 /// `rotation.inverse()`, and the results of `rotary_embedding_tables_backward`. Where something requires grad, it calls
 /// those two operators, which are differentiable.
 ///
-/// @param grads,inputs  gradients of the outputs and the inputs of the rotation: one of each, or two (q and k).
-/// @return `(input_grads, dcos, dsin)`.
+/// @param grads  gradients of the rotated outputs, each of the shape of its input: one tensor, or those of q and k.
+/// @param inputs  the tensors that were rotated, `[B, S, H, D]` or `[T, H, D]`: as many as `grads`.
+/// @return `(input_grads, dcos, dsin)`, of the shapes of `grads`, `cos` and `sin`.
 std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> rotary_embedding_backward(
     const Rotation& rotation,
     at::TensorList grads,
@@ -107,11 +109,12 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> rotary_embedding_bac
 ///
 ///     dcos = sum(g1 x1 + g2 x2),    dsin = sum(g2 x1 - g1 x2)    (negated where conjugate)
 ///
-/// over all heads of all inputs and every token that read the row. Deterministic. Of `cos` and `sin` only shape and
-/// dtype are read.
+/// where (x1, x2) is a pair of channels of an input and (g1, g2) the same pair of the gradient of its output. The sum
+/// is over all heads of all inputs and over the tokens that read the row of the tables. Deterministic. Of `cos` and
+/// `sin` only shape and dtype are read.
 ///
-/// @param grads,inputs  gradients of the outputs and the inputs of the rotation: one of each, or two (q and k).
-/// @return `(dcos, dsin)`, contiguous.
+/// @param grads,inputs  as for `rotary_embedding_backward`.
+/// @return `(dcos, dsin)`, of the shape and dtype of `cos`, contiguous.
 std::tuple<at::Tensor, at::Tensor> rotary_embedding_tables_backward(
     const Rotation& rotation,
     at::TensorList grads,

@@ -18,7 +18,7 @@ std::tuple<at::Tensor, at::Tensor> rotary_tables_symint(
 ///
 ///     dinv_freq_i = sum over p of p (cos dsin - sin dcos) of row p and pair i,
 ///
-/// where `cos` and `sin` are the tables themselves, with the attention factor in them. Summed in float64; deterministic.
+/// where `cos` and `sin` are the tables, which contain the attention factor. Summed in float64; deterministic.
 ///
 /// @param grad_cos,grad_sin,cos,sin  `[P, R/2]`, float32 or float64, any strides.
 /// @param dtype  of the result, that of `inv_freq`: float32 or float64.
