@@ -187,7 +187,7 @@ Timing time_wall(Device& device, const Problem& problem, const Call& call, Pass 
 
 /// Whether posenc has cuDNN compute a configuration.
 bool is_fused(const Configuration& c, c10::Device device) {
-  attention::Padded call{};
+  blockwise::Padded call{};
   call.q = at::empty({1, c.sequence, c.heads, c.head_dim}, at::TensorOptions().dtype(c.dtype).device(device));
   call.k = call.v = call.q;
   call.query_offset = 0;

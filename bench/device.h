@@ -43,8 +43,8 @@ class Device {
   /// which reads and writes as much can be expected to exceed.
   virtual Work make_copy(int64_t bytes) = 0;
 
-  /// Sets `bytes` bytes of one buffer to one value: the speed that no operator which only writes as much can be expected
-  /// to exceed.
+  /// Sets `bytes` bytes of one buffer to one value: the speed that no operator which only writes as much can be
+  /// expected to exceed.
   virtual Work make_fill(int64_t bytes) = 0;
 
   /// Returns memory that is cached but not in use, so that one case does not take it from the next.

@@ -28,8 +28,8 @@ struct EagerAlibi {
   EagerBias (*make)(const EagerAlibiOptions& options);
 };
 
-/// The usual formulations of the symmetric bias for scores of `dtype`. None keeps `[H, S, S]` from one call to the next:
-/// a model that does pays with the memory, and cannot learn slopes.
+/// The usual formulations of the symmetric bias for scores of `dtype`. None keeps `[H, S, S]` from one call to the
+/// next: a model that does pays with the memory, and cannot learn slopes.
 std::vector<EagerAlibi> eager_alibi_biases(at::ScalarType dtype);
 
 /// `softmax(scale * scores + bias + mask)` of `[B, H, S, S]` over the keys.

@@ -51,8 +51,8 @@ int64_t tensor_bytes(const Configuration& c) {
   return c.batch * c.sequence * (c.q_heads + c.k_heads) * c.head_dim * element;
 }
 
-/// The smallest number of bytes of a pass: forward reads and writes q and k, backward reads them and their gradients and
-/// writes gradients. Tables and weights are not counted.
+/// The smallest number of bytes of a pass: forward reads and writes q and k, backward reads them and their gradients
+/// and writes gradients. Tables and weights are not counted.
 int64_t minimum_traffic(const Configuration& c, Pass pass) {
   return (pass == Pass::forward ? 2 : 3) * tensor_bytes(c);
 }

@@ -38,7 +38,8 @@ struct Case {
   std::string implementation;
   /// Fewest bytes that any implementation of the pass must read and write; 0 where a rate would say nothing.
   int64_t bytes;
-  /// Nothing is computed in this pass, by nobody: what is measured is the clock and the host, and no ratio is made of it.
+  /// Nothing is computed in this pass, by nobody: what is measured is the clock and the host, and no ratio is made of
+  /// it.
   bool trivial = false;
   /// Floating point operations of the pass, where they are what limits it; else 0.
   double operations = 0;

@@ -32,8 +32,8 @@ struct Timing {
   double median;
   double minimum;
   int64_t samples;
-  /// Most bytes held at one time beyond the inputs, where that was asked for and can be told; of a backward pass with the
-  /// forward pass before it.
+  /// Most bytes held at one time beyond the inputs, where that was asked for and can be told; of a backward pass with
+  /// the forward pass before it.
   std::optional<int64_t> peak_bytes = std::nullopt;
 };
 

@@ -96,8 +96,8 @@ std::tuple<at::Tensor, at::Tensor> qk_norm_rotate_reference(const QKNormInputs& 
       r.pair_axes);
 }
 
-// With u the unit roundoff of the arithmetic, z = x r w is off by at most `factor_error` of itself, and the rotation adds
-// 2u + u^2 of its magnitude. The expected value has the same kind of error in float64.
+// With u the unit roundoff of the arithmetic, z = x r w is off by at most `factor_error` of itself, and the rotation
+// adds 2u + u^2 of its magnitude. The expected value has the same kind of error in float64.
 Expected scalar_qk_norm(const QKNormInputs& in, const at::Tensor& x, const at::Tensor& weight) {
   const at::Tensor wide = wide_copy(x);
   const at::Tensor z = wide * scalar_rstd(wide, in.eps) * factor(weight, in.unit_offset);

@@ -7,7 +7,8 @@
 #include <cstdint>
 #include <vector>
 
-/// Which axis of multi-axis positions each rotary pair reads: the `pair_axes` of `rotary_embedding` for published models.
+/// Which axis of multi-axis positions each rotary pair reads: the `pair_axes` of `rotary_embedding` for published
+/// models.
 namespace posenc {
 
 /// Axes of M-RoPE (Qwen2-VL, Wang et al. 2024, https://arxiv.org/abs/2409.12191, section 2.1): time, height, width.

@@ -95,8 +95,8 @@ POSENC_API at::Tensor context_parallel_positions(
 ///
 /// Example:
 /// ```
-/// auto [positions, indices] = posenc::context_parallel_packed_positions(cu_seqlens, q_whole.size(0), rank, world_size);
-/// auto q = q_whole.index_select(0, indices);
+/// auto [positions, indices] = posenc::context_parallel_packed_positions(cu_seqlens, tokens, rank, world_size);
+/// auto q = q_whole.index_select(0, indices);  // q_whole [tokens, H, D]
 /// ```
 POSENC_API std::tuple<at::Tensor, at::Tensor> context_parallel_packed_positions(
     const at::Tensor& cu_seqlens,
@@ -139,7 +139,8 @@ struct POSENC_API MropeOptions {
 /// their grids, through one sequence after the other. Videos likewise.
 ///
 /// @param input_ids  `[B, S]`, int32 or int64.
-/// @param image_grid_thw,video_grid_thw  `[N, 3]`, int32 or int64, on the device of `input_ids`: frames, rows and columns
+/// @param image_grid_thw,video_grid_thw  `[N, 3]`, int32 or int64, on the device of `input_ids`: frames, rows and
+///   columns
 ///   of patches, before they are merged; rows and columns are multiples of `spatial_merge_size`. None: no images, or
 ///   no videos, whatever the ids.
 /// @param seconds_per_grid  `[N]`, one for each video, of a floating dtype, on the device of `input_ids`: what

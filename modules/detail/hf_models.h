@@ -6,8 +6,8 @@
 
 /// What a model_type of Hugging Face configurations implies: hf_models.json, one line for each model_type.
 ///
-/// The facts are those of the configuration and modelling classes of transformers 5.24, and of published files where the
-/// model is not part of it. A new model is one more line. Its fields, all of them optional:
+/// The facts are those of the configuration and modelling classes of transformers 5.24, and of published files where
+/// the model is not part of it. A new model is one more line. Its fields, all of them optional:
 ///
 /// - `defaults`: values of fields that a file may leave out.
 /// - `names`: for a field of this library, the one that takes its place, or null where the model does not read it:

@@ -1,6 +1,6 @@
+#include <arguments/qk_norm_rotary_embedding.h>
 #include <autograd/detail/node.h>
 #include <autograd/detail/record.h>
-#include <contract/qk_norm_rotary_embedding.h>
 #include <meta/detail/symbolic.h>
 #include <ops/qk_norm_rotary_embedding.h>
 
@@ -155,7 +155,7 @@ QKNormRotaryGradients qk_norm_rotary_embedding_backward_autograd(
   }
   const auto& positions = a.rotation.positions;
   if (!meta::any_symbolic(differentiable) && !(positions.has_value() && meta::has_symbolic_sizes(*positions))) {
-    contract::check_qk_norm_rotary_backward(a, inputs);
+    arguments::check_qk_norm_rotary_backward(a, inputs);
   }
   QKNormRotaryGradients gradients;
   const auto set_gradients = [&](const std::optional<Tensor>& grad, const Tensor& x, const Tensor& weight, Tensor& dx,

@@ -1,6 +1,6 @@
+#include <arguments/rotary_embedding_qkv.h>
 #include <autograd/detail/node.h>
 #include <autograd/detail/record.h>
-#include <contract/rotary_embedding_qkv.h>
 #include <ops/rotary_embedding.h>
 
 #include <ATen/ops/zeros.h>
@@ -87,8 +87,8 @@ class RotaryEmbeddingQkvBackward final : public autograd::Node<RotaryEmbeddingQk
           grad_or_zeros(grads[1], saved_.kv_heads), grad_or_zeros(grads[2], saved_.kv_heads), saved_.stacked);
     }
     if (wants(1, 3)) {
-      const contract::PackedViews inputs =
-          contract::packed_views("posenc::rotary_embedding_qkv", "qkv", unpack(qkv_), saved_.q_heads, saved_.kv_heads);
+      const arguments::PackedViews inputs =
+          arguments::packed_views("posenc::rotary_embedding_qkv", "qkv", unpack(qkv_), saved_.q_heads, saved_.kv_heads);
       std::tie(result[1], result[2]) = table_gradients(rotation, {grads[0], grads[1]}, {inputs.q, inputs.k});
     }
     return result;
@@ -126,8 +126,8 @@ class RotaryEmbeddingPackBackward final : public autograd::Node<RotaryEmbeddingP
           dispatch::rotary_embedding_qkv(Rotation(rotation).inverse(), grads[0], saved_.q_heads, saved_.kv_heads);
     }
     if (wants(3, 5)) {
-      const contract::PackedViews output_grads =
-          contract::packed_views("posenc::rotary_embedding_pack", "grad", grads[0], saved_.q_heads, saved_.kv_heads);
+      const arguments::PackedViews output_grads =
+          arguments::packed_views("posenc::rotary_embedding_pack", "grad", grads[0], saved_.q_heads, saved_.kv_heads);
       std::tie(result[3], result[4]) =
           table_gradients(rotation, {output_grads.q, output_grads.k}, {unpack(q_), unpack(k_)});
     }
@@ -152,7 +152,7 @@ std::tuple<Tensor, Tensor, Tensor> rotary_embedding_qkv_autograd(
       [&] { return dispatch::rotary_embedding_qkv(rotation, qkv, num_q_heads, num_kv_heads); });
   if (autograd::any_requires_grad(differentiable)) {
     const auto node = autograd::make_node<RotaryEmbeddingQkvBackward>(
-        differentiable, qkv, Saved(rotation, num_q_heads, num_kv_heads, contract::is_stacked(qkv.dim())),
+        differentiable, qkv, Saved(rotation, num_q_heads, num_kv_heads, arguments::is_stacked(qkv.dim())),
         autograd::tables_require_grad(rotation));
     torch::autograd::set_history(std::get<0>(outputs), node);
     torch::autograd::set_history(std::get<1>(outputs), node);

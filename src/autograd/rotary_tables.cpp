@@ -1,6 +1,6 @@
+#include <arguments/rotary_frequencies.h>
 #include <autograd/detail/node.h>
 #include <autograd/detail/record.h>
-#include <contract/rotary_frequencies.h>
 #include <meta/detail/symbolic.h>
 #include <ops/rotary_tables.h>
 
@@ -86,7 +86,7 @@ Tensor rotary_tables_backward_autograd(
     return autograd::below_autograd([&] { return rotary_tables_backward(grad_cos, grad_sin, cos, sin, dtype); });
   }
   if (!meta::any_symbolic(differentiable)) {
-    contract::check_frequencies_backward({grad_cos, grad_sin, cos, sin, dtype});
+    arguments::check_frequencies_backward({grad_cos, grad_sin, cos, sin, dtype});
   }
   const auto wide = [](const Tensor& tensor) { return tensor.to(at::kDouble); };
   const Tensor positions = at::arange(c10::Scalar(cos.sym_size(0)), cos.options().dtype(at::kDouble)).unsqueeze(1);

@@ -1,4 +1,4 @@
-#include <attention/call.h>
+#include <blockwise/call.h>
 #include <ops/alibi_attention.h>
 
 #include <torch/library.h>
@@ -12,9 +12,9 @@ using at::Tensor;
 AttentionSecondGradients alibi_attention_double_backward_composite(
     const ConcreteAttentionOptions& options,
     const AttentionDoubleBackwardArguments& a) {
-  const auto call = contract::check_attention_double_backward("posenc::alibi_attention_double_backward", a, options);
+  const auto call = arguments::check_attention_double_backward("posenc::alibi_attention_double_backward", a, options);
   const auto or_undefined = [](const std::optional<Tensor>& x) { return x.value_or(Tensor()); };
-  attention::SecondOrderResult result = attention::double_backward(
+  blockwise::SecondOrderResult result = blockwise::double_backward(
       call, a.inputs(), a.grad_out, or_undefined(a.grad_lse),
       {or_undefined(a.grad_grad_q), or_undefined(a.grad_grad_k), or_undefined(a.grad_grad_v),
        or_undefined(a.grad_grad_slopes)});

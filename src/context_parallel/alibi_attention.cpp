@@ -1,8 +1,8 @@
-#include <attention/merge.h>
+#include <arguments/alibi.h>
+#include <arguments/context_parallel_alibi_attention.h>
+#include <blockwise/merge.h>
 #include <context_parallel/alibi_attention.h>
 #include <context_parallel/ring.h>
-#include <contract/alibi.h>
-#include <contract/context_parallel_alibi_attention.h>
 #include <ops/alibi_attention.h>
 
 #include <ATen/TensorOperators.h>
@@ -23,12 +23,12 @@ namespace posenc::context_parallel {
 namespace {
 
 using at::Tensor;
-using attention::MergedRows;
+using blockwise::MergedRows;
 using Group = c10::intrusive_ptr<c10d::ProcessGroup>;
 
 /// One rank's part of a call.
 struct Shard {
-  contract::AlibiAttention call;
+  arguments::AlibiAttention call;
   Group group;
 
   int64_t ranks() const { return group->getSize(); }
@@ -134,13 +134,13 @@ std::tuple<Tensor, Tensor> alibi_attention(
     const Group& group,
     const ContextParallelALiBiAttentionOptions& options) {
   const Shard shard{
-      contract::check_context_parallel_attention(
+      arguments::check_context_parallel_attention(
           "posenc::context_parallel_alibi_attention", {q, k, v, slopes}, options, group->getSize()),
       group};
   if (shard.ranks() == 1) {
     return dispatch::alibi_attention(shard.options(), {q, k, v, slopes});
   }
-  const auto wide = q.options().dtype(contract::alibi_slopes_dtype(q.scalar_type()));
+  const auto wide = q.options().dtype(arguments::alibi_slopes_dtype(q.scalar_type()));
   Tensor out = at::empty_like(q);
   Tensor lse = at::empty({shard.call.batch, shard.call.q_heads, shard.call.q_len}, wide);
   if (shard.empty()) {
@@ -175,7 +175,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> alibi_attention_backward(
     const ContextParallelALiBiAttentionOptions& options,
     std::array<bool, 4> grad_mask) {
   const Shard shard{
-      contract::check_context_parallel_attention_backward(
+      arguments::check_context_parallel_attention_backward(
           "posenc::context_parallel_alibi_attention_backward",
           {grad_out, grad_lse, q, k, v, slopes, out, lse, grad_mask[3]}, options, group->getSize()),
       group};
@@ -190,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> alibi_attention_backward(
     return {wanted(q_grad, dq), wanted(k_grad, dk), wanted(v_grad, dv), dslopes};
   }
   const bool kv_grad = k_grad || v_grad;
-  const auto wide = q.options().dtype(contract::alibi_slopes_dtype(q.scalar_type()));
+  const auto wide = q.options().dtype(arguments::alibi_slopes_dtype(q.scalar_type()));
   Tensor sums_of_q = q_grad ? at::zeros_like(q, wide) : Tensor();
   TravellingBlock sums_of_kv(
       shard.group, kv_grad ? at::zeros({2, k.size(0), k.size(1), k.size(2), k.size(3)}, wide) : Tensor());

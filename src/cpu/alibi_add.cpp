@@ -1,4 +1,4 @@
-#include <contract/alibi.h>
+#include <arguments/alibi.h>
 #include <cpu/detail/clones.h>
 #include <cpu/detail/dispatch.h>
 #include <cpu/detail/score_rows.h>
@@ -128,9 +128,9 @@ void run_mask(const AlibiAddProblem& problem, const at::Tensor& like) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, CPU, m) {
-  m.impl("alibi_add", contract::alibi_add<run_add>);
-  m.impl("alibi_add_", contract::alibi_add_<run_add>);
-  m.impl("alibi_mask", contract::alibi_mask<run_mask>);
+  m.impl("alibi_add", arguments::alibi_add<run_add>);
+  m.impl("alibi_add_", arguments::alibi_add_<run_add>);
+  m.impl("alibi_mask", arguments::alibi_mask<run_mask>);
 }
 
 }  // namespace posenc

@@ -1,5 +1,5 @@
-#include <attention/blockwise.h>
-#include <attention/call.h>
+#include <blockwise/blockwise.h>
+#include <blockwise/call.h>
 #include <ops/alibi_attention.h>
 
 #include <torch/library.h>
@@ -12,22 +12,22 @@ using at::Tensor;
 std::tuple<Tensor, Tensor> alibi_attention_cpu(
     const ConcreteAttentionOptions& options,
     const AttentionTensors& inputs) {
-  const auto call = contract::check_attention("posenc::alibi_attention", inputs, options);
-  return attention::forward(call, inputs, attention::blockwise);
+  const auto call = arguments::check_attention("posenc::alibi_attention", inputs, options);
+  return blockwise::forward(call, inputs, blockwise::blockwise);
 }
 
 AttentionGradients alibi_attention_backward_cpu(
     const ConcreteAttentionOptions& options,
     const AttentionBackwardArguments& arguments) {
-  const auto call = contract::check_attention_backward("posenc::alibi_attention_backward", arguments, options);
-  return attention::backward(call, arguments, attention::blockwise_backward);
+  const auto call = arguments::check_attention_backward("posenc::alibi_attention_backward", arguments, options);
+  return blockwise::backward(call, arguments, blockwise::blockwise_backward);
 }
 
 Tensor alibi_attention_slope_sums_cpu(
     const ConcreteAttentionOptions& options,
     const AttentionSlopeSumsArguments& arguments) {
-  const auto call = contract::check_attention_slope_sums("posenc::alibi_attention_slope_sums", arguments, options);
-  return attention::slope_sums(call, arguments, attention::blockwise_slope_sums);
+  const auto call = arguments::check_attention_slope_sums("posenc::alibi_attention_slope_sums", arguments, options);
+  return blockwise::slope_sums(call, arguments, blockwise::blockwise_slope_sums);
 }
 
 }  // namespace

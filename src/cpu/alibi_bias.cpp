@@ -1,4 +1,4 @@
-#include <contract/alibi.h>
+#include <arguments/alibi.h>
 #include <cpu/detail/clones.h>
 #include <cpu/detail/dispatch.h>
 #include <cpu/detail/streamed_rows.h>
@@ -45,7 +45,7 @@ void run(const AlibiAddProblem& problem, const at::Tensor& like) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, CPU, m) {
-  m.impl("alibi_bias", contract::alibi_bias<run>);
+  m.impl("alibi_bias", arguments::alibi_bias<run>);
 }
 
 }  // namespace posenc

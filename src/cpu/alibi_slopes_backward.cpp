@@ -1,4 +1,4 @@
-#include <contract/alibi.h>
+#include <arguments/alibi.h>
 #include <cpu/detail/clones.h>
 #include <cpu/detail/dispatch.h>
 #include <cpu/detail/score_rows.h>
@@ -40,11 +40,12 @@ void run(const AlibiShape& shape, const ScoresIn& grad, cpu::arithmetic_t<T>* re
 }
 
 Tensor alibi_slopes_backward_cpu(const Tensor& grad, bool causal, std::optional<int64_t> query_offset) {
-  const AlibiShape shape = contract::alibi_shape({"posenc::alibi_slopes_backward", causal, query_offset}, "grad", grad);
-  Tensor result = at::empty({shape.num_heads}, grad.options().dtype(contract::alibi_slopes_dtype(grad.scalar_type())));
+  const AlibiShape shape =
+      arguments::alibi_shape({"posenc::alibi_slopes_backward", causal, query_offset}, "grad", grad);
+  Tensor result = at::empty({shape.num_heads}, grad.options().dtype(arguments::alibi_slopes_dtype(grad.scalar_type())));
   cpu::for_dtype(grad.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    run<T>(shape, contract::scores_in(grad), result.mutable_data_ptr<cpu::arithmetic_t<T>>());
+    run<T>(shape, arguments::scores_in(grad), result.mutable_data_ptr<cpu::arithmetic_t<T>>());
   });
   return result;
 }

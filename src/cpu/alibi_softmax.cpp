@@ -1,4 +1,4 @@
-#include <contract/alibi.h>
+#include <arguments/alibi.h>
 #include <cpu/detail/clones.h>
 #include <cpu/detail/dispatch.h>
 #include <cpu/detail/score_rows.h>
@@ -262,8 +262,8 @@ void run_backward(const AlibiSoftmaxBackwardProblem& problem, const at::Tensor& 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, CPU, m) {
-  m.impl("alibi_softmax", contract::alibi_softmax<run>);
-  m.impl("alibi_softmax_backward", contract::alibi_softmax_backward<run_backward>);
+  m.impl("alibi_softmax", arguments::alibi_softmax<run>);
+  m.impl("alibi_softmax_backward", arguments::alibi_softmax_backward<run_backward>);
 }
 
 }  // namespace posenc

@@ -1,4 +1,4 @@
-#include <contract/qk_norm_rotary_embedding.h>
+#include <arguments/qk_norm_rotary_embedding.h>
 #include <cpu/detail/clones.h>
 #include <cpu/detail/dispatch.h>
 #include <cpu/detail/lanes.h>
@@ -362,10 +362,10 @@ void run_backward(const QKNormRotaryBackwardProblem& problem, const at::Tensor& 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, CPU, m) {
-  m.impl("qk_norm_rotary_embedding", qk_norm_rotary_kernel<contract::qk_norm_rotary_embedding<run>>);
+  m.impl("qk_norm_rotary_embedding", qk_norm_rotary_kernel<arguments::qk_norm_rotary_embedding<run>>);
   m.impl(
       "qk_norm_rotary_embedding_backward",
-      qk_norm_rotary_backward_kernel<contract::qk_norm_rotary_embedding_backward<run_backward>>);
+      qk_norm_rotary_backward_kernel<arguments::qk_norm_rotary_embedding_backward<run_backward>>);
 }
 
 }  // namespace posenc

@@ -1,5 +1,5 @@
-#include <contract/rotary_embedding.h>
-#include <contract/rotary_embedding_qkv.h>
+#include <arguments/rotary_embedding.h>
+#include <arguments/rotary_embedding_qkv.h>
 #include <cpu/detail/clones.h>
 #include <cpu/detail/dispatch.h>
 #include <cpu/detail/lanes.h>
@@ -195,12 +195,12 @@ void rotate(const RotaryProblem& problem, const at::Tensor& like) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, CPU, m) {
-  m.impl("rotary_embedding", rotary_kernel<contract::rotary_embedding<rotate>>);
-  m.impl("rotary_embedding_", rotary_kernel<contract::rotary_embedding_in_place<rotate>>);
-  m.impl("rotary_embedding_qk", rotary_kernel<contract::rotary_embedding_qk<rotate>>);
-  m.impl("rotary_embedding_qk_", rotary_kernel<contract::rotary_embedding_qk_in_place<rotate>>);
-  m.impl("rotary_embedding_qkv", rotary_kernel<contract::rotary_embedding_qkv<rotate>>);
-  m.impl("rotary_embedding_pack", rotary_pack_kernel<contract::rotary_embedding_pack<rotate>>);
+  m.impl("rotary_embedding", rotary_kernel<arguments::rotary_embedding<rotate>>);
+  m.impl("rotary_embedding_", rotary_kernel<arguments::rotary_embedding_in_place<rotate>>);
+  m.impl("rotary_embedding_qk", rotary_kernel<arguments::rotary_embedding_qk<rotate>>);
+  m.impl("rotary_embedding_qk_", rotary_kernel<arguments::rotary_embedding_qk_in_place<rotate>>);
+  m.impl("rotary_embedding_qkv", rotary_kernel<arguments::rotary_embedding_qkv<rotate>>);
+  m.impl("rotary_embedding_pack", rotary_pack_kernel<arguments::rotary_embedding_pack<rotate>>);
 }
 
 }  // namespace posenc

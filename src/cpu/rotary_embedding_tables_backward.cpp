@@ -1,4 +1,4 @@
-#include <contract/rotary_embedding_tables_backward.h>
+#include <arguments/rotary_embedding_tables_backward.h>
 #include <cpu/detail/dispatch.h>
 
 #include <ATen/Parallel.h>
@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor> rotary_embedding_tables_backward_cpu(
     const Rotation& rotation,
     at::TensorList grads,
     at::TensorList inputs) {
-  const auto call = contract::rotary_tables_call(rotation, grads, inputs);
+  const auto call = arguments::rotary_tables_call(rotation, grads, inputs);
   cpu::for_dtype(inputs[0].scalar_type(), [&](auto type) { run<typename decltype(type)::type>(call.problem); });
   return {call.grad_cos, call.grad_sin};
 }

@@ -1,4 +1,4 @@
-#include <contract/rotary_frequencies.h>
+#include <arguments/rotary_frequencies.h>
 #include <cpu/detail/clones.h>
 #include <cpu/detail/lanes.h>
 
@@ -23,7 +23,7 @@ std::tuple<Tensor, Tensor> rotary_tables_cpu(
     int64_t length,
     at::ScalarType dtype,
     double attention_factor) {
-  contract::check_frequencies(inv_freq, length, dtype, attention_factor);
+  arguments::check_frequencies(inv_freq, length, dtype, attention_factor);
   const Tensor wide = inv_freq.to(at::kDouble);
   const Tensor angles = at::outer(at::arange(length, wide.options()), wide);
   return {angles.cos().mul_(attention_factor).to(dtype), angles.sin().mul_(attention_factor).to(dtype)};
@@ -78,7 +78,7 @@ Tensor rotary_tables_backward_cpu(
     const Tensor& cos,
     const Tensor& sin,
     at::ScalarType dtype) {
-  const auto problem = contract::frequencies_backward_problem({grad_cos, grad_sin, cos, sin, dtype});
+  const auto problem = arguments::frequencies_backward_problem({grad_cos, grad_sin, cos, sin, dtype});
   Tensor result = at::zeros({problem.num_pairs}, cos.options().dtype(at::kDouble));
   if (cos.scalar_type() == at::kDouble) {
     run<double>(problem, result.mutable_data_ptr<double>());

@@ -1,5 +1,5 @@
-#include <attention/blockwise.h>
-#include <attention/call.h>
+#include <blockwise/blockwise.h>
+#include <blockwise/call.h>
 #include <ops/alibi_attention.h>
 #include <posenc/logging.h>
 #if POSENC_CUDNN
@@ -21,13 +21,13 @@ using at::Tensor;
 #if POSENC_CUDNN
 using cuda::why_not_cudnn;
 #else
-std::string why_not_cudnn(const attention::Padded& /*call*/) {
+std::string why_not_cudnn(const blockwise::Padded& /*call*/) {
   return "the library was built without cuDNN (POSENC_CUDNN)";
 }
 #endif
 
 /// Whether cuDNN computes a call; where it does not, says so, and once as a warning.
-bool takes_cudnn(const attention::Padded& call) {
+bool takes_cudnn(const blockwise::Padded& call) {
   const std::string reason = why_not_cudnn(call);
   if (reason.empty()) {
     return true;
@@ -46,7 +46,7 @@ bool takes_cudnn(const attention::Padded& call) {
   return false;
 }
 
-std::tuple<Tensor, Tensor> compute_forward(const attention::Padded& batch) {
+std::tuple<Tensor, Tensor> compute_forward(const blockwise::Padded& batch) {
 #if POSENC_CUDNN
   if (takes_cudnn(batch)) {
     return cuda::cudnn_attention(batch);
@@ -54,11 +54,11 @@ std::tuple<Tensor, Tensor> compute_forward(const attention::Padded& batch) {
 #else
   takes_cudnn(batch);
 #endif
-  return attention::blockwise(batch);
+  return blockwise::blockwise(batch);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> compute_backward(
-    const attention::Padded& batch,
+    const blockwise::Padded& batch,
     const Tensor& grad_out,
     const Tensor& grad_lse,
     const Tensor& out,
@@ -74,40 +74,40 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> compute_backward(
         std::tuple(slopes_grad ? cuda::attention_slopes_backward(batch, grad, lse) : Tensor()));
   }
 #endif
-  return attention::blockwise_backward(batch, grad_out, grad_lse, out, lse, slopes_grad);
+  return blockwise::blockwise_backward(batch, grad_out, grad_lse, out, lse, slopes_grad);
 }
 
-Tensor compute_slope_sums(const attention::Padded& batch, const Tensor& grad_out, const Tensor& lse) {
+Tensor compute_slope_sums(const blockwise::Padded& batch, const Tensor& grad_out, const Tensor& lse) {
 #if POSENC_CUDNN
   if (takes_cudnn(batch)) {
     return cuda::attention_slope_sums(batch, cuda::readable_rows(batch, grad_out), lse);
   }
 #endif
-  return attention::blockwise_slope_sums(batch, grad_out, lse);
+  return blockwise::blockwise_slope_sums(batch, grad_out, lse);
 }
 
 std::tuple<Tensor, Tensor> alibi_attention_cuda(
     const ConcreteAttentionOptions& options,
     const AttentionTensors& inputs) {
-  const auto call = contract::check_attention("posenc::alibi_attention", inputs, options);
+  const auto call = arguments::check_attention("posenc::alibi_attention", inputs, options);
   const c10::cuda::CUDAGuard device(inputs.q.device());
-  return attention::forward(call, inputs, compute_forward);
+  return blockwise::forward(call, inputs, compute_forward);
 }
 
 AttentionGradients alibi_attention_backward_cuda(
     const ConcreteAttentionOptions& options,
     const AttentionBackwardArguments& arguments) {
-  const auto call = contract::check_attention_backward("posenc::alibi_attention_backward", arguments, options);
+  const auto call = arguments::check_attention_backward("posenc::alibi_attention_backward", arguments, options);
   const c10::cuda::CUDAGuard device(arguments.q.device());
-  return attention::backward(call, arguments, compute_backward);
+  return blockwise::backward(call, arguments, compute_backward);
 }
 
 Tensor alibi_attention_slope_sums_cuda(
     const ConcreteAttentionOptions& options,
     const AttentionSlopeSumsArguments& arguments) {
-  const auto call = contract::check_attention_slope_sums("posenc::alibi_attention_slope_sums", arguments, options);
+  const auto call = arguments::check_attention_slope_sums("posenc::alibi_attention_slope_sums", arguments, options);
   const c10::cuda::CUDAGuard device(arguments.q.device());
-  return attention::slope_sums(call, arguments, compute_slope_sums);
+  return blockwise::slope_sums(call, arguments, compute_slope_sums);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-#include <contract/alibi.h>
+#include <arguments/alibi.h>
 #include <cuda/detail/dispatch.h>
 #include <cuda/detail/vector_width.h>
 #include <cuda/kernels.h>
@@ -19,9 +19,9 @@ using at::Tensor;
 constexpr const char* kOp = "posenc::alibi_slopes_backward";
 
 /// What a block reads at least, and how many blocks share a head and batch at most: enough bytes to make up for the
-/// end of a block, blocks enough for every SM, and not so many that the second kernel takes long. Of float32, S 2048 and
-/// 32 heads, times the copy of the gradient, measured on an H100: 0.517 with 32 KiB, 0.518 with 16, 0.527 with 64, 0.525
-/// with 128, 0.530 with one wave of blocks; 0.508 without the second kernel, 0.505 for a kernel that only reads.
+/// end of a block, blocks enough for every SM, and not so many that the second kernel takes long. Of float32, S 2048
+/// and 32 heads, times the copy of the gradient, measured on an H100: 0.517 with 32 KiB, 0.518 with 16, 0.527 with 64,
+/// 0.525 with 128, 0.530 with one wave of blocks; 0.508 without the second kernel, 0.505 for a kernel that only reads.
 constexpr int64_t kBytesPerBlock = 32 * 1024;
 constexpr int64_t kMaxRowGroups = 2048;
 
@@ -70,14 +70,14 @@ void run(const AlibiShape& shape, const ScoresIn& grad, Tensor& result) {
 }  // namespace
 
 Tensor cuda::alibi_slopes_backward(const Tensor& grad, bool causal, std::optional<int64_t> query_offset) {
-  const AlibiShape shape = contract::alibi_shape({kOp, causal, query_offset}, "grad", grad);
+  const AlibiShape shape = arguments::alibi_shape({kOp, causal, query_offset}, "grad", grad);
   const c10::cuda::CUDAGuard device(grad.device());
-  Tensor result = at::empty({shape.num_heads}, grad.options().dtype(contract::alibi_slopes_dtype(grad.scalar_type())));
+  Tensor result = at::empty({shape.num_heads}, grad.options().dtype(arguments::alibi_slopes_dtype(grad.scalar_type())));
   if (cuda::is_empty(shape)) {
     return result.zero_();
   }
   cuda::for_dtype(grad.scalar_type(), [&](auto type) {
-    run<typename decltype(type)::type>(shape, contract::scores_in(grad), result);
+    run<typename decltype(type)::type>(shape, arguments::scores_in(grad), result);
   });
   return result;
 }

@@ -1,8 +1,8 @@
 #pragma once
 
-#include <contract/alibi_problem.h>
-#include <contract/qk_norm_rotary_problem.h>
-#include <contract/rotary_problem.h>
+#include <arguments/alibi_problem.h>
+#include <arguments/qk_norm_rotary_problem.h>
+#include <arguments/rotary_problem.h>
 #include <ops/rotary_embedding.h>
 
 #include <ATen/core/Tensor.h>

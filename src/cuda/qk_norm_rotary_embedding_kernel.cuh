@@ -1,6 +1,6 @@
 #pragma once
 
-#include <contract/qk_norm_rotary_problem.h>
+#include <arguments/qk_norm_rotary_problem.h>
 #include <cuda/detail/launch.h>
 #include <cuda/detail/reduce.cuh>
 #include <cuda/detail/rotary_tables.cuh>
@@ -20,9 +20,9 @@
 namespace posenc::cuda {
 
 /// Blocks that an SM holds at least: a chunk, its row of the tables and its weights take 64 registers, and 80 with the
-/// incoming gradient and the sums for the weights. One block more, and they spill; but where heads are whole and a vector of weights is as
-/// narrow as one of elements, 56 do: 1.03 instead of 1.09 times the copy, measured on an H100 with bfloat16, 8192 tokens,
-/// 32 and 8 heads of 128. Rows of several axes take more.
+/// incoming gradient and the sums for the weights. One block more, and they spill; but where heads are whole and a
+/// vector of weights is as narrow as one of elements, 56 do: 1.03 instead of 1.09 times the copy, measured on an H100
+/// with bfloat16, 8192 tokens, 32 and 8 heads of 128. Rows of several axes take more.
 template <typename Policy>
 constexpr int kMinNormBlocks = Policy::kHeld && Policy::kAxes ? 6
     : Policy::kWhole && Policy::kNarrowWeights                ? 9
@@ -37,8 +37,8 @@ constexpr int64_t kMaxNormHeadDim = 4096;
 
 /// What a launch knows beforehand. Vectors of one element are gone through, wider ones held. With `IsSplat` a gradient
 /// is one value for all channels of a head, as that of a sum is. `WeightType` counts for held chunks only: whatever
-/// waits for the choice between two types would wait for the loads too. `IsWhole`: each lane has a chunk, and all of them
-/// rotate.
+/// waits for the choice between two types would wait for the loads too. `IsWhole`: each lane has a chunk, and all of
+/// them rotate.
 template <int VectorWidth, bool IsInterleaved, bool IsSplat, bool HasAxes, typename WeightType, bool IsWhole = false>
 struct NormPolicy {
   static constexpr int kVectorWidth = VectorWidth;
@@ -65,9 +65,9 @@ struct NormGrid {
   uint32_t blocks_of_first;
   int32_t num_chunks;     // of one head
   int32_t heads_in_turn;  // that a row of lanes takes one after the other
-  /// Where not 0, blocks of operand 1 come between those of operand 0, this many of 2^32: heads of a token are then worked
-  /// on at about the same time, and its row of the tables is read from memory once (1.09 instead of 1.15 times the copy,
-  /// measured on an H100).
+  /// Where not 0, blocks of operand 1 come between those of operand 0, this many of 2^32: heads of a token are then
+  /// worked on at about the same time, and its row of the tables is read from memory once (1.09 instead of 1.15 times
+  /// the copy, measured on an H100).
   uint32_t mix;
 };
 

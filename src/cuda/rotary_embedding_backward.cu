@@ -1,4 +1,4 @@
-#include <contract/rotary_embedding_tables_backward.h>
+#include <arguments/rotary_embedding_tables_backward.h>
 #include <cuda/detail/dispatch.h>
 #include <cuda/detail/vector_width.h>
 #include <cuda/kernels.h>
@@ -99,7 +99,7 @@ template <bool WritesInputGrads>
 void run_rotary_backward(
     const char* op,
     const RotaryBackwardProblem& problem,
-    const contract::RotaryTablesCall& call,
+    const arguments::RotaryTablesCall& call,
     at::ScalarType dtype) {
   const int64_t num_heads = problem.tables.operands[0].num_heads + problem.tables.operands[1].num_heads;
   if (problem.tables.tokens * num_heads == 0) {
@@ -144,7 +144,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> rotary_embedding_backward(
   if (!rotation.pair_axes.empty()) {  // a token has a row for each axis, and no block all of its pairs
     return rotary_embedding_backward_by_parts(rotation, grads, inputs);
   }
-  auto call = contract::rotary_backward_call(rotation, grads, inputs);
+  auto call = arguments::rotary_backward_call(rotation, grads, inputs);
   const c10::cuda::CUDAGuard device(rotation.cos.device());
   run_rotary_backward</*WritesInputGrads=*/true>(
       "posenc::rotary_embedding_backward", call.problem, call.tables, grads[0].scalar_type());
@@ -155,7 +155,7 @@ std::tuple<Tensor, Tensor> rotary_embedding_tables_backward(
     const Rotation& rotation,
     at::TensorList grads,
     at::TensorList inputs) {
-  const auto call = contract::rotary_tables_call(rotation, grads, inputs);
+  const auto call = arguments::rotary_tables_call(rotation, grads, inputs);
   RotaryBackwardProblem problem{call.problem, {}};
   problem.rotation.num_pairs = call.problem.num_pairs;
   const c10::cuda::CUDAGuard device(rotation.cos.device());

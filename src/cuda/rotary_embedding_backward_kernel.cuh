@@ -1,6 +1,6 @@
 #pragma once
 
-#include <contract/rotary_problem.h>
+#include <arguments/rotary_problem.h>
 #include <cuda/detail/launch.h>
 #include <cuda/detail/rotary_tables.cuh>
 
@@ -8,10 +8,10 @@
 // read once, and the gradients of the inputs written.
 //
 // A block owns one row of the tables; where pairs choose their row by several axes, a chunk has one axis, and only the
-// gradients of the tables are computed. Its *items* are the heads (all of q, then all of k) of all tokens that read the row.
-// Threads along x are the chunks of a head (rotary_chunk.cuh), threads along y share the items. A thread keeps its
-// part of the row and of both sums in registers; the sums of a block meet in shared memory in a fixed order, so that the
-// result is the same to the last bit every time, without atomics.
+// gradients of the tables are computed. Its *items* are the heads (all of q, then all of k) of all tokens that read the
+// row. Threads along x are the chunks of a head (rotary_chunk.cuh), threads along y share the items. A thread keeps its
+// part of the row and of both sums in registers; the sums of a block meet in shared memory in a fixed order, so that
+// the result is the same to the last bit every time, without atomics.
 namespace posenc::cuda {
 
 /// Items that a thread has in flight, four loads of one vector each, and blocks that an SM holds at least, which caps

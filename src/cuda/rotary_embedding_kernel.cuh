@@ -1,6 +1,6 @@
 #pragma once
 
-#include <contract/rotary_problem.h>
+#include <arguments/rotary_problem.h>
 #include <cuda/detail/launch.h>
 #include <cuda/detail/rotary_chunk.cuh>
 #include <cuda/detail/rotary_stage.cuh>
@@ -8,9 +8,9 @@
 // Rotates one or two tensors, and copies a third, in one launch; forward and backward are the same kernel. As a thread
 // loads its whole chunk before it stores, outputs may be the inputs.
 //
-// A thread owns one chunk (rotary_chunk.cuh) of one head of one token, or of three with rotary_stage.cuh. Threads along x are the chunks of a head,
-// along y the heads (all of q, then all of k, then all of v), along z tokens. Blocks go through the heads of a token
-// first, and so through memory in its order (4 % for float32, measured on an H200).
+// A thread owns one chunk (rotary_chunk.cuh) of one head of one token, or of three with rotary_stage.cuh. Threads along
+// x are the chunks of a head, along y the heads (all of q, then all of k, then all of v), along z tokens. Blocks go
+// through the heads of a token first, and so through memory in its order (4 % for float32, measured on an H200).
 namespace posenc::cuda {
 
 /// What a launch knows beforehand. Each removes code, and registers with it, from the kernel.

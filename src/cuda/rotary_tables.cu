@@ -1,4 +1,4 @@
-#include <contract/rotary_frequencies.h>
+#include <arguments/rotary_frequencies.h>
 #include <cuda/detail/dispatch.h>
 #include <cuda/kernels.h>
 #include <cuda/detail/reduce.cuh>
@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor> rotary_tables(
     at::ScalarType dtype,
     double attention_factor) {
   const c10::cuda::CUDAGuard device(inv_freq.device());
-  const auto call = contract::frequencies_call(inv_freq, length, dtype, attention_factor);
+  const auto call = arguments::frequencies_call(inv_freq, length, dtype, attention_factor);
   const FrequenciesProblem& problem = call.problem;
   if (problem.length == 0 || problem.num_pairs == 0) {
     return {call.cos, call.sin};
@@ -62,7 +62,7 @@ Tensor rotary_tables_backward(
     const Tensor& cos,
     const Tensor& sin,
     at::ScalarType dtype) {
-  const auto problem = contract::frequencies_backward_problem({grad_cos, grad_sin, cos, sin, dtype});
+  const auto problem = arguments::frequencies_backward_problem({grad_cos, grad_sin, cos, sin, dtype});
   const c10::cuda::CUDAGuard device(cos.device());
   Tensor result = at::empty({problem.num_pairs}, cos.options().dtype(dtype));
   if (problem.length == 0 || problem.num_pairs == 0) {

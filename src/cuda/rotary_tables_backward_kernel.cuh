@@ -1,11 +1,11 @@
 #pragma once
 
-#include <contract/rotary_frequencies_problem.h>
+#include <arguments/rotary_frequencies_problem.h>
 #include <cuda/detail/launch.h>
 
-// The gradient to the frequencies, in two stages: a block sums some rows of some pairs, and a second kernel the blocks of
-// a pair (reduce.cuh). Threads along x are pairs, along y rows; everything is summed in float64, in one order: the same
-// bits every time, without atomics.
+// The gradient to the frequencies, in two stages: a block sums some rows of some pairs, and a second kernel the blocks
+// of a pair (reduce.cuh). Threads along x are pairs, along y rows; everything is summed in float64, in one order: the
+// same bits every time, without atomics.
 namespace posenc::cuda {
 
 template <typename Real>

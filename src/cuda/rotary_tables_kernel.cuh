@@ -1,6 +1,6 @@
 #pragma once
 
-#include <contract/rotary_frequencies_problem.h>
+#include <arguments/rotary_frequencies_problem.h>
 #include <cuda/detail/launch.h>
 
 // Cosines and sines of position times frequency. Threads along x are pairs, along y positions; the angle and its sine

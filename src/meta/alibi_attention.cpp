@@ -1,5 +1,5 @@
-#include <contract/alibi.h>
-#include <contract/alibi_attention.h>
+#include <arguments/alibi.h>
+#include <arguments/alibi_attention.h>
 #include <meta/detail/symbolic.h>
 #include <ops/alibi_attention.h>
 
@@ -42,7 +42,7 @@ std::optional<ConcreteAttentionOptions> concrete(const SymbolicAttentionOptions&
 }
 
 at::TensorOptions dtype_of_sums(const Tensor& q) {
-  return q.options().dtype(contract::alibi_slopes_dtype(q.scalar_type()));
+  return q.options().dtype(arguments::alibi_slopes_dtype(q.scalar_type()));
 }
 
 /// Packed: [Hq, T], as the transpose of a contiguous tensor.
@@ -79,14 +79,14 @@ void check(
 std::tuple<Tensor, Tensor> alibi_attention_meta(
     const SymbolicAttentionOptions& options,
     const AttentionTensors& inputs) {
-  check(contract::check_attention, "posenc::alibi_attention", inputs, options);
+  check(arguments::check_attention, "posenc::alibi_attention", inputs, options);
   return {at::empty_like(inputs.q), empty_lse(inputs.q)};
 }
 
 AttentionGradients alibi_attention_backward_meta(
     const SymbolicAttentionOptions& options,
     const AttentionBackwardArguments& a) {
-  check(contract::check_attention_backward, "posenc::alibi_attention_backward", a, options);
+  check(arguments::check_attention_backward, "posenc::alibi_attention_backward", a, options);
   Tensor grad_slopes;
   if (a.slopes_grad) {
     grad_slopes = at::empty_symint({a.slopes.sym_size(0)}, dtype_of_sums(a.q));
@@ -97,13 +97,13 @@ AttentionGradients alibi_attention_backward_meta(
 AttentionSecondGradients alibi_attention_double_backward_meta(
     const SymbolicAttentionOptions& options,
     const AttentionDoubleBackwardArguments& a) {
-  check(contract::check_attention_double_backward, "posenc::alibi_attention_double_backward", a, options);
+  check(arguments::check_attention_double_backward, "posenc::alibi_attention_double_backward", a, options);
   return {at::empty_like(a.q), empty_lse(a.q),      at::empty_like(a.q),
           at::empty_like(a.k), at::empty_like(a.v), at::empty_symint({a.slopes.sym_size(0)}, dtype_of_sums(a.q))};
 }
 
 Tensor alibi_attention_slope_sums_meta(const SymbolicAttentionOptions& options, const AttentionSlopeSumsArguments& a) {
-  check(contract::check_attention_slope_sums, "posenc::alibi_attention_slope_sums", a, options);
+  check(arguments::check_attention_slope_sums, "posenc::alibi_attention_slope_sums", a, options);
   return at::empty_symint({4, a.q.sym_size(0), a.q.sym_size(2), a.q.sym_size(1)}, a.q.options().dtype(at::kDouble));
 }
 

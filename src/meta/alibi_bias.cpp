@@ -1,4 +1,4 @@
-#include <contract/alibi.h>
+#include <arguments/alibi.h>
 #include <meta/detail/symbolic.h>
 
 #include <ATen/ops/empty.h>
@@ -21,7 +21,7 @@ Tensor alibi_bias_meta(
     std::optional<c10::SymInt> query_offset) {
   if (!q_len.is_symbolic() && !k_len.is_symbolic() && !meta::has_symbolic_sizes(slopes) &&
       !meta::is_symbolic(query_offset)) {
-    contract::alibi_bias_problem(
+    arguments::alibi_bias_problem(
         {"posenc::alibi_bias", causal, meta::concrete(query_offset)}, slopes, q_len.expect_int(), k_len.expect_int(),
         dtype);
   }
@@ -38,29 +38,29 @@ Tensor alibi_add_meta(
     bool causal,
     std::optional<c10::SymInt> query_offset) {
   if (!is_symbolic(scores, slopes, query_offset)) {
-    contract::alibi_add_problem({"posenc::alibi_add", causal, meta::concrete(query_offset)}, scores, slopes);
+    arguments::alibi_add_problem({"posenc::alibi_add", causal, meta::concrete(query_offset)}, scores, slopes);
   }
   return at::empty_like(scores);
 }
 
 void alibi_add_meta_(Tensor& scores, const Tensor& slopes, bool causal, std::optional<c10::SymInt> query_offset) {
   if (!is_symbolic(scores, slopes, query_offset)) {
-    contract::alibi_add_in_place_problem({"posenc::alibi_add_", causal, meta::concrete(query_offset)}, scores, slopes);
+    arguments::alibi_add_in_place_problem({"posenc::alibi_add_", causal, meta::concrete(query_offset)}, scores, slopes);
   }
 }
 
 Tensor alibi_mask_meta(const Tensor& grad, std::optional<c10::SymInt> query_offset) {
   if (!meta::has_symbolic_sizes(grad) && !meta::is_symbolic(query_offset)) {
-    contract::alibi_mask_problem({"posenc::alibi_mask", /*causal=*/true, meta::concrete(query_offset)}, grad);
+    arguments::alibi_mask_problem({"posenc::alibi_mask", /*causal=*/true, meta::concrete(query_offset)}, grad);
   }
   return at::empty_like(grad);
 }
 
 Tensor alibi_slopes_backward_meta(const Tensor& grad, bool causal, std::optional<c10::SymInt> query_offset) {
   if (!meta::has_symbolic_sizes(grad) && !meta::is_symbolic(query_offset)) {
-    contract::alibi_shape({"posenc::alibi_slopes_backward", causal, meta::concrete(query_offset)}, "grad", grad);
+    arguments::alibi_shape({"posenc::alibi_slopes_backward", causal, meta::concrete(query_offset)}, "grad", grad);
   }
-  return at::empty_symint({grad.sym_size(-3)}, grad.options().dtype(contract::alibi_slopes_dtype(grad.scalar_type())));
+  return at::empty_symint({grad.sym_size(-3)}, grad.options().dtype(arguments::alibi_slopes_dtype(grad.scalar_type())));
 }
 
 }  // namespace

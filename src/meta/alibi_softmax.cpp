@@ -1,4 +1,4 @@
-#include <contract/alibi.h>
+#include <arguments/alibi.h>
 #include <meta/detail/symbolic.h>
 
 #include <ATen/ops/empty.h>
@@ -25,7 +25,7 @@ Tensor alibi_softmax_meta(
   const bool symbolic = has_symbolic_sizes(scores) || has_symbolic_sizes(slopes) ||
       (key_padding_mask.has_value() && has_symbolic_sizes(*key_padding_mask)) || meta::is_symbolic(query_offset);
   if (!symbolic) {
-    contract::alibi_softmax_problem(
+    arguments::alibi_softmax_problem(
         {"posenc::alibi_softmax", causal, meta::concrete(query_offset)}, scores, slopes, scale, key_padding_mask);
   }
   return at::empty_like(scores);
@@ -39,13 +39,13 @@ std::tuple<Tensor, Tensor> alibi_softmax_backward_meta(
     std::optional<c10::SymInt> query_offset,
     bool slopes_grad) {
   if (!meta::any_symbolic({grad, probs}) && !meta::is_symbolic(query_offset)) {
-    contract::alibi_softmax_backward_problem(
+    arguments::alibi_softmax_backward_problem(
         {"posenc::alibi_softmax_backward", causal, meta::concrete(query_offset)}, grad, probs, scale);
   }
   Tensor slopes;
   if (slopes_grad) {
     slopes = at::empty_symint(
-        {probs.sym_size(-3)}, probs.options().dtype(contract::alibi_slopes_dtype(probs.scalar_type())));
+        {probs.sym_size(-3)}, probs.options().dtype(arguments::alibi_slopes_dtype(probs.scalar_type())));
   }
   return {at::empty_like(probs), slopes};
 }

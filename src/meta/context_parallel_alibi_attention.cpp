@@ -1,5 +1,5 @@
-#include <contract/alibi.h>
-#include <contract/context_parallel_alibi_attention.h>
+#include <arguments/alibi.h>
+#include <arguments/context_parallel_alibi_attention.h>
 #include <meta/detail/symbolic.h>
 #include <ops/context_parallel_alibi_attention.h>
 
@@ -25,10 +25,10 @@ struct Meta {
       const Group& /*group*/,
       const ContextParallelALiBiAttentionOptions& options) {
     if (!any_symbolic({q, k, v, slopes})) {
-      contract::check_context_parallel_attention(
+      arguments::check_context_parallel_attention(
           "posenc::context_parallel_alibi_attention", {q, k, v, slopes}, options, kAtLeastOneRank);
     }
-    const auto wide = q.options().dtype(contract::alibi_slopes_dtype(q.scalar_type()));
+    const auto wide = q.options().dtype(arguments::alibi_slopes_dtype(q.scalar_type()));
     return {at::empty_like(q), at::empty_symint({q.sym_size(0), q.sym_size(2), q.sym_size(1)}, wide)};
   }
 
@@ -45,7 +45,7 @@ struct Meta {
       const ContextParallelALiBiAttentionOptions& options,
       std::array<bool, 4> grad_mask) {
     if (!any_symbolic({grad_out, q, k, v, slopes, out, lse})) {
-      contract::check_context_parallel_attention_backward(
+      arguments::check_context_parallel_attention_backward(
           "posenc::context_parallel_alibi_attention_backward",
           {grad_out, grad_lse, q, k, v, slopes, out, lse, grad_mask[3]}, options, kAtLeastOneRank);
     }
@@ -53,7 +53,7 @@ struct Meta {
     Tensor grad_slopes;
     if (grad_mask[3]) {
       grad_slopes =
-          at::empty_symint({slopes.sym_size(0)}, q.options().dtype(contract::alibi_slopes_dtype(q.scalar_type())));
+          at::empty_symint({slopes.sym_size(0)}, q.options().dtype(arguments::alibi_slopes_dtype(q.scalar_type())));
     }
     return {like(grad_mask[0], q), like(grad_mask[1], k), like(grad_mask[2], v), grad_slopes};
   }

@@ -1,4 +1,4 @@
-#include <contract/qk_norm_rotary_embedding.h>
+#include <arguments/qk_norm_rotary_embedding.h>
 #include <meta/detail/symbolic.h>
 
 #include <ATen/ops/empty_like.h>
@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor> qk_norm_rotary_embedding_meta(
     const Tensor& q,
     const Tensor& k) {
   if (!any_symbolic(rotation, q, k)) {
-    contract::check_qk_norm_rotary("posenc::qk_norm_rotary_embedding", rotation, q, k);
+    arguments::check_qk_norm_rotary("posenc::qk_norm_rotary_embedding", rotation, q, k);
   }
   return {at::empty_like(q), at::empty_like(k)};
 }
@@ -31,9 +31,9 @@ QKNormRotaryGradients qk_norm_rotary_embedding_backward_meta(
     const QKNormRotation& rotation,
     const QKNormRotaryGradInputs& inputs) {
   if (!any_symbolic(rotation, inputs.q, inputs.k)) {
-    contract::check_qk_norm_rotary_backward(rotation, inputs);
+    arguments::check_qk_norm_rotary_backward(rotation, inputs);
   }
-  return contract::allocate_qk_norm_rotary_gradients(rotation, inputs);
+  return arguments::allocate_qk_norm_rotary_gradients(rotation, inputs);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-#include <contract/rotary_embedding_qkv.h>
+#include <arguments/rotary_embedding_qkv.h>
 #include <meta/detail/symbolic.h>
 #include <ops/rotary_embedding.h>
 
@@ -13,8 +13,8 @@
 namespace posenc {
 namespace {
 
+using arguments::RotatedList;
 using at::Tensor;
-using contract::RotatedList;
 using meta::has_symbolic_sizes;
 
 bool any_symbolic(const Rotation& rotation) {
@@ -33,21 +33,21 @@ void check(const Check& check_arguments, const char* op, const Rotation& rotatio
 }
 
 Tensor rotary_embedding_meta(const Rotation& rotation, const Tensor& x) {
-  check(contract::check_rotary, "posenc::rotary_embedding", rotation, {{"x", x}});
+  check(arguments::check_rotary, "posenc::rotary_embedding", rotation, {{"x", x}});
   return at::empty_like(x);
 }
 
 std::tuple<Tensor, Tensor> rotary_embedding_qk_meta(const Rotation& rotation, const Tensor& q, const Tensor& k) {
-  check(contract::check_rotary, "posenc::rotary_embedding_qk", rotation, {{"q", q}, {"k", k}});
+  check(arguments::check_rotary, "posenc::rotary_embedding_qk", rotation, {{"q", q}, {"k", k}});
   return {at::empty_like(q), at::empty_like(k)};
 }
 
 void rotary_embedding_meta_(const Rotation& rotation, Tensor& x) {
-  check(contract::check_rotary_in_place, "posenc::rotary_embedding_", rotation, {{"x", x}});
+  check(arguments::check_rotary_in_place, "posenc::rotary_embedding_", rotation, {{"x", x}});
 }
 
 void rotary_embedding_qk_meta_(const Rotation& rotation, Tensor& q, Tensor& k) {
-  check(contract::check_rotary_in_place, "posenc::rotary_embedding_qk_", rotation, {{"q", q}, {"k", k}});
+  check(arguments::check_rotary_in_place, "posenc::rotary_embedding_qk_", rotation, {{"q", q}, {"k", k}});
 }
 
 std::tuple<Tensor, Tensor, Tensor> rotary_embedding_qkv_meta(
@@ -56,12 +56,12 @@ std::tuple<Tensor, Tensor, Tensor> rotary_embedding_qkv_meta(
     int64_t num_q_heads,
     int64_t num_kv_heads) {
   constexpr const char* kOp = "posenc::rotary_embedding_qkv";
-  contract::check_head_counts(kOp, num_q_heads, num_kv_heads);
+  arguments::check_head_counts(kOp, num_q_heads, num_kv_heads);
   if (!has_symbolic_sizes(qkv) && !any_symbolic(rotation)) {
-    const contract::PackedViews views = contract::packed_views(kOp, "qkv", qkv, num_q_heads, num_kv_heads);
-    contract::check_rotary(kOp, rotation, {{"qkv", views.q}, {"qkv", views.k}});
+    const arguments::PackedViews views = arguments::packed_views(kOp, "qkv", qkv, num_q_heads, num_kv_heads);
+    arguments::check_rotary(kOp, rotation, {{"qkv", views.q}, {"qkv", views.k}});
   }
-  const bool stacked = contract::is_stacked(qkv.dim());
+  const bool stacked = arguments::is_stacked(qkv.dim());
   const c10::SymInt head_dim =
       stacked ? qkv.sym_size(-1) : qkv.sym_size(-1) / c10::SymInt(num_q_heads + 2 * num_kv_heads);
   const auto output = [&](int64_t num_heads) {
@@ -80,7 +80,7 @@ Tensor rotary_embedding_pack_meta(
     const Tensor& v,
     bool stacked) {
   if (!meta::any_symbolic({q, k, v}) && !any_symbolic(rotation)) {
-    contract::check_rotary_pack("posenc::rotary_embedding_pack", rotation, {q, k, v}, stacked);
+    arguments::check_rotary_pack("posenc::rotary_embedding_pack", rotation, {q, k, v}, stacked);
   }
   std::vector<c10::SymInt> sizes = q.sym_sizes().slice(0, q.dim() - 2).vec();
   if (stacked) {

@@ -1,4 +1,4 @@
-#include <contract/rotary_frequencies.h>
+#include <arguments/rotary_frequencies.h>
 #include <meta/detail/symbolic.h>
 
 #include <ATen/ops/empty.h>
@@ -17,7 +17,7 @@ std::tuple<Tensor, Tensor> rotary_tables_meta(
     at::ScalarType dtype,
     double attention_factor) {
   if (!length.is_symbolic() && !meta::has_symbolic_sizes(inv_freq)) {
-    contract::check_frequencies(inv_freq, length.expect_int(), dtype, attention_factor);
+    arguments::check_frequencies(inv_freq, length.expect_int(), dtype, attention_factor);
   }
   const auto table = [&] { return at::empty_symint({length, inv_freq.sym_size(0)}, inv_freq.options().dtype(dtype)); };
   return {table(), table()};
@@ -30,7 +30,7 @@ Tensor rotary_tables_backward_meta(
     const Tensor& sin,
     at::ScalarType dtype) {
   if (!meta::any_symbolic({grad_cos, grad_sin, cos, sin})) {
-    contract::check_frequencies_backward({grad_cos, grad_sin, cos, sin, dtype});
+    arguments::check_frequencies_backward({grad_cos, grad_sin, cos, sin, dtype});
   }
   return at::empty_symint({cos.sym_size(1)}, cos.options().dtype(dtype));
 }

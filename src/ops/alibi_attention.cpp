@@ -86,7 +86,7 @@ std::tuple<Tensor, Tensor> alibi_attention_with_lse(
     const Tensor& v,
     const Tensor& slopes,
     const ALiBiAttentionOptions& options) {
-  return dispatch::alibi_attention(contract::attention_options<c10::SymInt>(options), {q, k, v, slopes});
+  return dispatch::alibi_attention(arguments::attention_options<c10::SymInt>(options), {q, k, v, slopes});
 }
 
 Tensor alibi_attention(

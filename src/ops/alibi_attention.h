@@ -1,6 +1,6 @@
 #pragma once
 
-#include <contract/alibi_attention.h>
+#include <arguments/alibi_attention.h>
 #include <posenc/alibi_attention.h>
 
 #include <ATen/core/Tensor.h>
@@ -15,12 +15,12 @@
 // may be symbols of a graph that is being traced.
 namespace posenc {
 
-using contract::AttentionBackwardArguments;
-using contract::AttentionDoubleBackwardArguments;
-using contract::AttentionSlopeSumsArguments;
-using contract::AttentionTensors;
-using contract::ConcreteAttentionOptions;
-using contract::SymbolicAttentionOptions;
+using arguments::AttentionBackwardArguments;
+using arguments::AttentionDoubleBackwardArguments;
+using arguments::AttentionSlopeSumsArguments;
+using arguments::AttentionTensors;
+using arguments::ConcreteAttentionOptions;
+using arguments::SymbolicAttentionOptions;
 
 /// `(dq, dk, dv, dslopes)`.
 using AttentionGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -118,7 +118,7 @@ template <
     typename Result,
     typename Int,
     typename Arguments,
-    Result (*Function)(const contract::AttentionOptions<Int>&, const Arguments&)>
+    Result (*Function)(const arguments::AttentionOptions<Int>&, const Arguments&)>
 struct AttentionKernel<Function>
     : detail::AttentionKernelOf<Function, Result, Int, Arguments, decltype(std::declval<Arguments>().flat())> {};
 

@@ -1,6 +1,6 @@
 #include <ops/alibi_bias.h>
 
-#include <contract/tensor.h>
+#include <arguments/tensor.h>
 #include <ops/dispatch.h>
 #include <posenc/alibi.h>
 
@@ -10,8 +10,8 @@
 
 namespace posenc {
 
+using arguments::check_defined;
 using at::Tensor;
-using contract::check_defined;
 
 TORCH_LIBRARY_FRAGMENT(posenc, m) {
   m.def(

@@ -1,4 +1,4 @@
-#include <contract/tensor.h>
+#include <arguments/tensor.h>
 #include <ops/alibi_softmax.h>
 #include <ops/dispatch.h>
 #include <posenc/alibi.h>
@@ -9,8 +9,8 @@
 
 namespace posenc {
 
+using arguments::check_defined;
 using at::Tensor;
-using contract::check_defined;
 
 TORCH_LIBRARY_FRAGMENT(posenc, m) {
   m.def(

@@ -17,8 +17,8 @@ at::Tensor alibi_softmax_symint(
     const std::optional<at::Tensor>& key_padding_mask,
     std::optional<c10::SymInt> query_offset);
 
-/// The gradients of `alibi_softmax` from its result `probs`. With `slopes_grad`, P are `probs` divided by their sum over
-/// the keys, otherwise `probs` themselves. With r the sum of `grad * P` over the keys,
+/// The gradients of `alibi_softmax` from its result `probs`. With `slopes_grad`, P are `probs` divided by their sum
+/// over the keys, otherwise `probs` themselves. With r the sum of `grad * P` over the keys,
 ///
 ///     dscores = scale * P * (grad - r),
 ///     dslopes[h] = -sum over b, i, j of P * (grad - r) * |query_offset + i - j|.

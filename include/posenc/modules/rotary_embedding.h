@@ -138,9 +138,9 @@ class POSENC_API RotaryEmbeddingImpl : public detail::KeepsDtype<RotaryEmbedding
   ///
   /// @param q,k  in the order of dimensions of `options.layout()`; number of heads may differ.
   /// @param positions  `[S]`, `[B, S]` (`[T]` for `Layout::thd`), int32 or int64, on the device of `q`. Default:
-  ///   token s is at position s. Positions on a CPU grow the tables as needed; a negative one is an error. Those on a GPU
-  ///   cannot be read without waiting for it: they must be below `max_position_embeddings` or what `reserve` was given.
-  ///   Beyond that, and below 0, they give NaN. With `sections` or `pair_axes` there may be an axis in front,
+  ///   token s is at position s. Positions on a CPU grow the tables as needed; a negative one is an error. Those on a
+  ///   GPU cannot be read without waiting for it: they must be below `max_position_embeddings` or what `reserve` was
+  ///   given. Beyond that, and below 0, they give NaN. With `sections` or `pair_axes` there may be an axis in front,
   ///   `[A, B, S]` (`[A, T]`);
   ///   fewer dimensions, or no positions, mean the same position on every axis, as plain text has it.
   /// @param seq_len  positions of the sequence: more than any of `positions`, at least the tokens of q without them.

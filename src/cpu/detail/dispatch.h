@@ -30,7 +30,7 @@ void for_dtype(at::ScalarType dtype, Body&& body) {
     case at::kDouble:
       return body(Type<double>{});
     default:
-      TORCH_INTERNAL_ASSERT(false, "the contract admits no dtype ", dtype);
+      TORCH_INTERNAL_ASSERT(false, "no kernel for dtype ", dtype);
   }
 }
 

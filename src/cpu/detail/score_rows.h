@@ -1,6 +1,6 @@
 #pragma once
 
-#include <contract/alibi_problem.h>
+#include <arguments/alibi_problem.h>
 #include <cpu/detail/clones.h>
 #include <cpu/detail/lanes.h>
 

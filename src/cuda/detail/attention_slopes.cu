@@ -89,7 +89,7 @@ void launch_slopes(int64_t head_dim, const AlibiAttentionSlopesProblem& problem,
 
 /// Computes one of the two: sums of blocks `[Hq, B, blocks]` or sums of rows `[4, B, Hq, Sq]`.
 void run(
-    const attention::Padded& call,
+    const blockwise::Padded& call,
     const Tensor& grad_out,
     const Tensor& lse,
     const std::optional<Tensor>& sums,
@@ -130,7 +130,7 @@ void run(
 
 }  // namespace
 
-Tensor attention_slopes_backward(const attention::Padded& call, const Tensor& grad_out, const Tensor& lse) {
+Tensor attention_slopes_backward(const blockwise::Padded& call, const Tensor& grad_out, const Tensor& lse) {
   const int64_t heads = call.q_heads();
   const int64_t blocks = ceil_div(call.q_len(), kSlopesRows);
   const Tensor sums = at::empty({heads, call.batch(), blocks}, call.q.options().dtype(at::kDouble));
@@ -142,7 +142,7 @@ Tensor attention_slopes_backward(const attention::Padded& call, const Tensor& gr
   return result;
 }
 
-Tensor attention_slope_sums(const attention::Padded& call, const Tensor& grad_out, const Tensor& lse) {
+Tensor attention_slope_sums(const blockwise::Padded& call, const Tensor& grad_out, const Tensor& lse) {
   Tensor result = at::empty({4, call.batch(), call.q_heads(), call.q_len()}, call.q.options().dtype(at::kDouble));
   run(call, grad_out, lse, std::nullopt, result);
   return result;

@@ -18,7 +18,7 @@ namespace posenc::cuda {
 namespace {
 
 using at::Tensor;
-using attention::Padded;
+using blockwise::Padded;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
@@ -27,9 +27,9 @@ constexpr int kMajor = 9;
 constexpr int kMinor = 0;
 constexpr int64_t kHeadDims[] = {32, 64, 80, 96, 128, 192, 256};
 
-/// A tile of scores has so many columns, or a divisor of it. Without a mask of cuDNN's own, the columns of the last tile
-/// that lie beyond the keys are part of its backward pass: their keys are zeros, but a probability that overflows makes
-/// NaN of that (seen with S = 448 in float16). A limit takes them out.
+/// A tile of scores has so many columns, or a divisor of it. Without a mask of cuDNN's own, the columns of the last
+/// tile that lie beyond the keys are part of its backward pass: their keys are zeros, but a probability that overflows
+/// makes NaN of that (seen with S = 448 in float16). A limit takes them out.
 constexpr int64_t kTile = 128;
 
 /// Key limits are float32.

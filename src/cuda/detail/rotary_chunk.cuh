@@ -1,6 +1,6 @@
 #pragma once
 
-#include <contract/rotary_problem.h>
+#include <arguments/rotary_problem.h>
 #include <cuda/detail/vector_width.h>
 #include <cuda/detail/vector.cuh>
 
@@ -169,8 +169,8 @@ __device__ void rotate_chunk_by_axes(
 }
 
 /// Rotates one chunk, or copies it where it lies behind the rotary width or its tensor is only copied. All loads come
-/// before the first use of any, so that a thread waits for memory once. Where the token has no row in the tables, all of
-/// it becomes NaN.
+/// before the first use of any, so that a thread waits for memory once. Where the token has no row in the tables, all
+/// of it becomes NaN.
 template <typename Policy, typename T>
 __device__ void rotate_chunk(const RotaryProblem& problem, const Place<T>& place, int chunk) {
   using Real = arithmetic_t<T>;
@@ -214,7 +214,8 @@ __device__ void rotate_chunk(const RotaryProblem& problem, const Place<T>& place
   } else {
     const TableRow<Real> row = table_row<Real>(problem, place.batch, place.seq);
     // Each branch stores for itself: where they met before the stores, the compiler would unpack the vectors, and so
-    // wait for them, before the branch (1.13 instead of less than 1.05 times the copy with a tail, measured on an H200).
+    // wait for them, before the branch (1.13 instead of less than 1.05 times the copy with a tail, measured on an
+    // H200).
     if (!rotates) {
       if (row.sign != row.sign && !place.copied) {
         a = b = splat<V>(narrow<T>(row.sign));

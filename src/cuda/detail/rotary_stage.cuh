@@ -3,11 +3,11 @@
 #include <cuda/detail/launch.h>
 #include <cuda/detail/rotary_tables.cuh>
 
-// Rotation where the pairs of a vector read rows of different axes, as in the cycles of Qwen3-VL. Entry by entry a thread
-// would fetch 2 V single numbers. Instead the threads of a token fetch each number once, and all heads of a block take
-// them from shared memory in vectors. That takes two waits for memory, one after the other, and so a thread has several
-// heads on their way meanwhile: 1.04 times the copy with three, 1.08 with two, 1.27 with one, 1.07 with four, and 1.32
-// entry by entry, measured on an H100 with bfloat16, 4 x 8192 tokens, 32 and 8 heads of 128. No torch.
+// Rotation where the pairs of a vector read rows of different axes, as in the cycles of Qwen3-VL. Entry by entry a
+// thread would fetch 2 V single numbers. Instead the threads of a token fetch each number once, and all heads of a
+// block take them from shared memory in vectors. That takes two waits for memory, one after the other, and so a thread
+// has several heads on their way meanwhile: 1.04 times the copy with three, 1.08 with two, 1.27 with one, 1.07 with
+// four, and 1.32 entry by entry, measured on an H100 with bfloat16, 4 x 8192 tokens, 32 and 8 heads of 128. No torch.
 namespace posenc::cuda {
 
 /// Rotates the same chunk of several heads of a token, or copies it. All threads of a block take part: `has_token` says

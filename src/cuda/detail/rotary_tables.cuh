@@ -1,13 +1,14 @@
 #pragma once
 
-#include <contract/rotary_problem.h>
+#include <arguments/rotary_problem.h>
 #include <cuda/detail/rotary_chunk.cuh>
 
 // A chunk (rotary_chunk.cuh) for kernels that do more with it than to rotate it: where it lies, its elements, and
 // its entries of the tables. No torch.
 namespace posenc::cuda {
 
-/// Where a chunk lies in its head. Chunks behind the rotary width do not rotate, and the last of them may be one vector.
+/// Where a chunk lies in its head. Chunks behind the rotary width do not rotate, and the last of them may be one
+/// vector.
 struct ChunkChannels {
   int first, second;  // channels, the first of each vector
   bool rotates, has_second;
@@ -94,17 +95,17 @@ struct HeadChunk {
   }
 };
 
-/// -1 to rotate backwards; NaN where the token has no row in the tables. With several axes it may have some of its rows,
-/// and it is the pairs that become NaN.
+/// -1 to rotate backwards; NaN where the token has no row in the tables. With several axes it may have some of its
+/// rows, and it is the pairs that become NaN.
 template <typename Real>
 __device__ Real sign_of_token(const RotaryProblem& problem, int64_t batch, int64_t seq) {
   return problem.positions.num_axes > 0 ? problem.conjugate ? Real(-1) : Real(1)
                                         : table_row<Real>(problem, batch, seq).sign;
 }
 
-/// The entries of the tables for the V pairs of a chunk: in half pairing those of its neighbouring channels, interleaved
-/// those of the first vector and then those of the second. Zero where the chunk does not exist or does not rotate.
-/// `Policy::kAxes`: positions may have several axes.
+/// The entries of the tables for the V pairs of a chunk: in half pairing those of its neighbouring channels,
+/// interleaved those of the first vector and then those of the second. Zero where the chunk does not exist or does not
+/// rotate. `Policy::kAxes`: positions may have several axes.
 template <typename T, typename Policy>
 struct ChunkTables {
   using Real = arithmetic_t<T>;

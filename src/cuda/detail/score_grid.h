@@ -1,6 +1,6 @@
 #pragma once
 
-#include <contract/alibi_problem.h>
+#include <arguments/alibi_problem.h>
 #include <cuda/detail/launch.h>
 
 #include <cuda_runtime.h>

@@ -1,6 +1,6 @@
 #pragma once
 
-#include <contract/alibi_problem.h>
+#include <arguments/alibi_problem.h>
 #include <cuda/detail/vector.cuh>
 
 // Rows of scores in vectors of V. No torch.

@@ -6,12 +6,12 @@
 
 #include <cstdint>
 
-// What compute capability 9.0 (sm_90a) adds: copies of tiles by the memory system, barriers that count bytes, and matrix
-// products of four warps that read shared memory (PTX ISA: "cp.async.bulk.tensor", "mbarrier", "Asynchronous Warpgroup
-// Level Matrix Instructions"). No torch.
+// What compute capability 9.0 (sm_90a) adds: copies of tiles by the memory system, barriers that count bytes, and
+// matrix products of four warps that read shared memory (PTX ISA: "cp.async.bulk.tensor", "mbarrier", "Asynchronous
+// Warpgroup Level Matrix Instructions"). No torch.
 //
-// Tiles lie in shared memory as panels of 64 channels: rows of 128 bytes one after the other, of which the 16-byte chunks
-// are exchanged so that eight rows spread over all banks (CU_TENSOR_MAP_SWIZZLE_128B).
+// Tiles lie in shared memory as panels of 64 channels: rows of 128 bytes one after the other, of which the 16-byte
+// chunks are exchanged so that eight rows spread over all banks (CU_TENSOR_MAP_SWIZZLE_128B).
 namespace posenc::cuda::sm90 {
 
 constexpr int kPanelChannels = 64;
@@ -61,8 +61,8 @@ __device__ inline void wait_bytes(uint64_t* barrier, int round) {
       : "memory");
 }
 
-/// By one thread: starts the copy of a panel whose first element has these coordinates. What is outside of the tensor is
-/// zero.
+/// By one thread: starts the copy of a panel whose first element has these coordinates. What is outside of the tensor
+/// is zero.
 __device__ inline void start_panel(
     uint32_t to,
     const CUtensorMap& tensor,
@@ -86,8 +86,8 @@ __device__ inline void order_copies_after_reads() {
 // ---------------------------------------------------------------------------------------------------------------------
 // Matrix products
 
-/// 16 rows and 16 channels of a panel as a warp holds them: a thread of lane 4 g + t has of rows g and g + 8 the channels
-/// 2 t and 2 t + 1, and those plus 8.
+/// 16 rows and 16 channels of a panel as a warp holds them: a thread of lane 4 g + t has of rows g and g + 8 the
+/// channels 2 t and 2 t + 1, and those plus 8.
 __device__ inline void load_rows(uint32_t (&rows)[4], uint32_t panel, int first_row, int channel) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const uint32_t address = panel + swizzled(first_row + lane % 16, channel / 8 + lane / 16);
@@ -148,7 +148,8 @@ __device__ inline void pin(Products& products) {
   }
 }
 
-/// Starts `products = rows tile^T` over `16 Steps` channels, of four warps with 16 rows each. `tile` has panels of 64 rows.
+/// Starts `products = rows tile^T` over `16 Steps` channels, of four warps with 16 rows each. `tile` has panels of 64
+/// rows.
 template <typename T, int Steps>
 __device__ void start_products(Products& products, const uint32_t (&rows)[Steps][4], uint32_t tile) {
   pin(products);

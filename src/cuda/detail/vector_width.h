@@ -1,7 +1,7 @@
 #pragma once
 
-#include <contract/alibi_problem.h>
-#include <contract/rotary_problem.h>
+#include <arguments/alibi_problem.h>
+#include <arguments/rotary_problem.h>
 
 #include <cstdint>
 

@@ -1,0 +1,124 @@
+#pragma once
+
+#include <posenc/alibi_attention.h>
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/SymInt.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+// What `alibi_attention` and its backward pass accept, as arguments/alibi.h for the rest of the family.
+namespace posenc::arguments {
+
+/// The options of a call as they pass through the dispatcher.
+/// @tparam Int  int64_t, or c10::SymInt where a graph with dynamic shapes may be traced.
+template <typename Int>
+struct AttentionOptions {
+  std::optional<double> scale;
+  bool causal = false;
+  std::optional<Int> query_offset;
+  std::optional<at::Tensor> seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k;
+  std::optional<Int> max_seqlen_q, max_seqlen_k;
+};
+
+/// Those of the public struct.
+template <typename Int>
+AttentionOptions<Int> attention_options(const ALiBiAttentionOptions& o) {
+  return {o.scale(),        o.causal(),       o.query_offset(), o.seqlens_q(),   o.seqlens_k(),
+          o.cu_seqlens_q(), o.cu_seqlens_k(), o.max_seqlen_q(), o.max_seqlen_k()};
+}
+
+using ConcreteAttentionOptions = AttentionOptions<int64_t>;
+using SymbolicAttentionOptions = AttentionOptions<c10::SymInt>;
+
+// The arguments of each operator beside its options, in the order of its schema. They refer to the tensors of the call.
+// `flat` names the members for the dispatcher, which knows no structs.
+
+struct AttentionTensors {
+  const at::Tensor& q;
+  const at::Tensor& k;
+  const at::Tensor& v;
+  const at::Tensor& slopes;
+
+  auto flat() const { return std::tie(q, k, v, slopes); }
+};
+
+struct AttentionBackwardArguments {
+  const at::Tensor& grad_out;
+  const std::optional<at::Tensor>& grad_lse;  // nullopt means zero
+  const at::Tensor& q;
+  const at::Tensor& k;
+  const at::Tensor& v;
+  const at::Tensor& slopes;
+  const at::Tensor& out;
+  const at::Tensor& lse;
+  bool slopes_grad;  // whether the gradient of the slopes is asked for
+
+  AttentionTensors inputs() const { return {q, k, v, slopes}; }
+  auto flat() const { return std::tie(grad_out, grad_lse, q, k, v, slopes, out, lse, slopes_grad); }
+};
+
+struct AttentionDoubleBackwardArguments {
+  const std::optional<at::Tensor>& grad_grad_q;  // of dq, dk, dv and dslopes; nullopt means zero
+  const std::optional<at::Tensor>& grad_grad_k;
+  const std::optional<at::Tensor>& grad_grad_v;
+  const std::optional<at::Tensor>& grad_grad_slopes;
+  const at::Tensor& grad_out;
+  const std::optional<at::Tensor>& grad_lse;
+  const at::Tensor& q;
+  const at::Tensor& k;
+  const at::Tensor& v;
+  const at::Tensor& slopes;
+
+  AttentionTensors inputs() const { return {q, k, v, slopes}; }
+  auto flat() const {
+    return std::tie(grad_grad_q, grad_grad_k, grad_grad_v, grad_grad_slopes, grad_out, grad_lse, q, k, v, slopes);
+  }
+};
+
+struct AttentionSlopeSumsArguments {
+  const at::Tensor& grad_out;
+  const at::Tensor& q;
+  const at::Tensor& k;
+  const at::Tensor& v;
+  const at::Tensor& slopes;
+  const at::Tensor& lse;
+
+  AttentionTensors inputs() const { return {q, k, v, slopes}; }
+  auto flat() const { return std::tie(grad_out, q, k, v, slopes, lse); }
+};
+
+/// A checked call. Sequences are counted as in a padded batch: of a packed one, `batch` is their number, and `q_len`
+/// and `k_len` are the lengths that none exceeds.
+struct AlibiAttention {
+  int64_t batch, q_len, k_len;
+  int64_t q_heads, k_heads, head_dim;
+  double scale;
+  bool causal;
+  // nullopt: `seqlens_k[b] - seqlens_q[b]`, per sequence; 0 if the same tensor was passed for both.
+  std::optional<int64_t> query_offset;
+  at::Tensor seqlens_q, seqlens_k;        // [B] or undefined
+  at::Tensor cu_seqlens_q, cu_seqlens_k;  // [B + 1], both or none
+
+  bool packed() const { return cu_seqlens_q.defined(); }
+};
+
+/// Checks a call of the operator `op`.
+/// @throws c10::Error  naming the argument, what was expected and what came; as all functions here.
+AlibiAttention check_attention(const char* op, const AttentionTensors& inputs, const ConcreteAttentionOptions& options);
+AlibiAttention check_attention_backward(
+    const char* op,
+    const AttentionBackwardArguments& arguments,
+    const ConcreteAttentionOptions& options);
+AlibiAttention check_attention_double_backward(
+    const char* op,
+    const AttentionDoubleBackwardArguments& arguments,
+    const ConcreteAttentionOptions& options);
+AlibiAttention check_attention_slope_sums(
+    const char* op,
+    const AttentionSlopeSumsArguments& arguments,
+    const ConcreteAttentionOptions& options);
+
+}  // namespace posenc::arguments

@@ -1,0 +1,77 @@
+#pragma once
+
+#include <arguments/rotary_embedding.h>
+
+#include <ATen/core/Tensor.h>
+
+#include <tuple>
+#include <utility>
+
+namespace posenc::arguments {
+
+/// Refuses numbers of heads that no projection has.
+void check_head_counts(const char* op, int64_t num_q_heads, int64_t num_kv_heads);
+
+/// q, k and v of a packed projection, views of it.
+struct PackedViews {
+  at::Tensor q, k, v;
+};
+
+/// The views of `packed`, `[B, S, (Hq + 2Hk) D]`, `[T, (Hq + 2Hk) D]`, `[B, S, 3, H, D]` or `[T, 3, H, D]`.
+/// @throws c10::Error  where its sizes do not go with the numbers of heads.
+PackedViews packed_views(
+    const char* op,
+    const char* name,
+    const at::Tensor& packed,
+    int64_t num_q_heads,
+    int64_t num_kv_heads);
+
+/// Whether a projection of that many dimensions holds q, k and v as `[.., 3, H, D]`.
+inline bool is_stacked(int64_t dims) {
+  return dims >= 4;
+}
+
+/// The checks of `rotary_embedding_pack`.
+void check_rotary_pack(const char* op, const Rotation& rotation, const PackedViews& from, bool stacked);
+
+/// A checked call of `rotary_embedding_qkv`: `to` are the outputs.
+struct RotaryQkvCall {
+  RotaryProblem problem;
+  PackedViews to;
+};
+RotaryQkvCall rotary_qkv_call(const char* op, const Rotation& rotation, const PackedViews& from);
+
+/// A checked call of `rotary_embedding_pack`.
+struct RotaryPackCall {
+  RotaryProblem problem;
+  at::Tensor packed;
+};
+RotaryPackCall rotary_pack_call(const char* op, const Rotation& rotation, const PackedViews& from, bool stacked);
+
+// The operators for a dispatch key: checks, outputs, kernel.
+
+template <RotaryKernel kKernel>
+std::tuple<at::Tensor, at::Tensor, at::Tensor> rotary_embedding_qkv(
+    const Rotation& rotation,
+    const at::Tensor& qkv,
+    int64_t num_q_heads,
+    int64_t num_kv_heads) {
+  constexpr const char* kOp = "posenc::rotary_embedding_qkv";
+  RotaryQkvCall call = rotary_qkv_call(kOp, rotation, packed_views(kOp, "qkv", qkv, num_q_heads, num_kv_heads));
+  kKernel(call.problem, qkv);
+  return {std::move(call.to.q), std::move(call.to.k), std::move(call.to.v)};
+}
+
+template <RotaryKernel kKernel>
+at::Tensor rotary_embedding_pack(
+    const Rotation& rotation,
+    const at::Tensor& q,
+    const at::Tensor& k,
+    const at::Tensor& v,
+    bool stacked) {
+  RotaryPackCall call = rotary_pack_call("posenc::rotary_embedding_pack", rotation, {q, k, v}, stacked);
+  kKernel(call.problem, q);
+  return std::move(call.packed);
+}
+
+}  // namespace posenc::arguments

@@ -1,0 +1,132 @@
+#pragma once
+
+// What a rotary kernel is given: pointers, extents and strides, checked beforehand. No torch in here, so that
+// the CPU and the CUDA kernels can share it.
+
+#include <arguments/host_device.h>
+
+#include <cstdint>
+
+namespace posenc {
+
+/// Strides in elements of a tensor read as `[B, S, H, D]`. Packed tensors `[T, H, D]` are B = 1, S = T.
+struct Strides {
+  int64_t batch, seq, head, channel;
+};
+
+/// `cos` or `sin`: row (b, s) of a table given per token, row `position` of one that is looked up.
+struct RotaryTable {
+  const void* data;
+  int64_t stride_batch, stride_row, stride_pair;
+};
+
+/// Positions `[B, S]`, or `[A, B, S]` where `num_axes` is not 0; `data` is null where there are none.
+struct PositionsView {
+  const void* data;
+  int64_t stride_axis, stride_batch, stride_seq;
+  int32_t num_axes;
+  bool is_int64;
+};
+
+/// Most axes that positions may have, and most pairs that may choose among them.
+constexpr int64_t kMaxAxes = 4;
+constexpr int64_t kMaxPairsWithAxes = 512;
+
+/// Which axis of the positions each pair reads, two bits a pair: small enough to travel with the launch, and so in
+/// constant memory when a kernel reads it. All zeros where positions have one axis.
+struct PairAxes {
+  static constexpr int64_t kPairsPerWord = 16;
+
+  uint32_t words[kMaxPairsWithAxes / kPairsPerWord];
+
+  POSENC_HOST_DEVICE int32_t axis(int64_t pair) const {
+    return static_cast<int32_t>(words[pair / kPairsPerWord] >> (2 * (pair % kPairsPerWord)) & 3U);
+  }
+
+  /// `pair` must still be at axis 0.
+  void set(int64_t pair, int64_t axis) {
+    words[pair / kPairsPerWord] |= static_cast<uint32_t>(axis) << (2 * (pair % kPairsPerWord));
+  }
+};
+
+/// One call of an operator that rotates: one tensor, q and k, or q, k and the v that is copied beside them. In place
+/// where `out` is `in`.
+struct RotaryProblem {
+  struct Operand {
+    const void* in;
+    void* out;
+    Strides in_strides, out_strides;
+    int64_t num_heads;
+    bool copied = false;  // not rotated: the third, v
+  };
+
+  int64_t batch, seq_len, head_dim;
+  int64_t num_pairs;  // R / 2
+  int64_t
+      table_rows;  // positions outside [0, table_rows) give NaN: for the token, with axes for the pairs that read it
+  Operand operands[3];
+  int32_t num_operands;
+  RotaryTable cos, sin;
+  PositionsView positions;
+  bool interleaved;
+  bool conjugate;
+  PairAxes pair_axes;
+
+  int64_t num_heads() const { return operands[0].num_heads + operands[1].num_heads + operands[2].num_heads; }
+};
+
+/// One call of `rotary_embedding_tables_backward`. Row r of the tables was read by `tokens_per_row` tokens
+/// r, r + S, r + 2S, ... while r < `rows_read`, or, where positions chose the row, by the tokens
+/// `order[row_starts[r]]` to `order[row_starts[r + 1] - 1]`. Both are one after the other for each axis of the
+/// positions, and a pair goes by those of its axis.
+struct RotaryTablesProblem {
+  struct Operand {
+    const void* grad;
+    const void* input;
+    Strides grad_strides, input_strides;
+    int64_t num_heads;
+  };
+
+  int64_t seq_len;
+  int64_t num_pairs;
+  int64_t table_rows;  // of all batches, where the tables are [B, S, R/2]
+  Operand operands[2];
+  int32_t num_operands;
+  int64_t tokens_per_row;
+  int64_t rows_read;
+  int64_t num_axes;
+  const int64_t* order;       // [num_axes, tokens]
+  const int64_t* row_starts;  // [num_axes, table_rows + 1]
+  void* grad_cos;             // [table_rows, num_pairs], contiguous, as is grad_sin
+  void* grad_sin;
+  bool interleaved;
+  bool conjugate;
+  PairAxes pair_axes;
+  int64_t tokens;  // of all batches
+
+  /// The tokens that read one row of the tables by one axis.
+  struct Readers {
+    const int64_t* order;  // null: tokens first, first + step, ...
+    int64_t first, step, count;
+
+    /// The `i`-th of them, as `batch * seq_len + seq`.
+    POSENC_HOST_DEVICE int64_t token(int64_t i) const { return order != nullptr ? order[i] : first + i * step; }
+  };
+
+  POSENC_HOST_DEVICE Readers readers(int64_t row, int64_t axis) const {
+    if (order == nullptr) {
+      return {nullptr, row, seq_len, row < rows_read ? tokens_per_row : 0};
+    }
+    const int64_t* starts = row_starts + axis * (table_rows + 1) + row;
+    return {order + axis * tokens + starts[0], 0, 0, starts[1] - starts[0]};
+  }
+};
+
+/// One call of `rotary_embedding_backward`, or of `rotary_embedding_tables_backward`, which reads `num_pairs` of the
+/// rotation alone.
+struct RotaryBackwardProblem {
+  RotaryTablesProblem tables;
+  RotaryProblem rotation;  // of the gradients, inverse
+};
+
+}  // namespace posenc
