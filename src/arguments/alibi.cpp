@@ -18,6 +18,15 @@ ScoreStrides strides_of_scores(const Tensor& tensor) {
       tensor.size(-1) == 1 ? 1 : tensor.stride(-1)};
 }
 
+/// The call of `alibi_add` or `alibi_add_`, called `op`, without its output.
+AlibiAddProblem add_problem(const char* op, const AlibiAddArguments<int64_t>& a) {
+  AlibiAddProblem problem{};
+  problem.shape = alibi_shape({op, a.causal, a.query_offset}, "scores", a.scores);
+  problem.slopes = alibi_slopes_view(op, a.slopes, problem.shape.num_heads, a.scores.scalar_type(), a.scores.device());
+  problem.in = scores_in(a.scores);
+  return problem;
+}
+
 }  // namespace
 
 at::ScalarType alibi_slopes_dtype(at::ScalarType dtype) {
@@ -25,7 +34,7 @@ at::ScalarType alibi_slopes_dtype(at::ScalarType dtype) {
 }
 
 /// All positions and distances must fit into int32.
-AlibiShape alibi_shape(const AlibiArguments& a, int64_t batch, int64_t num_heads, int64_t q_len, int64_t k_len) {
+AlibiShape alibi_shape(const AlibiOptions& a, int64_t batch, int64_t num_heads, int64_t q_len, int64_t k_len) {
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
   TORCH_CHECK(
       q_len <= kMax && k_len <= kMax, a.op, ": expected at most ", kMax, " queries and keys, got ", q_len, " and ",
@@ -43,7 +52,7 @@ AlibiShape alibi_shape(const AlibiArguments& a, int64_t batch, int64_t num_heads
           a.causal};
 }
 
-AlibiShape alibi_shape(const AlibiArguments& a, const char* name, const Tensor& scores) {
+AlibiShape alibi_shape(const AlibiOptions& a, const char* name, const Tensor& scores) {
   check_defined(a.op, name, scores);
   TORCH_CHECK(
       scores.dim() == 4 || scores.dim() == 3, a.op, ": expected ", name,
@@ -76,69 +85,64 @@ SlopesView alibi_slopes_view(
   return {slopes.is_meta() ? nullptr : slopes.const_data_ptr(), slopes.stride(0), slopes_dtype == at::kDouble};
 }
 
-AlibiAddProblem alibi_bias_problem(
-    const AlibiArguments& a,
-    const Tensor& slopes,
-    int64_t q_len,
-    int64_t k_len,
-    at::ScalarType dtype) {
-  TORCH_CHECK(is_served(dtype), a.op, ": expected dtype float16, bfloat16, float32 or float64, got ", dtype);
+AlibiAddProblem alibi_bias_problem(const AlibiBiasArguments<int64_t>& a) {
+  constexpr const char* kOp = "posenc::alibi_bias";
+  TORCH_CHECK(is_served(a.dtype), kOp, ": expected dtype float16, bfloat16, float32 or float64, got ", a.dtype);
   TORCH_CHECK(
-      q_len >= 0 && k_len >= 0, a.op, ": expected q_len and k_len that are not negative, got ", q_len, " and ", k_len);
-  check_defined(a.op, "slopes", slopes);
+      a.q_len >= 0 && a.k_len >= 0, kOp, ": expected q_len and k_len that are not negative, got ", a.q_len, " and ",
+      a.k_len);
+  check_defined(kOp, "slopes", a.slopes);
   AlibiAddProblem problem{};
-  problem.slopes = alibi_slopes_view(a.op, slopes, /*num_heads=*/-1, dtype, slopes.device());
-  problem.shape = alibi_shape(a, 1, slopes.size(0), q_len, k_len);
+  problem.slopes = alibi_slopes_view(kOp, a.slopes, /*num_heads=*/-1, a.dtype, a.slopes.device());
+  problem.shape = alibi_shape({kOp, a.causal, a.query_offset}, 1, a.slopes.size(0), a.q_len, a.k_len);
   return problem;
 }
 
-AlibiAddProblem alibi_add_problem(const AlibiArguments& a, const Tensor& scores, const Tensor& slopes) {
-  AlibiAddProblem problem{};
-  problem.shape = alibi_shape(a, "scores", scores);
-  problem.slopes = alibi_slopes_view(a.op, slopes, problem.shape.num_heads, scores.scalar_type(), scores.device());
-  problem.in = scores_in(scores);
-  return problem;
+AlibiAddProblem alibi_add_problem(const AlibiAddArguments<int64_t>& a) {
+  return add_problem("posenc::alibi_add", a);
 }
 
-AlibiAddProblem alibi_add_in_place_problem(const AlibiArguments& a, Tensor& scores, const Tensor& slopes) {
-  AlibiAddProblem problem = alibi_add_problem(a, scores, slopes);
+AlibiAddProblem alibi_add_in_place_problem(const AlibiAddArguments<int64_t>& a) {
+  constexpr const char* kOp = "posenc::alibi_add_";
+  AlibiAddProblem problem = add_problem(kOp, a);
   TORCH_CHECK(
-      !may_overlap(scores), a.op, ": expected scores whose elements are each a place of their own, got strides ",
-      scores.strides(), " for sizes ", scores.sizes(), "; clone() them first");
+      !may_overlap(a.scores), kOp, ": expected scores whose elements are each a place of their own, got strides ",
+      a.scores.strides(), " for sizes ", a.scores.sizes(), "; clone() them first");
   TORCH_CHECK(
-      !may_overlap(scores, slopes), a.op, ": expected scores and slopes in memory of their own, got two that overlap");
-  problem.out = {scores.is_meta() ? nullptr : scores.mutable_data_ptr(), problem.in.strides};
+      !may_overlap(a.scores, a.slopes), kOp,
+      ": expected scores and slopes in memory of their own, got two that overlap");
+  problem.out = {a.scores.is_meta() ? nullptr : a.scores.mutable_data_ptr(), problem.in.strides};
   return problem;
 }
 
-AlibiAddProblem alibi_mask_problem(const AlibiArguments& a, const Tensor& grad) {
+AlibiAddProblem alibi_mask_problem(const AlibiMaskArguments<int64_t>& a) {
   AlibiAddProblem problem{};
-  problem.shape = alibi_shape(a, "grad", grad);
-  problem.in = scores_in(grad);
+  problem.shape = alibi_shape({"posenc::alibi_mask", /*causal=*/true, a.query_offset}, "grad", a.grad);
+  problem.in = scores_in(a.grad);
   return problem;
 }
 
-AlibiSoftmaxProblem alibi_softmax_problem(
-    const AlibiArguments& a,
-    const Tensor& scores,
-    const Tensor& slopes,
-    double scale,
-    const std::optional<Tensor>& key_padding_mask) {
+AlibiShape alibi_slopes_backward_shape(const AlibiSlopesBackwardArguments<int64_t>& a) {
+  return alibi_shape({"posenc::alibi_slopes_backward", a.causal, a.query_offset}, "grad", a.grad);
+}
+
+AlibiSoftmaxProblem alibi_softmax_problem(const AlibiSoftmaxArguments<int64_t>& a) {
+  constexpr const char* kOp = "posenc::alibi_softmax";
   AlibiSoftmaxProblem problem{};
-  problem.shape = alibi_shape(a, "scores", scores);
-  problem.slopes = alibi_slopes_view(a.op, slopes, problem.shape.num_heads, scores.scalar_type(), scores.device());
-  problem.in = scores_in(scores);
-  problem.scale = scale;
-  if (key_padding_mask.has_value()) {
-    const Tensor& mask = *key_padding_mask;
-    check_defined(a.op, "key_padding_mask", mask);
+  problem.shape = alibi_shape({kOp, a.causal, a.query_offset}, "scores", a.scores);
+  problem.slopes = alibi_slopes_view(kOp, a.slopes, problem.shape.num_heads, a.scores.scalar_type(), a.scores.device());
+  problem.in = scores_in(a.scores);
+  problem.scale = a.scale;
+  if (a.key_padding_mask.has_value()) {
+    const Tensor& mask = *a.key_padding_mask;
+    check_defined(kOp, "key_padding_mask", mask);
     TORCH_CHECK(
-        mask.scalar_type() == at::kBool, a.op, ": expected key_padding_mask of dtype bool, got ", mask.scalar_type());
+        mask.scalar_type() == at::kBool, kOp, ": expected key_padding_mask of dtype bool, got ", mask.scalar_type());
     TORCH_CHECK(
-        mask.device() == scores.device(), a.op, ": expected key_padding_mask on the device of scores, ",
-        scores.device(), ", got ", mask.device());
+        mask.device() == a.scores.device(), kOp, ": expected key_padding_mask on the device of scores, ",
+        a.scores.device(), ", got ", mask.device());
     TORCH_CHECK(
-        mask.dim() == 2 && mask.size(0) == problem.shape.batch && mask.size(1) == problem.shape.k_len, a.op,
+        mask.dim() == 2 && mask.size(0) == problem.shape.batch && mask.size(1) == problem.shape.k_len, kOp,
         ": expected key_padding_mask of shape [B, Sk] = [", problem.shape.batch, ", ", problem.shape.k_len, "], got ",
         mask.sizes());
     problem.padding = {
@@ -148,22 +152,21 @@ AlibiSoftmaxProblem alibi_softmax_problem(
   return problem;
 }
 
-AlibiSoftmaxBackwardProblem alibi_softmax_backward_problem(
-    const AlibiArguments& a,
-    const Tensor& grad,
-    const Tensor& probs,
-    double scale) {
+AlibiSoftmaxBackwardProblem alibi_softmax_backward_problem(const AlibiSoftmaxBackwardArguments<int64_t>& a) {
+  constexpr const char* kOp = "posenc::alibi_softmax_backward";
+  const Tensor& grad = a.grad;
+  const Tensor& probs = a.probs;
   AlibiSoftmaxBackwardProblem problem{};
-  problem.shape = alibi_shape(a, "probs", probs);
+  problem.shape = alibi_shape({kOp, a.causal, a.query_offset}, "probs", probs);
   TORCH_CHECK(
       grad.defined() && grad.sizes() == probs.sizes() && grad.scalar_type() == probs.scalar_type() &&
           grad.device() == probs.device(),
-      a.op, ": expected grad of the shape, dtype and device of probs, ", probs.sizes(), " ", probs.scalar_type(), " ",
+      kOp, ": expected grad of the shape, dtype and device of probs, ", probs.sizes(), " ", probs.scalar_type(), " ",
       probs.device(), ", got ",
       grad.defined() ? c10::str(grad.sizes(), " ", grad.scalar_type(), " ", grad.device()) : "an undefined tensor");
   problem.grad = scores_in(grad);
   problem.probs = scores_in(probs);
-  problem.scale = scale;
+  problem.scale = a.scale;
   return problem;
 }
 

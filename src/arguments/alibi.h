@@ -13,8 +13,74 @@
 // or from a backward pass.
 namespace posenc::arguments {
 
-/// What all of the family take besides tensors.
-struct AlibiArguments {
+// The arguments of each operator, in the order of its schema. They refer to the tensors of the call. `Int` is int64_t,
+// or c10::SymInt where a graph with dynamic shapes may be traced.
+
+template <typename Int>
+struct AlibiBiasArguments {
+  const at::Tensor& slopes;
+  Int q_len, k_len;
+  bool causal;
+  at::ScalarType dtype;
+  std::optional<Int> query_offset;
+
+  auto flat() const { return std::tie(slopes, q_len, k_len, causal, dtype, query_offset); }
+};
+
+/// Of `alibi_add` and `alibi_add_`, which overwrites the scores.
+template <typename Int>
+struct AlibiAddArguments {
+  const at::Tensor& scores;
+  const at::Tensor& slopes;
+  bool causal;
+  std::optional<Int> query_offset;
+
+  auto flat() const { return std::tie(scores, slopes, causal, query_offset); }
+};
+
+template <typename Int>
+struct AlibiMaskArguments {
+  const at::Tensor& grad;
+  std::optional<Int> query_offset;
+
+  auto flat() const { return std::tie(grad, query_offset); }
+};
+
+template <typename Int>
+struct AlibiSlopesBackwardArguments {
+  const at::Tensor& grad;
+  bool causal;
+  std::optional<Int> query_offset;
+
+  auto flat() const { return std::tie(grad, causal, query_offset); }
+};
+
+template <typename Int>
+struct AlibiSoftmaxArguments {
+  const at::Tensor& scores;
+  const at::Tensor& slopes;
+  double scale;
+  bool causal;
+  const std::optional<at::Tensor>& key_padding_mask;
+  std::optional<Int> query_offset;
+
+  auto flat() const { return std::tie(scores, slopes, scale, causal, key_padding_mask, query_offset); }
+};
+
+template <typename Int>
+struct AlibiSoftmaxBackwardArguments {
+  const at::Tensor& grad;
+  const at::Tensor& probs;
+  double scale;
+  bool causal;
+  std::optional<Int> query_offset;
+  bool slopes_grad;  // whether the gradient of the slopes is computed
+
+  auto flat() const { return std::tie(grad, probs, scale, causal, query_offset, slopes_grad); }
+};
+
+/// What the shape of a call depends on, beside its tensors.
+struct AlibiOptions {
   const char* op;
   bool causal;
   std::optional<int64_t> query_offset;
@@ -25,10 +91,10 @@ at::ScalarType alibi_slopes_dtype(at::ScalarType dtype);
 
 /// Checks a tensor of the shape of scores, called `name` in the schema.
 /// @throws c10::Error  naming the argument, what was expected and what came; as all functions here.
-AlibiShape alibi_shape(const AlibiArguments& arguments, const char* name, const at::Tensor& scores);
+AlibiShape alibi_shape(const AlibiOptions& options, const char* name, const at::Tensor& scores);
 
 /// The same of sizes alone: that all distances are below 2^31.
-AlibiShape alibi_shape(const AlibiArguments& arguments, int64_t batch, int64_t num_heads, int64_t q_len, int64_t k_len);
+AlibiShape alibi_shape(const AlibiOptions& options, int64_t batch, int64_t num_heads, int64_t q_len, int64_t k_len);
 
 /// Checks the slopes of scores of `dtype`, or of another tensor that has a device and is called `beside`.
 SlopesView alibi_slopes_view(
@@ -39,30 +105,14 @@ SlopesView alibi_slopes_view(
     c10::Device device,
     const char* beside = "scores");
 
-/// The whole call of each operator; where an output is missing, it is for `allocate_output` to enter.
-AlibiAddProblem alibi_bias_problem(
-    const AlibiArguments& arguments,
-    const at::Tensor& slopes,
-    int64_t q_len,
-    int64_t k_len,
-    at::ScalarType dtype);
-AlibiAddProblem alibi_add_problem(const AlibiArguments& arguments, const at::Tensor& scores, const at::Tensor& slopes);
-AlibiAddProblem alibi_add_in_place_problem(
-    const AlibiArguments& arguments,
-    at::Tensor& scores,
-    const at::Tensor& slopes);
-AlibiAddProblem alibi_mask_problem(const AlibiArguments& arguments, const at::Tensor& grad);
-AlibiSoftmaxProblem alibi_softmax_problem(
-    const AlibiArguments& arguments,
-    const at::Tensor& scores,
-    const at::Tensor& slopes,
-    double scale,
-    const std::optional<at::Tensor>& key_padding_mask);
-AlibiSoftmaxBackwardProblem alibi_softmax_backward_problem(
-    const AlibiArguments& arguments,
-    const at::Tensor& grad,
-    const at::Tensor& probs,
-    double scale);
+// Each checks all arguments and describes the call. Outputs are entered by the `allocate` functions below.
+AlibiAddProblem alibi_bias_problem(const AlibiBiasArguments<int64_t>& arguments);
+AlibiAddProblem alibi_add_problem(const AlibiAddArguments<int64_t>& arguments);
+AlibiAddProblem alibi_add_in_place_problem(const AlibiAddArguments<int64_t>& arguments);
+AlibiAddProblem alibi_mask_problem(const AlibiMaskArguments<int64_t>& arguments);
+AlibiShape alibi_slopes_backward_shape(const AlibiSlopesBackwardArguments<int64_t>& arguments);
+AlibiSoftmaxProblem alibi_softmax_problem(const AlibiSoftmaxArguments<int64_t>& arguments);
+AlibiSoftmaxBackwardProblem alibi_softmax_backward_problem(const AlibiSoftmaxBackwardArguments<int64_t>& arguments);
 
 /// A tensor to read, as `[B, H, Sq, Sk]`.
 ScoresIn scores_in(const at::Tensor& tensor);
@@ -88,76 +138,51 @@ using AlibiKernel = void (*)(const Problem& problem, const at::Tensor& like);
 // The operators for a dispatch key: checks, outputs, kernel.
 
 template <AlibiKernel<AlibiAddProblem> kKernel>
-at::Tensor alibi_bias(
-    const at::Tensor& slopes,
-    int64_t q_len,
-    int64_t k_len,
-    bool causal,
-    at::ScalarType dtype,
-    std::optional<int64_t> query_offset) {
-  AlibiAddProblem problem =
-      alibi_bias_problem({"posenc::alibi_bias", causal, query_offset}, slopes, q_len, k_len, dtype);
-  at::Tensor output = allocate_bias(slopes, dtype, problem);
+at::Tensor alibi_bias(const AlibiBiasArguments<int64_t>& arguments) {
+  AlibiAddProblem problem = alibi_bias_problem(arguments);
+  at::Tensor output = allocate_bias(arguments.slopes, arguments.dtype, problem);
   kKernel(problem, output);
   return output;
 }
 
 template <AlibiKernel<AlibiAddProblem> kKernel>
-at::Tensor alibi_add(
-    const at::Tensor& scores,
-    const at::Tensor& slopes,
-    bool causal,
-    std::optional<int64_t> query_offset) {
-  AlibiAddProblem problem = alibi_add_problem({"posenc::alibi_add", causal, query_offset}, scores, slopes);
-  at::Tensor output = allocate_output(scores, problem.out);
-  kKernel(problem, scores);
+at::Tensor alibi_add(const AlibiAddArguments<int64_t>& arguments) {
+  AlibiAddProblem problem = alibi_add_problem(arguments);
+  at::Tensor output = allocate_output(arguments.scores, problem.out);
+  kKernel(problem, arguments.scores);
   return output;
 }
 
 template <AlibiKernel<AlibiAddProblem> kKernel>
-void alibi_add_(at::Tensor& scores, const at::Tensor& slopes, bool causal, std::optional<int64_t> query_offset) {
-  kKernel(alibi_add_in_place_problem({"posenc::alibi_add_", causal, query_offset}, scores, slopes), scores);
+void alibi_add_in_place(const AlibiAddArguments<int64_t>& arguments) {
+  kKernel(alibi_add_in_place_problem(arguments), arguments.scores);
 }
 
 template <AlibiKernel<AlibiAddProblem> kKernel>
-at::Tensor alibi_mask(const at::Tensor& grad, std::optional<int64_t> query_offset) {
-  AlibiAddProblem problem = alibi_mask_problem({"posenc::alibi_mask", /*causal=*/true, query_offset}, grad);
-  at::Tensor output = allocate_output(grad, problem.out);
-  kKernel(problem, grad);
+at::Tensor alibi_mask(const AlibiMaskArguments<int64_t>& arguments) {
+  AlibiAddProblem problem = alibi_mask_problem(arguments);
+  at::Tensor output = allocate_output(arguments.grad, problem.out);
+  kKernel(problem, arguments.grad);
   return output;
 }
 
 template <AlibiKernel<AlibiSoftmaxProblem> kKernel>
-at::Tensor alibi_softmax(
-    const at::Tensor& scores,
-    const at::Tensor& slopes,
-    double scale,
-    bool causal,
-    const std::optional<at::Tensor>& key_padding_mask,
-    std::optional<int64_t> query_offset) {
-  AlibiSoftmaxProblem problem =
-      alibi_softmax_problem({"posenc::alibi_softmax", causal, query_offset}, scores, slopes, scale, key_padding_mask);
-  at::Tensor output = allocate_output(scores, problem.out);
-  kKernel(problem, scores);
+at::Tensor alibi_softmax(const AlibiSoftmaxArguments<int64_t>& arguments) {
+  AlibiSoftmaxProblem problem = alibi_softmax_problem(arguments);
+  at::Tensor output = allocate_output(arguments.scores, problem.out);
+  kKernel(problem, arguments.scores);
   return output;
 }
 
 template <AlibiKernel<AlibiSoftmaxBackwardProblem> kKernel>
-std::tuple<at::Tensor, at::Tensor> alibi_softmax_backward(
-    const at::Tensor& grad,
-    const at::Tensor& probs,
-    double scale,
-    bool causal,
-    std::optional<int64_t> query_offset,
-    bool slopes_grad) {
-  AlibiSoftmaxBackwardProblem problem =
-      alibi_softmax_backward_problem({"posenc::alibi_softmax_backward", causal, query_offset}, grad, probs, scale);
-  at::Tensor output = allocate_output(probs, problem.out);
+std::tuple<at::Tensor, at::Tensor> alibi_softmax_backward(const AlibiSoftmaxBackwardArguments<int64_t>& arguments) {
+  AlibiSoftmaxBackwardProblem problem = alibi_softmax_backward_problem(arguments);
+  at::Tensor output = allocate_output(arguments.probs, problem.out);
   AlibiSlopesGradient slopes;
-  if (slopes_grad) {
-    slopes = allocate_slopes_gradient(probs, problem);
+  if (arguments.slopes_grad) {
+    slopes = allocate_slopes_gradient(arguments.probs, problem);
   }
-  kKernel(problem, probs);
+  kKernel(problem, arguments.probs);
   return {std::move(output), std::move(slopes.result)};
 }
 

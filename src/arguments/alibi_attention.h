@@ -21,9 +21,14 @@ struct AttentionOptions {
   std::optional<Int> query_offset;
   std::optional<at::Tensor> seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k;
   std::optional<Int> max_seqlen_q, max_seqlen_k;
+
+  auto flat() const {
+    return std::tie(
+        scale, causal, query_offset, seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k);
+  }
 };
 
-/// Those of the public struct.
+/// The options that a public struct holds.
 template <typename Int>
 AttentionOptions<Int> attention_options(const ALiBiAttentionOptions& o) {
   return {o.scale(),        o.causal(),       o.query_offset(), o.seqlens_q(),   o.seqlens_k(),
@@ -33,8 +38,7 @@ AttentionOptions<Int> attention_options(const ALiBiAttentionOptions& o) {
 using ConcreteAttentionOptions = AttentionOptions<int64_t>;
 using SymbolicAttentionOptions = AttentionOptions<c10::SymInt>;
 
-// The arguments of each operator beside its options, in the order of its schema. They refer to the tensors of the call.
-// `flat` names the members for the dispatcher, which knows no structs.
+// The tensors of each operator, in the order of its schema. They refer to the tensors of the call.
 
 struct AttentionTensors {
   const at::Tensor& q;
@@ -54,10 +58,9 @@ struct AttentionBackwardArguments {
   const at::Tensor& slopes;
   const at::Tensor& out;
   const at::Tensor& lse;
-  bool slopes_grad;  // whether the gradient of the slopes is asked for
 
   AttentionTensors inputs() const { return {q, k, v, slopes}; }
-  auto flat() const { return std::tie(grad_out, grad_lse, q, k, v, slopes, out, lse, slopes_grad); }
+  auto flat() const { return std::tie(grad_out, grad_lse, q, k, v, slopes, out, lse); }
 };
 
 struct AttentionDoubleBackwardArguments {

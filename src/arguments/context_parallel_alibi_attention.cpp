@@ -8,22 +8,23 @@ namespace {
 
 using at::Tensor;
 
-ConcreteAttentionOptions options_of_one(const ContextParallelALiBiAttentionOptions& options) {
-  ConcreteAttentionOptions result;
-  result.scale = options.scale();
-  result.causal = options.causal();
-  return result;
-}
-
-void check_shard(const char* op, const Tensor& q) {
+/// `check` of the call on this rank alone, then what the other ranks require of it.
+template <typename Check, typename Arguments>
+AlibiAttention check_rank(
+    const Check& check,
+    const char* op,
+    const Arguments& arguments,
+    const ContextParallelOptions& options,
+    int64_t world_size) {
+  const Tensor& q = arguments.q;
   check_defined(op, "q", q);
   TORCH_CHECK(q.dim() == 4, op, ": expected q of shape [B, S / C, Hq, D], got ", q.sizes());
   TORCH_CHECK(
       q.size(1) % 2 == 0, op, ": expected q of an even number of tokens, two chunks of the sequence, got ", q.sizes());
-}
-
-/// Of a call that is right but for the other ranks.
-AlibiAttention checked(const char* op, const AlibiAttention& call, int64_t world_size) {
+  ConcreteAttentionOptions of_rank;
+  of_rank.scale = options.scale;
+  of_rank.causal = options.causal;
+  const AlibiAttention call = check(op, arguments, of_rank);
   TORCH_CHECK(
       call.k_len == call.q_len, op, ": expected k and v of as many tokens as q, ", call.q_len, ", got ", call.k_len);
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
@@ -37,20 +38,18 @@ AlibiAttention checked(const char* op, const AlibiAttention& call, int64_t world
 
 AlibiAttention check_context_parallel_attention(
     const char* op,
-    const AttentionTensors& inputs,
-    const ContextParallelALiBiAttentionOptions& options,
+    const AttentionTensors& arguments,
+    const ContextParallelOptions& options,
     int64_t world_size) {
-  check_shard(op, inputs.q);
-  return checked(op, check_attention(op, inputs, options_of_one(options)), world_size);
+  return check_rank(check_attention, op, arguments, options, world_size);
 }
 
 AlibiAttention check_context_parallel_attention_backward(
     const char* op,
     const AttentionBackwardArguments& arguments,
-    const ContextParallelALiBiAttentionOptions& options,
+    const ContextParallelOptions& options,
     int64_t world_size) {
-  check_shard(op, arguments.q);
-  return checked(op, check_attention_backward(op, arguments, options_of_one(options)), world_size);
+  return check_rank(check_attention_backward, op, arguments, options, world_size);
 }
 
 }  // namespace posenc::arguments

@@ -82,9 +82,12 @@ void check_qk_norm_rotary_backward(const QKNormRotation& a, const QKNormRotaryGr
   check_grad(kBackward, "grad_k", inputs.grad_k, inputs.k);
 }
 
-QKNormRotaryGradients allocate_qk_norm_rotary_gradients(const QKNormRotation& a, const QKNormRotaryGradInputs& inputs) {
+QKNormRotaryGradients allocate_qk_norm_rotary_gradients(
+    const QKNormRotaryGradMask& mask,
+    const QKNormRotaryGradInputs& inputs,
+    const QKNormRotation& a) {
   const auto gradient_of_weight = [&](const Tensor& weight) {
-    return inputs.weights_grad ? at::empty_like(weight, at::MemoryFormat::Contiguous) : Tensor();
+    return mask.weights_grad ? at::empty_like(weight, at::MemoryFormat::Contiguous) : Tensor();
   };
   QKNormRotaryGradients gradients;
   if (is_given(inputs.grad_q)) {
@@ -99,11 +102,12 @@ QKNormRotaryGradients allocate_qk_norm_rotary_gradients(const QKNormRotation& a,
 }
 
 QKNormRotaryBackwardProblem qk_norm_rotary_backward_problem(
-    const QKNormRotation& a,
+    const QKNormRotaryGradMask& mask,
     const QKNormRotaryGradInputs& inputs,
+    const QKNormRotation& a,
     QKNormRotaryGradients& gradients) {
   check_qk_norm_rotary_backward(a, inputs);
-  gradients = allocate_qk_norm_rotary_gradients(a, inputs);
+  gradients = allocate_qk_norm_rotary_gradients(mask, inputs, a);
 
   QKNormRotaryBackwardProblem problem{};
   problem.call = describe(kBackward, a, inputs.q, inputs.k);

@@ -21,14 +21,16 @@ QKNormRotaryProblem qk_norm_rotary_problem(const QKNormRotation& rotation, const
 
 /// Allocates the gradients that `inputs` ask for; the others are undefined.
 QKNormRotaryGradients allocate_qk_norm_rotary_gradients(
-    const QKNormRotation& rotation,
-    const QKNormRotaryGradInputs& inputs);
+    const QKNormRotaryGradMask& mask,
+    const QKNormRotaryGradInputs& inputs,
+    const QKNormRotation& rotation);
 
 /// Checks all arguments, allocates `gradients` and describes the call. q or k is left out where its gradient is absent;
 /// `rotary.num_operands` is 0 where both are.
 QKNormRotaryBackwardProblem qk_norm_rotary_backward_problem(
-    const QKNormRotation& rotation,
+    const QKNormRotaryGradMask& mask,
     const QKNormRotaryGradInputs& inputs,
+    const QKNormRotation& rotation,
     QKNormRotaryGradients& gradients);
 
 /// Kernels of one dispatch key. They fill the outputs of `problem`, whose dtype and device are those of `like`.
@@ -51,10 +53,11 @@ std::tuple<at::Tensor, at::Tensor> qk_norm_rotary_embedding(
 
 template <QKNormRotaryBackwardKernel kKernel>
 QKNormRotaryGradients qk_norm_rotary_embedding_backward(
-    const QKNormRotation& rotation,
-    const QKNormRotaryGradInputs& inputs) {
+    const QKNormRotaryGradMask& mask,
+    const QKNormRotaryGradInputs& inputs,
+    const QKNormRotation& rotation) {
   QKNormRotaryGradients gradients;
-  kKernel(qk_norm_rotary_backward_problem(rotation, inputs, gradients), inputs.q);
+  kKernel(qk_norm_rotary_backward_problem(mask, inputs, rotation, gradients), inputs.q);
   return gradients;
 }
 

@@ -10,8 +10,7 @@ namespace {
 using at::Tensor;
 
 void add_copied(const Tensor& v, RotaryProblem& problem) {
-  problem.operands[2] = operand_of(v);
-  problem.operands[2].copied = true;
+  problem.operands[RotaryProblem::kCopied] = operand_of(v);
   problem.num_operands = 3;
 }
 
@@ -58,8 +57,8 @@ PackedViews packed_views(
       heads.narrow(-2, num_q_heads + num_kv_heads, num_kv_heads)};
 }
 
-void check_rotary_pack(const char* op, const Rotation& rotation, const PackedViews& from, bool stacked) {
-  check_rotary(op, rotation, {{"q", from.q}, {"k", from.k}});
+void check_rotary_pack(const char* op, const PackRotation& rotation, const PackedViews& from) {
+  check_rotary(op, rotation.rotation, {{"q", from.q}, {"k", from.k}});
   TORCH_CHECK(from.v.defined(), op, ": expected v to be a tensor, got an undefined one");
   TORCH_CHECK(
       from.v.sizes() == from.k.sizes() && from.v.scalar_type() == from.k.scalar_type() &&
@@ -67,7 +66,7 @@ void check_rotary_pack(const char* op, const Rotation& rotation, const PackedVie
       op, ": expected v of the shape, dtype and device of k, ", from.k.sizes(), " ", from.k.scalar_type(), " ",
       from.k.device(), ", got ", from.v.sizes(), " ", from.v.scalar_type(), " ", from.v.device());
   TORCH_CHECK(
-      !stacked || from.q.size(-2) == from.k.size(-2), op,
+      !rotation.stacked || from.q.size(-2) == from.k.size(-2), op,
       ": expected q and k of as many heads where they are stacked, [.., 3, H, D], got ", from.q.sizes(), " and ",
       from.k.sizes());
 }
@@ -83,28 +82,29 @@ RotaryQkvCall rotary_qkv_call(const char* op, const Rotation& rotation, const Pa
   };
   call.to.q = allocate(from.q, call.problem.operands[0]);
   call.to.k = allocate(from.k, call.problem.operands[1]);
-  call.to.v = allocate(from.v, call.problem.operands[2]);
+  call.to.v = allocate(from.v, call.problem.operands[RotaryProblem::kCopied]);
   return call;
 }
 
-RotaryPackCall rotary_pack_call(const char* op, const Rotation& rotation, const PackedViews& from, bool stacked) {
-  check_rotary_pack(op, rotation, from, stacked);
+RotaryPackCall rotary_pack_call(const char* op, const PackRotation& rotation, const PackedViews& from) {
+  check_rotary_pack(op, rotation, from);
   RotaryPackCall call;
-  call.problem = describe_rotary(op, rotation, {{"q", from.q}, {"k", from.k}});
+  call.problem = describe_rotary(op, rotation.rotation, {{"q", from.q}, {"k", from.k}});
   add_copied(from.v, call.problem);
 
   const int64_t num_q_heads = from.q.size(-2);
   const int64_t num_kv_heads = from.k.size(-2);
   const int64_t head_dim = from.q.size(-1);
   std::vector<int64_t> sizes = from.q.sizes().slice(0, from.q.dim() - 2).vec();
-  const std::vector<int64_t> of_token = stacked ? std::vector<int64_t>{3, num_q_heads, head_dim}
-                                                : std::vector<int64_t>{(num_q_heads + 2 * num_kv_heads) * head_dim};
+  const std::vector<int64_t> of_token = rotation.stacked
+      ? std::vector<int64_t>{3, num_q_heads, head_dim}
+      : std::vector<int64_t>{(num_q_heads + 2 * num_kv_heads) * head_dim};
   sizes.insert(sizes.end(), of_token.begin(), of_token.end());
   call.packed = at::empty(sizes, from.q.options());
   const PackedViews to = packed_views(op, "the output", call.packed, num_q_heads, num_kv_heads);
   set_output(to.q, call.problem.operands[0]);
   set_output(to.k, call.problem.operands[1]);
-  set_output(to.v, call.problem.operands[2]);
+  set_output(to.v, call.problem.operands[RotaryProblem::kCopied]);
   return call;
 }
 

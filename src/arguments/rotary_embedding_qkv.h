@@ -32,7 +32,7 @@ inline bool is_stacked(int64_t dims) {
 }
 
 /// The checks of `rotary_embedding_pack`.
-void check_rotary_pack(const char* op, const Rotation& rotation, const PackedViews& from, bool stacked);
+void check_rotary_pack(const char* op, const PackRotation& rotation, const PackedViews& from);
 
 /// A checked call of `rotary_embedding_qkv`: `to` are the outputs.
 struct RotaryQkvCall {
@@ -46,7 +46,7 @@ struct RotaryPackCall {
   RotaryProblem problem;
   at::Tensor packed;
 };
-RotaryPackCall rotary_pack_call(const char* op, const Rotation& rotation, const PackedViews& from, bool stacked);
+RotaryPackCall rotary_pack_call(const char* op, const PackRotation& rotation, const PackedViews& from);
 
 // The operators for a dispatch key: checks, outputs, kernel.
 
@@ -64,12 +64,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> rotary_embedding_qkv(
 
 template <RotaryKernel kKernel>
 at::Tensor rotary_embedding_pack(
-    const Rotation& rotation,
+    const PackRotation& rotation,
     const at::Tensor& q,
     const at::Tensor& k,
-    const at::Tensor& v,
-    bool stacked) {
-  RotaryPackCall call = rotary_pack_call("posenc::rotary_embedding_pack", rotation, {q, k, v}, stacked);
+    const at::Tensor& v) {
+  RotaryPackCall call = rotary_pack_call("posenc::rotary_embedding_pack", rotation, {q, k, v});
   kKernel(call.problem, q);
   return std::move(call.packed);
 }

@@ -19,30 +19,29 @@ TableView view_of(const Tensor& table) {
 
 }  // namespace
 
-void check_frequencies(const Tensor& inv_freq, int64_t length, at::ScalarType dtype, double attention_factor) {
+void check_frequencies(const FrequenciesArguments<int64_t>& a) {
   constexpr const char* op = "posenc::rotary_tables";
+  const Tensor& inv_freq = a.inv_freq;
   TORCH_CHECK(
       inv_freq.defined() && inv_freq.dim() == 1 && is_real(inv_freq.scalar_type()), op,
       ": expected inv_freq of dtype float32 or float64 and shape [R/2], got ",
       inv_freq.defined() ? c10::str(inv_freq.scalar_type(), " ", inv_freq.sizes()) : "an undefined tensor");
-  TORCH_CHECK(length >= 0, op, ": expected a length that is not negative, got ", length);
-  TORCH_CHECK(is_real(dtype), op, ": expected dtype float32 or float64, got ", dtype);
+  TORCH_CHECK(a.length >= 0, op, ": expected a length that is not negative, got ", a.length);
+  TORCH_CHECK(is_real(a.dtype), op, ": expected dtype float32 or float64, got ", a.dtype);
   TORCH_CHECK(
-      attention_factor > 0 && std::isfinite(attention_factor), op, ": expected a positive attention_factor, got ",
-      attention_factor);
+      a.attention_factor > 0 && std::isfinite(a.attention_factor), op, ": expected a positive attention_factor, got ",
+      a.attention_factor);
 }
 
-FrequenciesCall frequencies_call(
-    const Tensor& inv_freq,
-    int64_t length,
-    at::ScalarType dtype,
-    double attention_factor) {
-  check_frequencies(inv_freq, length, dtype, attention_factor);
+FrequenciesCall frequencies_call(const FrequenciesArguments<int64_t>& a) {
+  check_frequencies(a);
+  const Tensor& inv_freq = a.inv_freq;
   FrequenciesCall call;
-  call.cos = at::empty({length, inv_freq.size(0)}, inv_freq.options().dtype(dtype));
-  call.sin = at::empty({length, inv_freq.size(0)}, inv_freq.options().dtype(dtype));
-  call.problem = {inv_freq.const_data_ptr(),   inv_freq.stride(0),         length, inv_freq.size(0), attention_factor,
-                  call.cos.mutable_data_ptr(), call.sin.mutable_data_ptr()};
+  call.cos = at::empty({a.length, inv_freq.size(0)}, inv_freq.options().dtype(a.dtype));
+  call.sin = at::empty({a.length, inv_freq.size(0)}, inv_freq.options().dtype(a.dtype));
+  call.problem = {inv_freq.const_data_ptr(),  inv_freq.stride(0), a.length,
+                  inv_freq.size(0),           a.attention_factor, call.cos.mutable_data_ptr(),
+                  call.sin.mutable_data_ptr()};
   return call;
 }
 

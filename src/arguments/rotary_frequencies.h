@@ -4,11 +4,25 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
+#include <tuple>
+
 // What `rotary_tables` and its backward accept.
 namespace posenc::arguments {
 
+/// The arguments of `rotary_tables`. `Int` is int64_t, or c10::SymInt where a graph with dynamic shapes may be traced.
+template <typename Int>
+struct FrequenciesArguments {
+  const at::Tensor& inv_freq;
+  Int length;
+  at::ScalarType dtype;
+  double attention_factor;
+
+  auto flat() const { return std::tie(inv_freq, length, dtype, attention_factor); }
+};
+
 /// @throws c10::Error  naming the argument, what was expected and what came.
-void check_frequencies(const at::Tensor& inv_freq, int64_t length, at::ScalarType dtype, double attention_factor);
+void check_frequencies(const FrequenciesArguments<int64_t>& arguments);
 
 /// A checked call of `rotary_tables` and its outputs.
 struct FrequenciesCall {
@@ -16,11 +30,7 @@ struct FrequenciesCall {
   at::Tensor cos, sin;
 };
 
-FrequenciesCall frequencies_call(
-    const at::Tensor& inv_freq,
-    int64_t length,
-    at::ScalarType dtype,
-    double attention_factor);
+FrequenciesCall frequencies_call(const FrequenciesArguments<int64_t>& arguments);
 
 /// The arguments of `rotary_tables_backward`.
 struct FrequenciesBackwardArguments {
@@ -28,7 +38,9 @@ struct FrequenciesBackwardArguments {
   const at::Tensor& grad_sin;
   const at::Tensor& cos;
   const at::Tensor& sin;
-  at::ScalarType dtype;
+  at::ScalarType dtype;  // of the result, that of `inv_freq`
+
+  auto flat() const { return std::tie(grad_cos, grad_sin, cos, sin, dtype); }
 };
 
 /// @throws c10::Error  naming the argument, what was expected and what came.

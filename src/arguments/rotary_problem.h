@@ -57,13 +57,13 @@ struct RotaryProblem {
     void* out;
     Strides in_strides, out_strides;
     int64_t num_heads;
-    bool copied = false;  // not rotated: the third, v
   };
 
   int64_t batch, seq_len, head_dim;
   int64_t num_pairs;  // R / 2
   int64_t
       table_rows;  // positions outside [0, table_rows) give NaN: for the token, with axes for the pairs that read it
+  static constexpr int32_t kCopied = 2;  // the operand that is copied and not rotated, v
   Operand operands[3];
   int32_t num_operands;
   RotaryTable cos, sin;

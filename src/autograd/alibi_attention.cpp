@@ -1,5 +1,6 @@
 #include <autograd/detail/attention_node.h>
 #include <ops/alibi_attention.h>
+#include <ops/dispatch.h>
 #include <posenc/reference.h>
 
 #include <ATen/ops/alias.h>
@@ -14,6 +15,7 @@ namespace {
 using at::Tensor;
 using autograd::AttentionInputs;
 using autograd::optional_tensor;
+using autograd::or_undefined;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
@@ -25,7 +27,7 @@ class SavedOptions {
   explicit SavedOptions(const SymbolicAttentionOptions& options) : options_(options) {
     size_t i = 0;
     for (std::optional<Tensor>* tensor : tensors(options_)) {
-      lengths_[i++] = SavedVariable(tensor->value_or(Tensor()), /*is_output=*/false);
+      lengths_[i++] = SavedVariable(or_undefined(*tensor), /*is_output=*/false);
       tensor->reset();
     }
   }
@@ -70,9 +72,8 @@ class AlibiAttentionBackward final : public autograd::AttentionNode<AlibiAttenti
     const auto& [q, k, v, slopes] = inputs;
     const Tensor result = out();
     auto [grad_q, grad_k, grad_v, grad_slopes] = dispatch::alibi_attention_backward(
-        options_.unpack(),
-        {or_zeros(grads[0], result), optional_tensor(grads[1]), q, k, v, slopes, result, lse(),
-         /*slopes_grad=*/wants(3)});
+        options_.unpack(), {or_zeros(grads[0], result), optional_tensor(grads[1]), q, k, v, slopes, result, lse()},
+        /*slopes_grad=*/wants(3));
     return {grad_q, grad_k, grad_v, grad_slopes};
   }
 
@@ -222,40 +223,21 @@ class AlibiAttentionTripleBackward final : public autograd::Node<AlibiAttentionT
   SavedOptions options_;
 };
 
-/// Makes a `Node` the history of those of `outputs` that are defined.
-template <typename Node, size_t N>
-void record(
-    const std::array<Tensor, N>& inputs,
-    const SymbolicAttentionOptions& options,
-    std::initializer_list<std::reference_wrapper<Tensor>> outputs) {
-  if (!autograd::any_requires_grad(inputs)) {
-    return;
-  }
-  const auto node = autograd::make_node<Node>(inputs, inputs, options);
-  for (Tensor& output : outputs) {
-    if (output.defined()) {
-      torch::autograd::set_history(output, node);
-    } else {
-      node->add_input_metadata(torch::autograd::Node::undefined_input());
-    }
-  }
-}
-
 AttentionGradients alibi_attention_backward_autograd(
     const SymbolicAttentionOptions& options,
-    const AttentionBackwardArguments& a) {
-  const BackwardInputs inputs{a.grad_out, a.grad_lse.value_or(Tensor()), a.q, a.k, a.v, a.slopes};
+    const AttentionBackwardArguments& a,
+    bool slopes_grad) {
+  const BackwardInputs inputs{a.grad_out, or_undefined(a.grad_lse), a.q, a.k, a.v, a.slopes};
   autograd::check_no_tangents("posenc::alibi_attention_backward", inputs);
-  auto [grad_q, grad_k, grad_v, grad_slopes] =
-      autograd::below_autograd([&] { return dispatch::alibi_attention_backward(options, a); });
-  record<AlibiAttentionDoubleBackward>(inputs, options, {grad_q, grad_k, grad_v, grad_slopes});
-  return {grad_q, grad_k, grad_v, grad_slopes};
+  auto result = autograd::below_autograd([&] { return dispatch::alibi_attention_backward(options, a, slopes_grad); });
+  const auto& [grad_q, grad_k, grad_v, grad_slopes] = result;
+  autograd::record<AlibiAttentionDoubleBackward>(inputs, {grad_q, grad_k, grad_v, grad_slopes}, inputs, options);
+  return result;
 }
 
 AttentionSecondGradients alibi_attention_double_backward_autograd(
     const SymbolicAttentionOptions& options,
     const AttentionDoubleBackwardArguments& a) {
-  const auto or_undefined = [](const std::optional<Tensor>& x) { return x.value_or(Tensor()); };
   const DoubleBackwardInputs inputs{
       or_undefined(a.grad_grad_q),
       or_undefined(a.grad_grad_k),
@@ -268,10 +250,10 @@ AttentionSecondGradients alibi_attention_double_backward_autograd(
       a.v,
       a.slopes};
   autograd::check_no_tangents("posenc::alibi_attention_double_backward", inputs);
-  auto [d_grad_out, d_grad_lse, d_q, d_k, d_v, d_slopes] =
-      autograd::below_autograd([&] { return dispatch::alibi_attention_double_backward(options, a); });
-  record<AlibiAttentionTripleBackward>(inputs, options, {d_grad_out, d_grad_lse, d_q, d_k, d_v, d_slopes});
-  return {d_grad_out, d_grad_lse, d_q, d_k, d_v, d_slopes};
+  auto result = autograd::below_autograd([&] { return dispatch::alibi_attention_double_backward(options, a); });
+  const auto& [grad_out, grad_lse, q, k, v, slopes] = result;
+  autograd::record<AlibiAttentionTripleBackward>(inputs, {grad_out, grad_lse, q, k, v, slopes}, inputs, options);
+  return result;
 }
 
 Tensor alibi_attention_slope_sums_autograd(
@@ -286,10 +268,10 @@ Tensor alibi_attention_slope_sums_autograd(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, Autograd, m) {
-  m.impl("alibi_attention", AttentionKernel<alibi_attention_autograd>::call);
-  m.impl("alibi_attention_backward", AttentionKernel<alibi_attention_backward_autograd>::call);
-  m.impl("alibi_attention_double_backward", AttentionKernel<alibi_attention_double_backward_autograd>::call);
-  m.impl("alibi_attention_slope_sums", AttentionKernel<alibi_attention_slope_sums_autograd>::call);
+  m.impl("alibi_attention", kernel<alibi_attention_autograd>);
+  m.impl("alibi_attention_backward", kernel<alibi_attention_backward_autograd>);
+  m.impl("alibi_attention_double_backward", kernel<alibi_attention_double_backward_autograd>);
+  m.impl("alibi_attention_slope_sums", kernel<alibi_attention_slope_sums_autograd>);
 }
 
 }  // namespace posenc

@@ -1,6 +1,7 @@
 #include <autograd/detail/node.h>
 #include <autograd/detail/record.h>
 #include <ops/alibi_bias.h>
+#include <ops/dispatch.h>
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
@@ -28,7 +29,7 @@ class AlibiBiasBackward final : public autograd::Node<AlibiBiasBackward> {
   variable_list differentiate(const variable_list& grads) {
     variable_list result(1);
     if (grads[0].defined() && wants(0)) {
-      result[0] = alibi_slopes_backward(grads[0], causal_, query_offset_);
+      result[0] = dispatch::alibi_slopes_backward({grads[0], causal_, query_offset_});
     }
     return result;
   }
@@ -40,21 +41,11 @@ class AlibiBiasBackward final : public autograd::Node<AlibiBiasBackward> {
   std::optional<c10::SymInt> query_offset_;
 };
 
-Tensor alibi_bias_autograd(
-    const Tensor& slopes,
-    c10::SymInt q_len,
-    c10::SymInt k_len,
-    bool causal,
-    at::ScalarType dtype,
-    std::optional<c10::SymInt> query_offset) {
-  const autograd::Differentiable differentiable{slopes};
+Tensor alibi_bias_autograd(const AlibiBiasArguments<c10::SymInt>& a) {
+  const autograd::Differentiable differentiable{a.slopes};
   autograd::check_no_tangents("posenc::alibi_bias", differentiable);
-  const Tensor output = autograd::below_autograd(
-      [&] { return alibi_bias_symint(slopes, std::move(q_len), std::move(k_len), causal, dtype, query_offset); });
-  if (autograd::any_requires_grad(differentiable)) {
-    torch::autograd::set_history(
-        output, autograd::make_node<AlibiBiasBackward>(differentiable, causal, std::move(query_offset)));
-  }
+  const Tensor output = autograd::below_autograd([&] { return dispatch::alibi_bias(a); });
+  autograd::record<AlibiBiasBackward>(differentiable, {output}, a.causal, a.query_offset);
   return output;
 }
 
@@ -75,10 +66,10 @@ class AlibiAddBackward final : public autograd::Node<AlibiAddBackward> {
       return result;
     }
     if (wants(0)) {
-      result[0] = causal_ ? alibi_mask(grad, query_offset_) : grad;
+      result[0] = causal_ ? dispatch::alibi_mask({grad, query_offset_}) : grad;
     }
     if (wants(1)) {
-      result[1] = alibi_slopes_backward(grad, causal_, query_offset_);
+      result[1] = dispatch::alibi_slopes_backward({grad, causal_, query_offset_});
     }
     return result;
   }
@@ -101,7 +92,7 @@ class AlibiMaskBackward final : public autograd::Node<AlibiMaskBackward> {
   variable_list differentiate(const variable_list& grads) {
     variable_list result(1);
     if (grads[0].defined() && wants(0)) {
-      result[0] = alibi_mask(grads[0], query_offset_);
+      result[0] = dispatch::alibi_mask({grads[0], query_offset_});
     }
     return result;
   }
@@ -112,57 +103,46 @@ class AlibiMaskBackward final : public autograd::Node<AlibiMaskBackward> {
   std::optional<c10::SymInt> query_offset_;
 };
 
-Tensor alibi_add_autograd(
-    const Tensor& scores,
-    const Tensor& slopes,
-    bool causal,
-    std::optional<c10::SymInt> query_offset) {
-  const autograd::Differentiable differentiable{scores, slopes};
+Tensor alibi_add_autograd(const AlibiAddArguments<c10::SymInt>& a) {
+  const autograd::Differentiable differentiable{a.scores, a.slopes};
   autograd::check_no_tangents("posenc::alibi_add", differentiable);
-  const Tensor output =
-      autograd::below_autograd([&] { return alibi_add_symint(scores, slopes, causal, query_offset); });
-  if (autograd::any_requires_grad(differentiable)) {
-    torch::autograd::set_history(
-        output, autograd::make_node<AlibiAddBackward>(differentiable, causal, std::move(query_offset)));
-  }
+  const Tensor output = autograd::below_autograd([&] { return dispatch::alibi_add(a); });
+  autograd::record<AlibiAddBackward>(differentiable, {output}, a.causal, a.query_offset);
   return output;
 }
 
-void alibi_add_autograd_(Tensor& scores, const Tensor& slopes, bool causal, std::optional<c10::SymInt> query_offset) {
-  const autograd::Differentiable differentiable{scores, slopes};
+void alibi_add_autograd_(const AlibiAddArguments<c10::SymInt>& a) {
+  const autograd::Differentiable differentiable{a.scores, a.slopes};
   autograd::check_no_tangents("posenc::alibi_add_", differentiable);
   NodePtr node;
   if (autograd::any_requires_grad(differentiable)) {
     TORCH_CHECK(
-        !(scores.is_leaf() && scores.requires_grad()),
+        !(a.scores.is_leaf() && a.scores.requires_grad()),
         "posenc::alibi_add_: expected scores that are no leaf of the graph, got a leaf that requires grad: its value "
         "cannot change in place; use alibi_add");
-    torch::autograd::check_inplace(scores, /*requires_grad=*/true);  // views that cannot be tracked
-    node = autograd::make_node<AlibiAddBackward>(differentiable, causal, query_offset);
+    torch::autograd::check_inplace(a.scores, /*requires_grad=*/true);  // refuses views that cannot be tracked
+    node = autograd::make_node<AlibiAddBackward>(differentiable, a.causal, a.query_offset);
   }
   {
-    const at::AutoDispatchBelowAutograd below_autograd;  // to the kernel below that counts versions
-    alibi_add_symint_(scores, slopes, causal, std::move(query_offset));
+    const at::AutoDispatchBelowAutograd below_autograd;  // to the kernel below, which counts versions
+    dispatch::alibi_add_(a);
   }
   if (node != nullptr) {
-    torch::autograd::rebase_history(scores, node);
+    torch::autograd::rebase_history(a.scores, node);
   }
 }
 
-/// Tells autograd that values saved of `scores` are stale.
-void alibi_add_version_(Tensor& scores, const Tensor& slopes, bool causal, std::optional<c10::SymInt> query_offset) {
-  autograd::below_autograd([&] { alibi_add_symint_(scores, slopes, causal, std::move(query_offset)); });
-  torch::autograd::increment_version(scores);
+/// Increments the version of the scores, so that autograd refuses their values that were saved.
+void alibi_add_version_(const AlibiAddArguments<c10::SymInt>& a) {
+  autograd::below_autograd([&] { dispatch::alibi_add_(a); });
+  torch::autograd::increment_version(a.scores);
 }
 
-Tensor alibi_mask_autograd(const Tensor& grad, std::optional<c10::SymInt> query_offset) {
-  const autograd::Differentiable differentiable{grad};
+Tensor alibi_mask_autograd(const AlibiMaskArguments<c10::SymInt>& a) {
+  const autograd::Differentiable differentiable{a.grad};
   autograd::check_no_tangents("posenc::alibi_mask", differentiable);
-  const Tensor output = autograd::below_autograd([&] { return alibi_mask(grad, query_offset); });
-  if (autograd::any_requires_grad(differentiable)) {
-    torch::autograd::set_history(
-        output, autograd::make_node<AlibiMaskBackward>(differentiable, std::move(query_offset)));
-  }
+  const Tensor output = autograd::below_autograd([&] { return dispatch::alibi_mask(a); });
+  autograd::record<AlibiMaskBackward>(differentiable, {output}, a.query_offset);
   return output;
 }
 
@@ -184,9 +164,9 @@ class AlibiSlopesBackwardBackward final : public autograd::Node<AlibiSlopesBackw
     if (grads[0].defined() && wants(0)) {
       const c10::SymInt& q_len = sizes_[sizes_.size() - 2];
       const c10::SymInt& k_len = sizes_.back();
-      Tensor bias = alibi_bias_symint(grads[0], q_len, k_len, /*causal=*/false, dtype_, query_offset_);
+      Tensor bias = dispatch::alibi_bias({grads[0], q_len, k_len, /*causal=*/false, dtype_, query_offset_});
       if (causal_) {
-        bias = alibi_mask(bias, query_offset_);
+        bias = dispatch::alibi_mask({bias, query_offset_});
       }
       result[0] = bias.expand_symint(sizes_);
     }
@@ -202,30 +182,26 @@ class AlibiSlopesBackwardBackward final : public autograd::Node<AlibiSlopesBackw
   std::optional<c10::SymInt> query_offset_;
 };
 
-Tensor alibi_slopes_backward_autograd(const Tensor& grad, bool causal, std::optional<c10::SymInt> query_offset) {
-  const autograd::Differentiable differentiable{grad};
+Tensor alibi_slopes_backward_autograd(const AlibiSlopesBackwardArguments<c10::SymInt>& a) {
+  const autograd::Differentiable differentiable{a.grad};
   autograd::check_no_tangents("posenc::alibi_slopes_backward", differentiable);
-  const Tensor output = autograd::below_autograd([&] { return alibi_slopes_backward(grad, causal, query_offset); });
-  if (autograd::any_requires_grad(differentiable)) {
-    torch::autograd::set_history(
-        output,
-        autograd::make_node<AlibiSlopesBackwardBackward>(differentiable, grad, causal, std::move(query_offset)));
-  }
+  const Tensor output = autograd::below_autograd([&] { return dispatch::alibi_slopes_backward(a); });
+  autograd::record<AlibiSlopesBackwardBackward>(differentiable, {output}, a.grad, a.causal, a.query_offset);
   return output;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, Autograd, m) {
-  m.impl("alibi_bias", alibi_bias_autograd);
-  m.impl("alibi_add", alibi_add_autograd);
-  m.impl("alibi_add_", alibi_add_autograd_);
-  m.impl("alibi_mask", alibi_mask_autograd);
-  m.impl("alibi_slopes_backward", alibi_slopes_backward_autograd);
+  m.impl("alibi_bias", kernel<alibi_bias_autograd>);
+  m.impl("alibi_add", kernel<alibi_add_autograd>);
+  m.impl("alibi_add_", kernel<alibi_add_autograd_>);
+  m.impl("alibi_mask", kernel<alibi_mask_autograd>);
+  m.impl("alibi_slopes_backward", kernel<alibi_slopes_backward_autograd>);
 }
 
 TORCH_LIBRARY_IMPL(posenc, ADInplaceOrView, m) {
-  m.impl("alibi_add_", alibi_add_version_);
+  m.impl("alibi_add_", kernel<alibi_add_version_>);
 }
 
 }  // namespace posenc

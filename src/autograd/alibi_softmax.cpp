@@ -2,6 +2,7 @@
 #include <autograd/detail/record.h>
 #include <ops/alibi_bias.h>
 #include <ops/alibi_softmax.h>
+#include <ops/dispatch.h>
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
@@ -40,9 +41,9 @@ class AlibiSoftmaxBackward final : public autograd::Node<AlibiSoftmaxBackward> {
   variable_list differentiate(const variable_list& grads) {
     variable_list result(2);
     if (grads[0].defined() && wants(0, 2)) {
-      std::tie(result[0], result[1]) = alibi_softmax_backward(
-          grads[0], unpack(probs_), settings_.scale, settings_.causal, settings_.query_offset,
-          /*slopes_grad=*/wants(1));
+      const Tensor probs = unpack(probs_);
+      std::tie(result[0], result[1]) = dispatch::alibi_softmax_backward(
+          {grads[0], probs, settings_.scale, settings_.causal, settings_.query_offset, /*slopes_grad=*/wants(1)});
     }
     return result;
   }
@@ -64,16 +65,18 @@ class AlibiSoftmaxBackward final : public autograd::Node<AlibiSoftmaxBackward> {
 class AlibiSoftmaxBackwardBackward final : public autograd::Node<AlibiSoftmaxBackwardBackward> {
  public:
   AlibiSoftmaxBackwardBackward() = default;
-  AlibiSoftmaxBackwardBackward(const Tensor& grad, const Tensor& probs, Settings settings)
-      : settings_(std::move(settings)), grad_(grad, /*is_output=*/false), probs_(probs, /*is_output=*/false) {}
+  /// @param normalised  whether probabilities were divided by their sum, which they are for the gradient of slopes.
+  AlibiSoftmaxBackwardBackward(const Tensor& grad, const Tensor& probs, Settings settings, bool normalised)
+      : settings_(std::move(settings)),
+        normalised_(normalised),
+        grad_(grad, /*is_output=*/false),
+        probs_(probs, /*is_output=*/false) {}
 
-  auto state() { return std::tuple_cat(settings_.state(), std::tie(grad_, probs_)); }
+  auto state() { return std::tuple_cat(settings_.state(), std::tie(normalised_, grad_, probs_)); }
 
   variable_list differentiate(const variable_list& grads) {
     variable_list result(2);
-    // With fixed slopes there is one output only, and probabilities are not divided by their sum.
-    const bool normalised = grads.size() > 1;
-    const Tensor slopes_grad = normalised ? grads[1] : Tensor();
+    const Tensor& slopes_grad = grads[1];
     if (!grads[0].defined() && !slopes_grad.defined()) {
       return result;
     }
@@ -82,7 +85,7 @@ class AlibiSoftmaxBackwardBackward final : public autograd::Node<AlibiSoftmaxBac
     const auto wide = dtype == at::kDouble ? at::kDouble : at::kFloat;
     Tensor p = probs.to(wide);
     Tensor total;
-    if (normalised) {
+    if (normalised_) {
       const Tensor sum = p.sum(-1, /*keepdim=*/true);
       total = sum.masked_fill(sum == 0, 1);  // of rows that see no key
       p = p / total;
@@ -93,8 +96,8 @@ class AlibiSoftmaxBackwardBackward final : public autograd::Node<AlibiSoftmaxBac
       v = grads[0].to(wide) * settings_.scale;
     }
     if (slopes_grad.defined()) {
-      const Tensor bias = alibi_bias_symint(
-          slopes_grad, p.sym_size(-2), p.sym_size(-1), /*causal=*/false, wide, settings_.query_offset);  // -w d
+      const Tensor bias = dispatch::alibi_bias(
+          {slopes_grad, p.sym_size(-2), p.sym_size(-1), /*causal=*/false, wide, settings_.query_offset});  // -w d
       v = v.defined() ? v + bias : bias;
     }
     const Tensor pv = (p * v).sum(-1, /*keepdim=*/true);
@@ -104,7 +107,7 @@ class AlibiSoftmaxBackwardBackward final : public autograd::Node<AlibiSoftmaxBac
     if (wants(1)) {
       const Tensor r = (g * p).sum(-1, /*keepdim=*/true);
       Tensor dp = (g - r) * v - g * pv;
-      if (normalised) {
+      if (normalised_) {
         dp = (dp - (p * dp).sum(-1, /*keepdim=*/true)) / total;
       }
       result[1] = dp.to(dtype);
@@ -116,56 +119,37 @@ class AlibiSoftmaxBackwardBackward final : public autograd::Node<AlibiSoftmaxBac
 
  private:
   Settings settings_;
+  bool normalised_ = false;
   SavedVariable grad_, probs_;
 };
 
-Tensor alibi_softmax_autograd(
-    const Tensor& scores,
-    const Tensor& slopes,
-    double scale,
-    bool causal,
-    const std::optional<Tensor>& key_padding_mask,
-    std::optional<c10::SymInt> query_offset) {
-  const autograd::Differentiable differentiable{scores, slopes};
+Tensor alibi_softmax_autograd(const AlibiSoftmaxArguments<c10::SymInt>& a) {
+  const autograd::Differentiable differentiable{a.scores, a.slopes};
   autograd::check_no_tangents("posenc::alibi_softmax", differentiable);
-  const Tensor output = autograd::below_autograd(
-      [&] { return alibi_softmax_symint(scores, slopes, scale, causal, key_padding_mask, query_offset); });
-  if (autograd::any_requires_grad(differentiable)) {
-    const auto node =
-        autograd::make_node<AlibiSoftmaxBackward>(differentiable, Settings{scale, causal, std::move(query_offset)});
-    torch::autograd::set_history(output, node);
-    static_cast<AlibiSoftmaxBackward&>(*node).save(output);
+  const Tensor output = autograd::below_autograd([&] { return dispatch::alibi_softmax(a); });
+  if (auto* node = autograd::record<AlibiSoftmaxBackward>(
+          differentiable, {output}, Settings{a.scale, a.causal, a.query_offset})) {
+    node->save(output);
   }
   return output;
 }
 
-std::tuple<Tensor, Tensor> alibi_softmax_backward_autograd(
-    const Tensor& grad,
-    const Tensor& probs,
-    double scale,
-    bool causal,
-    std::optional<c10::SymInt> query_offset,
-    bool slopes_grad) {
-  const autograd::Differentiable differentiable{grad, probs};
+std::tuple<Tensor, Tensor> alibi_softmax_backward_autograd(const AlibiSoftmaxBackwardArguments<c10::SymInt>& a) {
+  const autograd::Differentiable differentiable{a.grad, a.probs};
   autograd::check_no_tangents("posenc::alibi_softmax_backward", differentiable);
-  auto outputs = autograd::below_autograd(
-      [&] { return alibi_softmax_backward(grad, probs, scale, causal, query_offset, slopes_grad); });
-  if (autograd::any_requires_grad(differentiable)) {
-    const auto node = autograd::make_node<AlibiSoftmaxBackwardBackward>(
-        differentiable, grad, probs, Settings{scale, causal, std::move(query_offset)});
-    torch::autograd::set_history(std::get<0>(outputs), node);
-    if (slopes_grad) {
-      torch::autograd::set_history(std::get<1>(outputs), node);
-    }
-  }
+  auto outputs = autograd::below_autograd([&] { return dispatch::alibi_softmax_backward(a); });
+  const auto& [grad_scores, grad_slopes] = outputs;
+  autograd::record<AlibiSoftmaxBackwardBackward>(
+      differentiable, {grad_scores, grad_slopes}, a.grad, a.probs, Settings{a.scale, a.causal, a.query_offset},
+      /*normalised=*/a.slopes_grad);
   return outputs;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, Autograd, m) {
-  m.impl("alibi_softmax", alibi_softmax_autograd);
-  m.impl("alibi_softmax_backward", alibi_softmax_backward_autograd);
+  m.impl("alibi_softmax", kernel<alibi_softmax_autograd>);
+  m.impl("alibi_softmax_backward", kernel<alibi_softmax_backward_autograd>);
 }
 
 }  // namespace posenc

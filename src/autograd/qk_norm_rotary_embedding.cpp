@@ -2,6 +2,7 @@
 #include <autograd/detail/node.h>
 #include <autograd/detail/record.h>
 #include <meta/detail/symbolic.h>
+#include <ops/dispatch.h>
 #include <ops/qk_norm_rotary_embedding.h>
 
 #include <ATen/TensorOperators.h>
@@ -77,7 +78,9 @@ class QKNormRotaryEmbeddingBackward final : public autograd::Node<QKNormRotaryEm
     const Tensor q_weight = unpack(q_weight_);
     const Tensor k_weight = unpack(k_weight_);
     const autograd::UnpackedRotation tables = unpack(rotation_);
-    const QKNormRotation a{tables, q_weight, k_weight, eps_, unit_offset_};
+    const QKNormRotation a(
+        q_weight, k_weight, tables.cos, tables.sin, tables.positions, eps_, unit_offset_, tables.interleaved,
+        tables.conjugate, tables.pair_axes);
     // A gradient that nobody asks for is not computed.
     const auto wanted = [&](size_t i) {
       return wants(i) || wants(i + 2) ? autograd::optional_tensor(grads[i]) : std::nullopt;
@@ -86,7 +89,7 @@ class QKNormRotaryEmbeddingBackward final : public autograd::Node<QKNormRotaryEm
     const auto grad_k = wanted(1);
     if (grad_q.has_value() || grad_k.has_value()) {
       QKNormRotaryGradients gradients =
-          dispatch::qk_norm_rotary_embedding_backward(a, {grad_q, grad_k, q, k, /*weights_grad=*/wants(2, 4)});
+          dispatch::qk_norm_rotary_embedding_backward({/*weights_grad=*/wants(2, 4)}, {grad_q, grad_k, q, k}, a);
       result[0] = std::move(gradients.q);
       result[1] = std::move(gradients.k);
       result[2] = std::move(gradients.q_weight);
@@ -126,19 +129,17 @@ std::tuple<Tensor, Tensor> qk_norm_rotary_embedding_autograd(
   const Differentiable differentiable{q, k, a.q_weight, a.k_weight, a.rotation.cos, a.rotation.sin};
   autograd::check_no_tangents("posenc::qk_norm_rotary_embedding", differentiable);
   auto outputs = autograd::below_autograd([&] { return dispatch::qk_norm_rotary_embedding(a, q, k); });
-  if (autograd::any_requires_grad(differentiable)) {
-    const auto node = autograd::make_node<QKNormRotaryEmbeddingBackward>(differentiable, a, q, k);
-    torch::autograd::set_history(std::get<0>(outputs), node);
-    torch::autograd::set_history(std::get<1>(outputs), node);
-  }
+  const auto& [q_out, k_out] = outputs;
+  autograd::record<QKNormRotaryEmbeddingBackward>(differentiable, {q_out, k_out}, a, q, k);
   return outputs;
 }
 
 /// Where the gradients are to be differentiated, they are made of operations that can be.
 QKNormRotaryGradients qk_norm_rotary_embedding_backward_autograd(
-    const QKNormRotation& a,
-    const QKNormRotaryGradInputs& inputs) {
-  const auto& [grad_q, grad_k, q, k, weights_grad] = inputs;
+    const QKNormRotaryGradMask& mask,
+    const QKNormRotaryGradInputs& inputs,
+    const QKNormRotation& a) {
+  const auto& [grad_q, grad_k, q, k] = inputs;
   const Tensor none;
   const Differentiable differentiable{
       grad_q.has_value() ? *grad_q : none,
@@ -151,10 +152,9 @@ QKNormRotaryGradients qk_norm_rotary_embedding_backward_autograd(
       a.rotation.sin};
   autograd::check_no_tangents("posenc::qk_norm_rotary_embedding_backward", differentiable);
   if (!autograd::any_requires_grad(differentiable)) {
-    return autograd::below_autograd([&] { return dispatch::qk_norm_rotary_embedding_backward(a, inputs); });
+    return autograd::below_autograd([&] { return dispatch::qk_norm_rotary_embedding_backward(mask, inputs, a); });
   }
-  const auto& positions = a.rotation.positions;
-  if (!meta::any_symbolic(differentiable) && !(positions.has_value() && meta::has_symbolic_sizes(*positions))) {
+  if (!meta::any_symbol(inputs, a)) {
     arguments::check_qk_norm_rotary_backward(a, inputs);
   }
   QKNormRotaryGradients gradients;
@@ -163,7 +163,7 @@ QKNormRotaryGradients qk_norm_rotary_embedding_backward_autograd(
     if (grad.has_value() && grad->defined()) {
       std::tie(dx, dweight) = differentiable_gradients(a, *grad, x, weight);
     }
-    if (!inputs.weights_grad) {
+    if (!mask.weights_grad) {
       dweight = Tensor();
     }
   };
@@ -175,9 +175,8 @@ QKNormRotaryGradients qk_norm_rotary_embedding_backward_autograd(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, Autograd, m) {
-  m.impl("qk_norm_rotary_embedding", qk_norm_rotary_kernel<qk_norm_rotary_embedding_autograd>);
-  m.impl(
-      "qk_norm_rotary_embedding_backward", qk_norm_rotary_backward_kernel<qk_norm_rotary_embedding_backward_autograd>);
+  m.impl("qk_norm_rotary_embedding", kernel<qk_norm_rotary_embedding_autograd>);
+  m.impl("qk_norm_rotary_embedding_backward", kernel<qk_norm_rotary_embedding_backward_autograd>);
 }
 
 }  // namespace posenc

@@ -1,6 +1,7 @@
 #include <autograd/detail/node.h>
 #include <autograd/detail/record.h>
 #include <autograd/detail/rotate_by_table_gradients.h>
+#include <ops/dispatch.h>
 #include <ops/rotary_embedding.h>
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -141,11 +142,8 @@ void set_tangent(const Rotation& rotation, const Tensor& input, const Tensor& ou
 
 Tensor rotary_embedding_autograd(const Rotation& rotation, const Tensor& x) {
   Tensor output = autograd::below_autograd([&] { return dispatch::rotary_embedding(rotation, x); });
-  const Differentiable differentiable{x, rotation.cos, rotation.sin};
-  if (autograd::any_requires_grad(differentiable)) {
-    torch::autograd::set_history(
-        output, autograd::make_node<RotaryEmbeddingBackward>(differentiable, rotation, Differentiable{x}));
-  }
+  autograd::record<RotaryEmbeddingBackward>(
+      Differentiable{x, rotation.cos, rotation.sin}, {output}, rotation, Differentiable{x});
   set_tangent(rotation, x, output);
   return output;
 }
@@ -153,12 +151,8 @@ Tensor rotary_embedding_autograd(const Rotation& rotation, const Tensor& x) {
 std::tuple<Tensor, Tensor> rotary_embedding_qk_autograd(const Rotation& rotation, const Tensor& q, const Tensor& k) {
   auto outputs = autograd::below_autograd([&] { return dispatch::rotary_embedding_qk(rotation, q, k); });
   const auto& [q_out, k_out] = outputs;
-  const Differentiable differentiable{q, k, rotation.cos, rotation.sin};
-  if (autograd::any_requires_grad(differentiable)) {
-    const auto node = autograd::make_node<RotaryEmbeddingBackward>(differentiable, rotation, Differentiable{q, k});
-    torch::autograd::set_history(q_out, node);
-    torch::autograd::set_history(k_out, node);
-  }
+  autograd::record<RotaryEmbeddingBackward>(
+      Differentiable{q, k, rotation.cos, rotation.sin}, {q_out, k_out}, rotation, Differentiable{q, k});
   set_tangent(rotation, q, q_out);
   set_tangent(rotation, k, k_out);
   return outputs;
@@ -257,16 +251,16 @@ void rotary_embedding_qk_version_(const Rotation& rotation, Tensor& q, Tensor& k
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, Autograd, m) {
-  m.impl("rotary_embedding", rotary_kernel<rotary_embedding_autograd>);
-  m.impl("rotary_embedding_", rotary_kernel<rotary_embedding_autograd_>);
-  m.impl("rotary_embedding_qk", rotary_kernel<rotary_embedding_qk_autograd>);
-  m.impl("rotary_embedding_qk_", rotary_kernel<rotary_embedding_qk_autograd_>);
+  m.impl("rotary_embedding", kernel<rotary_embedding_autograd>);
+  m.impl("rotary_embedding_", kernel<rotary_embedding_autograd_>);
+  m.impl("rotary_embedding_qk", kernel<rotary_embedding_qk_autograd>);
+  m.impl("rotary_embedding_qk_", kernel<rotary_embedding_qk_autograd_>);
 }
 
 // Increments the version of each tensor that was overwritten, so that autograd refuses values of it that were saved.
 TORCH_LIBRARY_IMPL(posenc, ADInplaceOrView, m) {
-  m.impl("rotary_embedding_", rotary_kernel<rotary_embedding_version_>);
-  m.impl("rotary_embedding_qk_", rotary_kernel<rotary_embedding_qk_version_>);
+  m.impl("rotary_embedding_", kernel<rotary_embedding_version_>);
+  m.impl("rotary_embedding_qk_", kernel<rotary_embedding_qk_version_>);
 }
 
 }  // namespace posenc

@@ -1,6 +1,7 @@
 #include <autograd/detail/node.h>
 #include <autograd/detail/record.h>
 #include <autograd/detail/rotate_by_table_gradients.h>
+#include <ops/dispatch.h>
 #include <ops/rotary_embedding.h>
 
 #include <ATen/ops/zeros_like.h>
@@ -79,20 +80,12 @@ std::tuple<Tensor, Tensor> rotary_embedding_tables_backward_autograd(
     at::TensorList grads,
     at::TensorList inputs) {
   const auto differentiable = joined(grads, inputs);
-  for (const Tensor& tensor : differentiable) {
-    TORCH_CHECK_NOT_IMPLEMENTED(
-        !torch::autograd::isFwGradDefined(tensor),
-        "posenc::rotary_embedding_tables_backward: expected no forward-mode tangents, which it does not carry on, got "
-        "some: differentiate the gradients of cos and sin in backward mode");
-  }
+  autograd::check_no_tangents("posenc::rotary_embedding_tables_backward", differentiable);
   auto table_grads =
       autograd::below_autograd([&] { return dispatch::rotary_embedding_tables_backward(rotation, grads, inputs); });
-  if (autograd::any_requires_grad(differentiable)) {
-    const auto node =
-        autograd::make_node<RotaryEmbeddingTablesBackwardBackward>(differentiable, rotation, grads, inputs);
-    torch::autograd::set_history(std::get<0>(table_grads), node);
-    torch::autograd::set_history(std::get<1>(table_grads), node);
-  }
+  const auto& [grad_cos, grad_sin] = table_grads;
+  autograd::record<RotaryEmbeddingTablesBackwardBackward>(
+      differentiable, {grad_cos, grad_sin}, rotation, grads, inputs);
   return table_grads;
 }
 
@@ -115,8 +108,8 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> rotary_embedding_backward_autogr
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, Autograd, m) {
-  m.impl("rotary_embedding_tables_backward", rotary_kernel<rotary_embedding_tables_backward_autograd>);
-  m.impl("rotary_embedding_backward", rotary_kernel<rotary_embedding_backward_autograd>);
+  m.impl("rotary_embedding_tables_backward", kernel<rotary_embedding_tables_backward_autograd>);
+  m.impl("rotary_embedding_backward", kernel<rotary_embedding_backward_autograd>);
 }
 
 }  // namespace posenc

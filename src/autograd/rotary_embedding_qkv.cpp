@@ -1,6 +1,7 @@
 #include <arguments/rotary_embedding_qkv.h>
 #include <autograd/detail/node.h>
 #include <autograd/detail/record.h>
+#include <ops/dispatch.h>
 #include <ops/rotary_embedding.h>
 
 #include <ATen/ops/zeros.h>
@@ -22,7 +23,7 @@ using autograd::UnpackedRotation;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-/// What both directions save.
+/// The arguments that both nodes save, beside the inputs that only the gradients of the tables need.
 struct Saved {
   Saved() = default;
   Saved(const Rotation& of_call, int64_t num_q_heads, int64_t num_kv_heads, bool is_stacked)
@@ -58,8 +59,9 @@ std::tuple<Tensor, Tensor> table_gradients(
 class RotaryEmbeddingQkvBackward final : public autograd::Node<RotaryEmbeddingQkvBackward> {
  public:
   RotaryEmbeddingQkvBackward() = default;
-  RotaryEmbeddingQkvBackward(const Tensor& qkv, Saved saved, bool saves_input) : saved_(std::move(saved)) {
-    if (saves_input) {
+  RotaryEmbeddingQkvBackward(const Rotation& rotation, const Tensor& qkv, int64_t num_q_heads, int64_t num_kv_heads)
+      : saved_(rotation, num_q_heads, num_kv_heads, arguments::is_stacked(qkv.dim())) {
+    if (autograd::tables_require_grad(rotation)) {
       qkv_ = SavedVariable(qkv, /*is_output=*/false);
     }
   }
@@ -83,8 +85,8 @@ class RotaryEmbeddingQkvBackward final : public autograd::Node<RotaryEmbeddingQk
         return at::zeros_symint(sizes, some.options());
       };
       result[0] = dispatch::rotary_embedding_pack(
-          Rotation(rotation).inverse(), grad_or_zeros(grads[0], saved_.q_heads),
-          grad_or_zeros(grads[1], saved_.kv_heads), grad_or_zeros(grads[2], saved_.kv_heads), saved_.stacked);
+          {Rotation(rotation).inverse(), saved_.stacked}, grad_or_zeros(grads[0], saved_.q_heads),
+          grad_or_zeros(grads[1], saved_.kv_heads), grad_or_zeros(grads[2], saved_.kv_heads));
     }
     if (wants(1, 3)) {
       const arguments::PackedViews inputs =
@@ -101,13 +103,19 @@ class RotaryEmbeddingQkvBackward final : public autograd::Node<RotaryEmbeddingQk
   SavedVariable qkv_;
 };
 
-/// And the other way round.
+/// Numbers of heads are never symbols in a traced graph: only sequence lengths are.
+int64_t num_heads(const Tensor& x) {
+  return x.sym_size(-2).guard_int(__FILE__, __LINE__);
+}
+
+/// The gradients of q, k and v are those of the packed tensor, unpacked; those of q and k are rotated back. q and k are
+/// saved only if the tables require a gradient.
 class RotaryEmbeddingPackBackward final : public autograd::Node<RotaryEmbeddingPackBackward> {
  public:
   RotaryEmbeddingPackBackward() = default;
-  RotaryEmbeddingPackBackward(const Tensor& q, const Tensor& k, Saved saved, bool saves_inputs)
-      : saved_(std::move(saved)) {
-    if (saves_inputs) {
+  RotaryEmbeddingPackBackward(const PackRotation& rotation, const Tensor& q, const Tensor& k)
+      : saved_(rotation.rotation, num_heads(q), num_heads(k), rotation.stacked) {
+    if (autograd::tables_require_grad(rotation.rotation)) {
       q_ = SavedVariable(q, /*is_output=*/false);
       k_ = SavedVariable(k, /*is_output=*/false);
     }
@@ -150,46 +158,24 @@ std::tuple<Tensor, Tensor, Tensor> rotary_embedding_qkv_autograd(
   autograd::check_no_tangents("posenc::rotary_embedding_qkv", differentiable);
   auto outputs = autograd::below_autograd(
       [&] { return dispatch::rotary_embedding_qkv(rotation, qkv, num_q_heads, num_kv_heads); });
-  if (autograd::any_requires_grad(differentiable)) {
-    const auto node = autograd::make_node<RotaryEmbeddingQkvBackward>(
-        differentiable, qkv, Saved(rotation, num_q_heads, num_kv_heads, arguments::is_stacked(qkv.dim())),
-        autograd::tables_require_grad(rotation));
-    torch::autograd::set_history(std::get<0>(outputs), node);
-    torch::autograd::set_history(std::get<1>(outputs), node);
-    torch::autograd::set_history(std::get<2>(outputs), node);
-  }
+  const auto& [q, k, v] = outputs;
+  autograd::record<RotaryEmbeddingQkvBackward>(differentiable, {q, k, v}, rotation, qkv, num_q_heads, num_kv_heads);
   return outputs;
 }
 
-/// A number in every graph: only the lengths of sequences are symbols there.
-int64_t num_heads(const Tensor& x) {
-  return x.sym_size(-2).guard_int(__FILE__, __LINE__);
-}
-
-Tensor rotary_embedding_pack_autograd(
-    const Rotation& rotation,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    bool stacked) {
-  const Differentiable differentiable{q, k, v, rotation.cos, rotation.sin};
+Tensor rotary_embedding_pack_autograd(const PackRotation& rotation, const Tensor& q, const Tensor& k, const Tensor& v) {
+  const Differentiable differentiable{q, k, v, rotation.rotation.cos, rotation.rotation.sin};
   autograd::check_no_tangents("posenc::rotary_embedding_pack", differentiable);
-  const Tensor packed =
-      autograd::below_autograd([&] { return dispatch::rotary_embedding_pack(rotation, q, k, v, stacked); });
-  if (autograd::any_requires_grad(differentiable)) {
-    const auto node = autograd::make_node<RotaryEmbeddingPackBackward>(
-        differentiable, q, k, Saved(rotation, num_heads(q), num_heads(k), stacked),
-        autograd::tables_require_grad(rotation));
-    torch::autograd::set_history(packed, node);
-  }
+  const Tensor packed = autograd::below_autograd([&] { return dispatch::rotary_embedding_pack(rotation, q, k, v); });
+  autograd::record<RotaryEmbeddingPackBackward>(differentiable, {packed}, rotation, q, k);
   return packed;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, Autograd, m) {
-  m.impl("rotary_embedding_qkv", rotary_kernel<rotary_embedding_qkv_autograd>);
-  m.impl("rotary_embedding_pack", rotary_pack_kernel<rotary_embedding_pack_autograd>);
+  m.impl("rotary_embedding_qkv", kernel<rotary_embedding_qkv_autograd>);
+  m.impl("rotary_embedding_pack", kernel<rotary_embedding_pack_autograd>);
 }
 
 }  // namespace posenc

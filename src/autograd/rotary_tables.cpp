@@ -1,7 +1,7 @@
-#include <arguments/rotary_frequencies.h>
 #include <autograd/detail/node.h>
 #include <autograd/detail/record.h>
 #include <meta/detail/symbolic.h>
+#include <ops/dispatch.h>
 #include <ops/rotary_tables.h>
 
 #include <ATen/TensorOperators.h>
@@ -11,7 +11,6 @@
 #include <torch/library.h>
 
 #include <tuple>
-#include <utility>
 
 namespace posenc {
 namespace {
@@ -41,7 +40,7 @@ class RotaryTablesBackward final : public autograd::Node<RotaryTablesBackward> {
       const Tensor sin = unpack(sin_);
       const Tensor grad_cos = grads[0].defined() ? grads[0] : at::zeros_like(cos);
       const Tensor grad_sin = grads[1].defined() ? grads[1] : at::zeros_like(sin);
-      result[0] = rotary_tables_backward(grad_cos, grad_sin, cos, sin, dtype_);
+      result[0] = dispatch::rotary_tables_backward({grad_cos, grad_sin, cos, sin, dtype_});
     }
     return result;
   }
@@ -53,51 +52,38 @@ class RotaryTablesBackward final : public autograd::Node<RotaryTablesBackward> {
   SavedVariable cos_, sin_;
 };
 
-std::tuple<Tensor, Tensor> rotary_tables_autograd(
-    const Tensor& inv_freq,
-    c10::SymInt length,
-    at::ScalarType dtype,
-    double attention_factor) {
-  autograd::check_no_tangent("posenc::rotary_tables", inv_freq);
-  auto tables = autograd::below_autograd(
-      [&] { return rotary_tables_symint(inv_freq, std::move(length), dtype, attention_factor); });
-  const autograd::Differentiable differentiable{inv_freq};
-  if (autograd::any_requires_grad(differentiable)) {
-    const auto node = autograd::make_node<RotaryTablesBackward>(differentiable, inv_freq.scalar_type());
-    const auto& [cos, sin] = tables;
-    torch::autograd::set_history(cos, node);
-    torch::autograd::set_history(sin, node);
-    static_cast<RotaryTablesBackward&>(*node).save(cos, sin);
+std::tuple<Tensor, Tensor> rotary_tables_autograd(const FrequenciesArguments<c10::SymInt>& a) {
+  const autograd::Differentiable differentiable{a.inv_freq};
+  autograd::check_no_tangents("posenc::rotary_tables", differentiable);
+  auto tables = autograd::below_autograd([&] { return dispatch::rotary_tables(a); });
+  const auto& [cos, sin] = tables;
+  if (auto* node = autograd::record<RotaryTablesBackward>(differentiable, {cos, sin}, a.inv_freq.scalar_type())) {
+    node->save(cos, sin);
   }
   return tables;
 }
 
-/// Where the gradient is itself differentiated, it is computed in tensor operations, which LibTorch differentiates.
-/// Their cost is small: a table [P, R/2] has few elements beside the tensors that it rotates.
-Tensor rotary_tables_backward_autograd(
-    const Tensor& grad_cos,
-    const Tensor& grad_sin,
-    const Tensor& cos,
-    const Tensor& sin,
-    at::ScalarType dtype) {
-  const autograd::Differentiable differentiable{grad_cos, grad_sin, cos, sin};
+/// A gradient that is itself differentiated is computed in tensor operations, which LibTorch differentiates. Their cost
+/// is small: a table [P, R/2] has few elements beside the tensors that it rotates.
+Tensor rotary_tables_backward_autograd(const FrequenciesBackwardArguments& a) {
+  const autograd::Differentiable differentiable{a.grad_cos, a.grad_sin, a.cos, a.sin};
   autograd::check_no_tangents("posenc::rotary_tables_backward", differentiable);
   if (!autograd::any_requires_grad(differentiable)) {
-    return autograd::below_autograd([&] { return rotary_tables_backward(grad_cos, grad_sin, cos, sin, dtype); });
+    return autograd::below_autograd([&] { return dispatch::rotary_tables_backward(a); });
   }
-  if (!meta::any_symbolic(differentiable)) {
-    arguments::check_frequencies_backward({grad_cos, grad_sin, cos, sin, dtype});
+  if (!meta::any_symbol(a)) {
+    arguments::check_frequencies_backward(a);
   }
   const auto wide = [](const Tensor& tensor) { return tensor.to(at::kDouble); };
-  const Tensor positions = at::arange(c10::Scalar(cos.sym_size(0)), cos.options().dtype(at::kDouble)).unsqueeze(1);
-  return ((wide(cos) * wide(grad_sin) - wide(sin) * wide(grad_cos)) * positions).sum(0).to(dtype);
+  const Tensor positions = at::arange(c10::Scalar(a.cos.sym_size(0)), a.cos.options().dtype(at::kDouble)).unsqueeze(1);
+  return ((wide(a.cos) * wide(a.grad_sin) - wide(a.sin) * wide(a.grad_cos)) * positions).sum(0).to(a.dtype);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, Autograd, m) {
-  m.impl("rotary_tables", rotary_tables_autograd);
-  m.impl("rotary_tables_backward", rotary_tables_backward_autograd);
+  m.impl("rotary_tables", kernel<rotary_tables_autograd>);
+  m.impl("rotary_tables_backward", kernel<rotary_tables_backward_autograd>);
 }
 
 }  // namespace posenc

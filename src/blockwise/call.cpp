@@ -145,8 +145,9 @@ std::tuple<Tensor, Tensor> forward(const AlibiAttention& call, const AttentionTe
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const AlibiAttention& call,
     const AttentionBackwardArguments& arguments,
+    bool slopes_grad,
     Backward compute) {
-  const auto& [grad_out, given_grad_lse, q, k, v, slopes, out, lse, slopes_grad] = arguments;
+  const auto& [grad_out, given_grad_lse, q, k, v, slopes, out, lse] = arguments;
   const Tensor grad_lse = given_grad_lse.value_or(Tensor());
   if (!call.packed()) {
     const Padded padded = padded_call(call, arguments.inputs());

@@ -37,6 +37,7 @@ std::tuple<at::Tensor, at::Tensor> forward(
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
     const arguments::AlibiAttention& call,
     const arguments::AttentionBackwardArguments& arguments,
+    bool slopes_grad,
     Backward compute);
 
 /// Of padded tensors alone.

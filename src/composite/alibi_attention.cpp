@@ -1,5 +1,6 @@
 #include <blockwise/call.h>
 #include <ops/alibi_attention.h>
+#include <ops/dispatch.h>
 
 #include <torch/library.h>
 
@@ -24,7 +25,7 @@ AttentionSecondGradients alibi_attention_double_backward_composite(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, CompositeExplicitAutograd, m) {
-  m.impl("alibi_attention_double_backward", AttentionKernel<alibi_attention_double_backward_composite>::call);
+  m.impl("alibi_attention_double_backward", kernel<alibi_attention_double_backward_composite>);
 }
 
 }  // namespace posenc

@@ -1,3 +1,4 @@
+#include <ops/dispatch.h>
 #include <ops/rotary_embedding.h>
 
 #include <torch/library.h>
@@ -25,7 +26,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> rotary_embedding_backward_by_par
 
 // For the CPU, where the sums in float64, not the memory, bound the gradients of tables, and for tensors without data.
 TORCH_LIBRARY_IMPL(posenc, CompositeExplicitAutograd, m) {
-  m.impl("rotary_embedding_backward", rotary_kernel<rotary_embedding_backward_by_parts>);
+  m.impl("rotary_embedding_backward", kernel<rotary_embedding_backward_by_parts>);
 }
 
 }  // namespace posenc

@@ -1,9 +1,10 @@
 #include <arguments/alibi.h>
-#include <arguments/context_parallel_alibi_attention.h>
 #include <blockwise/merge.h>
-#include <context_parallel/alibi_attention.h>
+#include <context_parallel/group.h>
 #include <context_parallel/ring.h>
 #include <ops/alibi_attention.h>
+#include <ops/context_parallel_alibi_attention.h>
+#include <ops/dispatch.h>
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
@@ -11,7 +12,7 @@
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/library.h>
 
 #include <algorithm>
 #include <array>
@@ -24,9 +25,8 @@ namespace {
 
 using at::Tensor;
 using blockwise::MergedRows;
-using Group = c10::intrusive_ptr<c10d::ProcessGroup>;
 
-/// One rank's part of a call.
+/// The part of a call on one rank.
 struct Shard {
   arguments::AlibiAttention call;
   Group group;
@@ -41,15 +41,16 @@ struct Shard {
   }
   bool empty() const { return call.batch * call.q_len * call.q_heads == 0; }
 
-  /// Dimension of tokens in tensors like q, and in those like lse.
+  /// Half 0 or 1 of the tokens of `x`, `[B, S / C, H, D]` or, for `half_of_rows`, `[.., S / C]`; views.
   Tensor half(const Tensor& x, int64_t half) const { return x.narrow(1, half * half_len(), half_len()); }
   Tensor half_of_rows(const Tensor& x, int64_t half) const { return x.narrow(-1, half * half_len(), half_len()); }
 
-  /// The rank whose keys are here after `step` shifts.
+  /// The rank whose keys this rank holds after `step` shifts around the ring.
   int64_t source(int64_t step) const { return (group->getRank() - step + ranks()) % ranks(); }
 };
 
-/// Half of the queries against half of the keys: between chunks, distances jump.
+/// One half of the queries against one half of the keys. A shard is two chunks that are not adjacent in the sequence,
+/// so distances are contiguous only within such a pair.
 struct Pair {
   int64_t q_half, k_half;
   SymbolicAttentionOptions options;
@@ -59,7 +60,7 @@ struct Pair {
   int64_t beyond;
 };
 
-/// Those of the queries here and the keys of rank `source` that see each other.
+/// The pairs of the queries of this rank and the keys of rank `source` that the causal mask does not hide.
 std::vector<Pair> visible_pairs(const Shard& shard, int64_t source) {
   const auto chunk = [&](int64_t rank, int64_t half) { return half == 0 ? rank : 2 * shard.ranks() - 1 - rank; };
   std::vector<Pair> pairs;
@@ -71,7 +72,7 @@ std::vector<Pair> visible_pairs(const Shard& shard, int64_t source) {
       }
       const int64_t as_computed = std::clamp<int64_t>(ahead, -1, 1);
       Pair pair{q_half, k_half, shard.options(), std::abs(ahead - as_computed) * shard.half_len()};
-      // Of chunks before the queries' own, the mask hides nothing.
+      // All keys of an earlier chunk are visible.
       pair.options.causal = shard.call.causal && ahead == 0;
       pair.options.query_offset = as_computed * shard.half_len();
       pairs.push_back(std::move(pair));
@@ -80,8 +81,8 @@ std::vector<Pair> visible_pairs(const Shard& shard, int64_t source) {
   return pairs;
 }
 
-/// Calls `body(step, k, v)` with the keys and values of one rank after the other, its own first; those of the next are
-/// on their way meanwhile. There is more than one rank.
+/// Calls `body(step, k, v)` with the keys and values of each rank in turn, beginning with this rank. The transfer of
+/// the next block overlaps with `body`. Needs more than one rank.
 template <typename Body>
 void around(const Shard& shard, const Tensor& k, const Tensor& v, const Body& body) {
   TravellingBlock block(shard.group, at::stack({k, v}));
@@ -94,17 +95,18 @@ void around(const Shard& shard, const Tensor& k, const Tensor& v, const Body& bo
   }
 }
 
-/// `[B, Hq, S]` of rows as the call of a pair has it, from that of the whole sequence.
+/// The log-sum-exp of rows, `[B, Hq, S]`, relative to the distances that the call of a pair computes, from `lse`
+/// relative to the true distances.
 Tensor lse_of_call(const Tensor& lse, const Tensor& slopes, const Pair& pair) {
   return pair.beyond == 0 ? lse : lse + slopes.to(lse.scalar_type()).unsqueeze(-1) * pair.beyond;
 }
 
-/// And back.
+/// The inverse of `lse_of_call`.
 Tensor lse_of_whole(const Tensor& lse, const Tensor& slopes, const Pair& pair) {
   return pair.beyond == 0 ? lse : lse - slopes.to(lse.scalar_type()).unsqueeze(-1) * pair.beyond;
 }
 
-/// Adds what a pair contributes to `alibi_attention_slope_sums` of the whole sequence.
+/// Adds the sums of `alibi_attention_slope_sums` of one pair, `of_call`, to those over all keys, `total`.
 void add_slope_sums(const Tensor& total, const Tensor& of_call, const Pair& pair) {
   total.add_(of_call);
   if (pair.beyond != 0) {
@@ -124,22 +126,23 @@ Tensor slopes_gradient(const Tensor& sums, const std::optional<Tensor>& grad_lse
   return terms.sum(at::IntArrayRef({0, 2})).neg_();
 }
 
-}  // namespace
+/// @throws c10::Error  if no group is registered by that name.
+Group process_group(const char* op, const std::string& name) {
+  Group group = find_group(name);
+  TORCH_CHECK(
+      group.defined(), op, ": expected group_name to be the name of a registered process group, got \"", name, "\"");
+  return group;
+}
 
-std::tuple<Tensor, Tensor> alibi_attention(
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& slopes,
-    const Group& group,
-    const ContextParallelALiBiAttentionOptions& options) {
-  const Shard shard{
-      arguments::check_context_parallel_attention(
-          "posenc::context_parallel_alibi_attention", {q, k, v, slopes}, options, group->getSize()),
-      group};
+std::tuple<Tensor, Tensor> ring_forward(const ContextParallelOptions& options, const AttentionTensors& inputs) {
+  constexpr const char* kOp = "posenc::context_parallel_alibi_attention";
+  const Group group = process_group(kOp, options.group_name);
+  const Shard shard{arguments::check_context_parallel_attention(kOp, inputs, options, group->getSize()), group};
   if (shard.ranks() == 1) {
-    return dispatch::alibi_attention(shard.options(), {q, k, v, slopes});
+    return dispatch::alibi_attention(shard.options(), inputs);
   }
+  const Tensor& q = inputs.q;
+  const Tensor& slopes = inputs.slopes;
   const auto wide = q.options().dtype(arguments::alibi_slopes_dtype(q.scalar_type()));
   Tensor out = at::empty_like(q);
   Tensor lse = at::empty({shard.call.batch, shard.call.q_heads, shard.call.q_len}, wide);
@@ -147,7 +150,7 @@ std::tuple<Tensor, Tensor> alibi_attention(
     return {out, lse};
   }
   std::array<MergedRows, 2> halves;
-  around(shard, k, v, [&](int64_t step, const Tensor& k_block, const Tensor& v_block) {
+  around(shard, inputs.k, inputs.v, [&](int64_t step, const Tensor& k_block, const Tensor& v_block) {
     for (const Pair& pair : visible_pairs(shard, shard.source(step))) {
       const auto [part, part_lse] = dispatch::alibi_attention(
           pair.options,
@@ -162,64 +165,55 @@ std::tuple<Tensor, Tensor> alibi_attention(
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> alibi_attention_backward(
-    const Tensor& grad_out,
-    const std::optional<Tensor>& grad_lse,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& slopes,
-    const Tensor& out,
-    const Tensor& lse,
-    const Group& group,
-    const ContextParallelALiBiAttentionOptions& options,
-    std::array<bool, 4> grad_mask) {
-  const Shard shard{
-      arguments::check_context_parallel_attention_backward(
-          "posenc::context_parallel_alibi_attention_backward",
-          {grad_out, grad_lse, q, k, v, slopes, out, lse, grad_mask[3]}, options, group->getSize()),
-      group};
-  const bool q_grad = grad_mask[0];
-  const bool k_grad = grad_mask[1];
-  const bool v_grad = grad_mask[2];
-  const bool slopes_grad = grad_mask[3];
+AttentionGradients ring_backward(
+    const AttentionGradMask& mask,
+    const AttentionBackwardArguments& a,
+    const ContextParallelOptions& options) {
+  constexpr const char* kOp = "posenc::context_parallel_alibi_attention_backward";
+  const Group group = process_group(kOp, options.group_name);
+  const Shard shard{arguments::check_context_parallel_attention_backward(kOp, a, options, group->getSize()), group};
+  const bool q_grad = mask.wanted[0];
+  const bool k_grad = mask.wanted[1];
+  const bool v_grad = mask.wanted[2];
+  const bool slopes_grad = mask.wanted[3];
   if (shard.ranks() == 1) {
     const auto wanted = [](bool is_wanted, const Tensor& x) { return is_wanted ? x : Tensor(); };
-    const auto [dq, dk, dv, dslopes] = dispatch::alibi_attention_backward(
-        shard.options(), {grad_out, grad_lse, q, k, v, slopes, out, lse, slopes_grad});
+    const auto [dq, dk, dv, dslopes] = dispatch::alibi_attention_backward(shard.options(), a, slopes_grad);
     return {wanted(q_grad, dq), wanted(k_grad, dk), wanted(v_grad, dv), dslopes};
   }
   const bool kv_grad = k_grad || v_grad;
-  const auto wide = q.options().dtype(arguments::alibi_slopes_dtype(q.scalar_type()));
-  Tensor sums_of_q = q_grad ? at::zeros_like(q, wide) : Tensor();
+  const auto wide = a.q.options().dtype(arguments::alibi_slopes_dtype(a.q.scalar_type()));
+  Tensor sums_of_q = q_grad ? at::zeros_like(a.q, wide) : Tensor();
   TravellingBlock sums_of_kv(
-      shard.group, kv_grad ? at::zeros({2, k.size(0), k.size(1), k.size(2), k.size(3)}, wide) : Tensor());
+      shard.group, kv_grad ? at::zeros({2, a.k.size(0), a.k.size(1), a.k.size(2), a.k.size(3)}, wide) : Tensor());
   Tensor sums_of_slopes;
   if (slopes_grad) {
     sums_of_slopes =
-        at::zeros({4, shard.call.batch, shard.call.q_heads, shard.call.q_len}, q.options().dtype(at::kDouble));
+        at::zeros({4, shard.call.batch, shard.call.q_heads, shard.call.q_len}, a.q.options().dtype(at::kDouble));
   }
   if (!shard.empty()) {
-    around(shard, k, v, [&](int64_t step, const Tensor& k_block, const Tensor& v_block) {
+    around(shard, a.k, a.v, [&](int64_t step, const Tensor& k_block, const Tensor& v_block) {
       for (const Pair& pair : visible_pairs(shard, shard.source(step))) {
-        const Tensor grad_part = shard.half(grad_out, pair.q_half);
-        const Tensor q_part = shard.half(q, pair.q_half);
+        const Tensor grad_part = shard.half(a.grad_out, pair.q_half);
+        const Tensor q_part = shard.half(a.q, pair.q_half);
         const Tensor k_part = shard.half(k_block, pair.k_half);
         const Tensor v_part = shard.half(v_block, pair.k_half);
-        const Tensor lse_part = lse_of_call(shard.half_of_rows(lse, pair.q_half), slopes, pair);
+        const Tensor lse_part = lse_of_call(shard.half_of_rows(a.lse, pair.q_half), a.slopes, pair);
         if (q_grad || kv_grad) {
-          // With output and log-sum-exp over all keys, a part of the keys gives its part of the gradients.
-          const std::optional<Tensor> grad_lse_part =
-              grad_lse.has_value() ? std::optional<Tensor>(shard.half_of_rows(*grad_lse, pair.q_half)) : std::nullopt;
+          // With output and log-sum-exp over all keys, the gradients are sums over parts of the keys.
+          std::optional<Tensor> grad_lse_part;
+          if (a.grad_lse.has_value()) {
+            grad_lse_part = shard.half_of_rows(*a.grad_lse, pair.q_half);
+          }
           const auto [dq, dk, dv, none] = dispatch::alibi_attention_backward(
               pair.options,
-              {grad_part, grad_lse_part, q_part, k_part, v_part, slopes, shard.half(out, pair.q_half), lse_part,
-               /*slopes_grad=*/false});
+              {grad_part, grad_lse_part, q_part, k_part, v_part, a.slopes, shard.half(a.out, pair.q_half), lse_part},
+              /*slopes_grad=*/false);
           if (q_grad) {
             shard.half(sums_of_q, pair.q_half).add_(dq);
           }
           if (kv_grad) {
-            // Has travelled while the first pair was computed.
+            // The transfer of the sums has overlapped with the computation of the first pair.
             const Tensor& sums = sums_of_kv.here();
             shard.half(sums.select(0, 0), pair.k_half).add_(dk);
             shard.half(sums.select(0, 1), pair.k_half).add_(dv);
@@ -228,23 +222,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> alibi_attention_backward(
         if (slopes_grad) {
           add_slope_sums(
               shard.half_of_rows(sums_of_slopes, pair.q_half),
-              dispatch::alibi_attention_slope_sums(pair.options, {grad_part, q_part, k_part, v_part, slopes, lse_part}),
+              dispatch::alibi_attention_slope_sums(
+                  pair.options, {grad_part, q_part, k_part, v_part, a.slopes, lse_part}),
               pair);
         }
       }
       if (kv_grad) {
-        sums_of_kv.depart();  // the last departure takes it home
+        sums_of_kv.depart();  // after the last step the sums are on the rank of their keys
       }
     });
   }
   const auto like = [](const Tensor& x, const Tensor& sums) { return at::empty_like(x).copy_(sums); };
   Tensor grad_slopes;
   if (slopes_grad) {
-    grad_slopes = slopes_gradient(sums_of_slopes, grad_lse).to(wide.dtype());
+    grad_slopes = slopes_gradient(sums_of_slopes, a.grad_lse).to(wide.dtype());
   }
   return {
-      q_grad ? sums_of_q.to(q.scalar_type()) : Tensor(), k_grad ? like(k, sums_of_kv.here().select(0, 0)) : Tensor(),
-      v_grad ? like(v, sums_of_kv.here().select(0, 1)) : Tensor(), grad_slopes};
+      q_grad ? sums_of_q.to(a.q.scalar_type()) : Tensor(),
+      k_grad ? like(a.k, sums_of_kv.here().select(0, 0)) : Tensor(),
+      v_grad ? like(a.v, sums_of_kv.here().select(0, 1)) : Tensor(), grad_slopes};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(posenc, CompositeExplicitAutograd, m) {
+  m.impl("context_parallel_alibi_attention", kernel<ring_forward>);
+  m.impl("context_parallel_alibi_attention_backward", kernel<ring_backward>);
 }
 
 }  // namespace posenc::context_parallel

@@ -2,7 +2,6 @@
 #include <detail/torch_compat.h>
 
 #include <ATen/ops/empty_like.h>
-#include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 
 #include <utility>
 #include <vector>
@@ -11,20 +10,6 @@ namespace posenc::context_parallel {
 
 using at::Tensor;
 using Group = c10::intrusive_ptr<c10d::ProcessGroup>;
-
-Group process_group(const char* op, const Group& group) {
-  TORCH_CHECK(group.defined(), op, ": expected group to be a process group, got none");
-  return group;
-}
-
-Group process_group(const char* op, const std::string& group_name) {
-  try {
-    return c10d::resolve_process_group(group_name);
-  } catch (const c10::Error&) {
-    TORCH_CHECK(
-        false, op, ": expected group_name to be the name of a registered process group, got \"", group_name, "\"");
-  }
-}
 
 TravellingBlock::TravellingBlock(Group group, Tensor block) : group_(std::move(group)), here_(std::move(block)) {
 }
@@ -44,8 +29,8 @@ void TravellingBlock::depart() {
   if (!next_.defined()) {
     next_ = at::empty_like(here_);
   }
-  // Everything to the next rank and everything from the previous one, in one call: a send and a receive of their own
-  // would need an order that does not deadlock, which differs between backends.
+  // One all-to-all that sends all elements to the next rank and receives all from the previous one. A separate send and
+  // receive would need an order that does not deadlock, and that order differs between backends.
   Tensor to = next_.view(-1);
   Tensor from = here_.view(-1);
   std::vector<int64_t> received(size, 0);

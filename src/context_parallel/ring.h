@@ -4,30 +4,21 @@
 #include <c10/util/intrusive_ptr.h>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
-#include <string>
-
-// Blocks of tensors that travel around the ranks of a process group while something is computed from them.
+// Ring communication: blocks of tensors are passed around the ranks of a process group during a computation.
 namespace posenc::context_parallel {
 
-/// The group of a call.
-/// @throws c10::Error  where there is none.
-c10::intrusive_ptr<c10d::ProcessGroup> process_group(
-    const char* op,
-    const c10::intrusive_ptr<c10d::ProcessGroup>& group);
-c10::intrusive_ptr<c10d::ProcessGroup> process_group(const char* op, const std::string& group_name);
-
-/// A block on its way around: each departure takes it to the next rank, while that of the previous rank comes here. The
-/// one that was here may be read until the next departure.
+/// A block of a tensor that is passed around the ring of ranks. Each `depart` sends it to the next rank and receives
+/// the block of the previous rank. The block that was sent can be read until the next `depart`.
 class TravellingBlock {
  public:
-  /// @param block  contiguous; the first one.
+  /// @param block  the block of this rank, contiguous.
   TravellingBlock(c10::intrusive_ptr<c10d::ProcessGroup> group, at::Tensor block);
 
-  /// The block that is here, or comes after the last departure. Waits for it as the group's backend does: the host with
-  /// Gloo, the current stream with NCCL.
+  /// The block that this rank holds now: after `depart`, the received one. Waits for the transfer as the backend of the
+  /// group does: the host with Gloo, the current stream with NCCL.
   const at::Tensor& here();
 
-  /// Starts to send it, and to receive the next one. All that was written into it must be on the current stream.
+  /// Starts to send the block and to receive the next one. Writes into the block must be on the current stream.
   void depart();
 
  private:

@@ -3,6 +3,7 @@
 #include <cpu/detail/dispatch.h>
 #include <cpu/detail/score_rows.h>
 #include <cpu/detail/streamed_rows.h>
+#include <ops/dispatch.h>
 
 #include <torch/library.h>
 
@@ -128,9 +129,9 @@ void run_mask(const AlibiAddProblem& problem, const at::Tensor& like) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, CPU, m) {
-  m.impl("alibi_add", arguments::alibi_add<run_add>);
-  m.impl("alibi_add_", arguments::alibi_add_<run_add>);
-  m.impl("alibi_mask", arguments::alibi_mask<run_mask>);
+  m.impl("alibi_add", kernel<arguments::alibi_add<run_add>>);
+  m.impl("alibi_add_", kernel<arguments::alibi_add_in_place<run_add>>);
+  m.impl("alibi_mask", kernel<arguments::alibi_mask<run_mask>>);
 }
 
 }  // namespace posenc

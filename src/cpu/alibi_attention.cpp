@@ -1,6 +1,7 @@
 #include <blockwise/blockwise.h>
 #include <blockwise/call.h>
 #include <ops/alibi_attention.h>
+#include <ops/dispatch.h>
 
 #include <torch/library.h>
 
@@ -18,9 +19,10 @@ std::tuple<Tensor, Tensor> alibi_attention_cpu(
 
 AttentionGradients alibi_attention_backward_cpu(
     const ConcreteAttentionOptions& options,
-    const AttentionBackwardArguments& arguments) {
+    const AttentionBackwardArguments& arguments,
+    bool slopes_grad) {
   const auto call = arguments::check_attention_backward("posenc::alibi_attention_backward", arguments, options);
-  return blockwise::backward(call, arguments, blockwise::blockwise_backward);
+  return blockwise::backward(call, arguments, slopes_grad, blockwise::blockwise_backward);
 }
 
 Tensor alibi_attention_slope_sums_cpu(
@@ -33,9 +35,9 @@ Tensor alibi_attention_slope_sums_cpu(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, CPU, m) {
-  m.impl("alibi_attention", AttentionKernel<alibi_attention_cpu>::call);
-  m.impl("alibi_attention_backward", AttentionKernel<alibi_attention_backward_cpu>::call);
-  m.impl("alibi_attention_slope_sums", AttentionKernel<alibi_attention_slope_sums_cpu>::call);
+  m.impl("alibi_attention", kernel<alibi_attention_cpu>);
+  m.impl("alibi_attention_backward", kernel<alibi_attention_backward_cpu>);
+  m.impl("alibi_attention_slope_sums", kernel<alibi_attention_slope_sums_cpu>);
 }
 
 }  // namespace posenc

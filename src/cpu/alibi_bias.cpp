@@ -2,6 +2,7 @@
 #include <cpu/detail/clones.h>
 #include <cpu/detail/dispatch.h>
 #include <cpu/detail/streamed_rows.h>
+#include <ops/dispatch.h>
 
 #include <torch/library.h>
 
@@ -45,7 +46,7 @@ void run(const AlibiAddProblem& problem, const at::Tensor& like) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, CPU, m) {
-  m.impl("alibi_bias", arguments::alibi_bias<run>);
+  m.impl("alibi_bias", kernel<arguments::alibi_bias<run>>);
 }
 
 }  // namespace posenc

@@ -2,6 +2,7 @@
 #include <cpu/detail/clones.h>
 #include <cpu/detail/dispatch.h>
 #include <cpu/detail/score_rows.h>
+#include <ops/dispatch.h>
 
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -39,13 +40,13 @@ void run(const AlibiShape& shape, const ScoresIn& grad, cpu::arithmetic_t<T>* re
   cpu::sum_rows_of_heads(shape, row_sums.data(), result);
 }
 
-Tensor alibi_slopes_backward_cpu(const Tensor& grad, bool causal, std::optional<int64_t> query_offset) {
-  const AlibiShape shape =
-      arguments::alibi_shape({"posenc::alibi_slopes_backward", causal, query_offset}, "grad", grad);
-  Tensor result = at::empty({shape.num_heads}, grad.options().dtype(arguments::alibi_slopes_dtype(grad.scalar_type())));
-  cpu::for_dtype(grad.scalar_type(), [&](auto type) {
+Tensor alibi_slopes_backward_cpu(const arguments::AlibiSlopesBackwardArguments<int64_t>& a) {
+  const AlibiShape shape = arguments::alibi_slopes_backward_shape(a);
+  const at::ScalarType dtype = a.grad.scalar_type();
+  Tensor result = at::empty({shape.num_heads}, a.grad.options().dtype(arguments::alibi_slopes_dtype(dtype)));
+  cpu::for_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    run<T>(shape, arguments::scores_in(grad), result.mutable_data_ptr<cpu::arithmetic_t<T>>());
+    run<T>(shape, arguments::scores_in(a.grad), result.mutable_data_ptr<cpu::arithmetic_t<T>>());
   });
   return result;
 }
@@ -53,7 +54,7 @@ Tensor alibi_slopes_backward_cpu(const Tensor& grad, bool causal, std::optional<
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, CPU, m) {
-  m.impl("alibi_slopes_backward", alibi_slopes_backward_cpu);
+  m.impl("alibi_slopes_backward", kernel<alibi_slopes_backward_cpu>);
 }
 
 }  // namespace posenc

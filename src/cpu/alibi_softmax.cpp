@@ -2,6 +2,7 @@
 #include <cpu/detail/clones.h>
 #include <cpu/detail/dispatch.h>
 #include <cpu/detail/score_rows.h>
+#include <ops/dispatch.h>
 
 #include <torch/library.h>
 
@@ -262,8 +263,8 @@ void run_backward(const AlibiSoftmaxBackwardProblem& problem, const at::Tensor& 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, CPU, m) {
-  m.impl("alibi_softmax", arguments::alibi_softmax<run>);
-  m.impl("alibi_softmax_backward", arguments::alibi_softmax_backward<run_backward>);
+  m.impl("alibi_softmax", kernel<arguments::alibi_softmax<run>>);
+  m.impl("alibi_softmax_backward", kernel<arguments::alibi_softmax_backward<run_backward>>);
 }
 
 }  // namespace posenc

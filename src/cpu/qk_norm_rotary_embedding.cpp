@@ -2,12 +2,13 @@
 #include <cpu/detail/clones.h>
 #include <cpu/detail/dispatch.h>
 #include <cpu/detail/lanes.h>
+#include <cpu/detail/rotary_token.h>
+#include <ops/dispatch.h>
 
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -18,6 +19,7 @@ namespace posenc {
 namespace {
 
 using cpu::arithmetic_t;
+using cpu::TokenHeads;
 
 /// Sums are formed side by side in so many parts, one order for all instruction sets.
 constexpr int kSumLanes = 16;
@@ -26,28 +28,9 @@ constexpr int kSumLanes = 16;
 /// threads, so that the gradients do not depend on these.
 constexpr int64_t kMaxParts = 256;
 
-/// The heads of one token in one tensor.
-template <typename T>
-struct TokenHeads {
-  const T* data;
-  Strides strides;
-
-  TokenHeads(const void* base, const Strides& of, int64_t batch, int64_t seq)
-      : data(static_cast<const T*>(base) + batch * of.batch + seq * of.seq), strides(of) {}
-};
-
-template <typename T>
-struct TokenResults {
-  T* data;
-  Strides strides;
-
-  TokenResults(void* base, const Strides& of, int64_t batch, int64_t seq)
-      : data(static_cast<T*>(base) + batch * of.batch + seq * of.seq), strides(of) {}
-};
-
 /// What all heads of one tensor and token share. `sin` has the sign of the rotation.
 template <typename Real>
-struct TokenRow {
+struct HeadParameters {
   const Real* cos;
   const Real* sin;
   const Real* weight;
@@ -123,20 +106,20 @@ inline Real reciprocal_rms(const Real* x, int64_t count, Real eps) {
 /// `x` is a buffer of a head.
 template <typename T, bool Interleaved>
 POSENC_CPU_CLONES void normalise_and_rotate(
-    const TokenHeads<T>& in,
-    const TokenResults<T>& out,
-    const TokenRow<arithmetic_t<T>>& row,
+    const TokenHeads<const T>& in,
+    const TokenHeads<T>& out,
+    const HeadParameters<arithmetic_t<T>>& row,
     arithmetic_t<T>* x) {
   using Real = arithmetic_t<T>;
   for (int64_t h = 0; h < row.num_heads; ++h) {
-    read_head(in.data + h * in.strides.head, in.strides.channel, row.head_dim, x);
+    read_head(in.head(h), in.strides.channel, row.head_dim, x);
     const Real rstd = reciprocal_rms(x, row.head_dim, row.eps);
     POSENC_INDEPENDENT
     for (int64_t i = 0; i < row.head_dim; ++i) {
       x[i] = x[i] * rstd * row.weight[i];
     }
     rotate_head<Interleaved>(x, row.cos, row.sin, row.num_pairs);
-    write_head(x, row.head_dim, out.data + h * out.strides.head, out.strides.channel);
+    write_head(x, row.head_dim, out.head(h), out.strides.channel);
   }
 }
 
@@ -144,17 +127,17 @@ POSENC_CPU_CLONES void normalise_and_rotate(
 /// buffers of a head.
 template <typename T, bool Interleaved>
 POSENC_CPU_CLONES void gradients_of_token(
-    const TokenHeads<T>& grad,
-    const TokenHeads<T>& in,
-    const TokenResults<T>& out,
-    const TokenRow<arithmetic_t<T>>& row,
+    const TokenHeads<const T>& grad,
+    const TokenHeads<const T>& in,
+    const TokenHeads<T>& out,
+    const HeadParameters<arithmetic_t<T>>& row,
     arithmetic_t<T>* g,
     arithmetic_t<T>* x,
     double* weight_grad) {
   using Real = arithmetic_t<T>;
   for (int64_t h = 0; h < row.num_heads; ++h) {
-    read_head(grad.data + h * grad.strides.head, grad.strides.channel, row.head_dim, g);
-    read_head(in.data + h * in.strides.head, in.strides.channel, row.head_dim, x);
+    read_head(grad.head(h), grad.strides.channel, row.head_dim, g);
+    read_head(in.head(h), in.strides.channel, row.head_dim, x);
     rotate_head<Interleaved>(g, row.cos, row.sin, row.num_pairs);
     const Real rstd = reciprocal_rms(x, row.head_dim, row.eps);
     const Real mean = rstd * sum_of_products<true>(g, x, row.weight, row.head_dim) / static_cast<Real>(row.head_dim);
@@ -172,7 +155,7 @@ POSENC_CPU_CLONES void gradients_of_token(
     for (int64_t i = 0; i < row.head_dim; ++i) {
       g[i] = rstd * (g[i] * row.weight[i] - x[i] * mean);
     }
-    write_head(g, row.head_dim, out.data + h * out.strides.head, out.strides.channel);
+    write_head(g, row.head_dim, out.head(h), out.strides.channel);
   }
 }
 
@@ -194,64 +177,31 @@ std::vector<arithmetic_t<T>> widened_weights(const QKNormRotaryProblem& problem)
   return widened;
 }
 
-/// The entries of the tables that tokens read, dense, one token at a time. With several axes a pair whose position is
-/// outside the tables has entries of NaN.
+/// The entries of the tables for one token as dense arrays. `sin` has the sign of the rotation.
 template <typename Real>
-class TokenTables {
+class DenseTokenTables {
  public:
-  explicit TokenTables(const RotaryProblem& problem)
-      : problem_(problem),
-        sign_(problem.conjugate ? Real(-1) : Real(1)),
-        cos_(problem.num_pairs),
-        sin_(problem.num_pairs) {}
+  explicit DenseTokenTables(const RotaryProblem& problem)
+      : tables_(problem), cos_(static_cast<size_t>(problem.num_pairs)), sin_(static_cast<size_t>(problem.num_pairs)) {}
 
   /// Whether token (batch, seq) has a row in the tables; with several axes, whether some pair may have one.
   bool read(int64_t batch, int64_t seq) {
-    const PositionsView& positions = problem_.positions;
-    if (positions.data == nullptr) {
-      read_pairs([&](int64_t /*pair*/) { return seq; }, batch);
-      return true;
+    const auto row = tables_.row(batch, seq);
+    if (!row.has_value()) {
+      return false;
     }
-    std::array<int64_t, kMaxAxes> rows{};
-    for (int32_t axis = 0; axis < std::max(1, positions.num_axes); ++axis) {
-      const int64_t index = axis * positions.stride_axis + batch * positions.stride_batch + seq * positions.stride_seq;
-      const int64_t position = positions.is_int64 ? static_cast<const int64_t*>(positions.data)[index]
-                                                  : static_cast<const int32_t*>(positions.data)[index];
-      rows[axis] = position >= 0 && position < problem_.table_rows ? position : kNoRow;
+    for (size_t pair = 0; pair < cos_.size(); ++pair) {
+      cos_[pair] = row->cos[static_cast<int64_t>(pair) * row->cos_stride];
+      sin_[pair] = row->sign * row->sin[static_cast<int64_t>(pair) * row->sin_stride];
     }
-    if (positions.num_axes > 0) {
-      read_pairs([&](int64_t pair) { return rows[problem_.pair_axes.axis(pair)]; }, /*batch=*/0);
-      return true;
-    }
-    if (rows[0] != kNoRow) {
-      read_pairs([&](int64_t /*pair*/) { return rows[0]; }, /*batch=*/0);
-    }
-    return rows[0] != kNoRow;
+    return true;
   }
 
   const Real* cos() const { return cos_.data(); }
   const Real* sin() const { return sin_.data(); }
 
  private:
-  static constexpr int64_t kNoRow = -1;
-
-  template <typename RowOf>
-  void read_pairs(const RowOf& row_of, int64_t batch) {
-    const auto entry = [batch](const RotaryTable& table, int64_t row, int64_t pair) {
-      return row == kNoRow
-          ? std::numeric_limits<Real>::quiet_NaN()
-          : static_cast<const Real*>(
-                table.data)[batch * table.stride_batch + row * table.stride_row + pair * table.stride_pair];
-    };
-    for (int64_t pair = 0; pair < problem_.num_pairs; ++pair) {
-      const int64_t row = row_of(pair);
-      cos_[pair] = entry(problem_.cos, row, pair);
-      sin_[pair] = sign_ * entry(problem_.sin, row, pair);
-    }
-  }
-
-  const RotaryProblem& problem_;
-  Real sign_;
+  cpu::TokenTables<Real> tables_;
   std::vector<Real> cos_, sin_;
 };
 
@@ -268,7 +218,7 @@ void run_typed(const QKNormRotaryProblem& problem) {
   const auto rotate = rotary.interleaved ? normalise_and_rotate<T, true> : normalise_and_rotate<T, false>;
   const int64_t grain = std::max<int64_t>(1, cpu::kGrainElements / std::max<int64_t>(1, elements_of_token(rotary)));
   at::parallel_for(0, rotary.batch * rotary.seq_len, grain, [&](int64_t begin, int64_t end) {
-    TokenTables<Real> tables(rotary);
+    DenseTokenTables<Real> tables(rotary);
     std::vector<Real> buffer(rotary.head_dim);
     for (int64_t token = begin; token < end; ++token) {
       const int64_t batch = token / rotary.seq_len;
@@ -276,7 +226,7 @@ void run_typed(const QKNormRotaryProblem& problem) {
       const bool exists = tables.read(batch, seq);
       for (int32_t o = 0; o < rotary.num_operands; ++o) {
         const RotaryProblem::Operand& operand = rotary.operands[o];
-        const TokenRow<Real> row{
+        const HeadParameters<Real> row{
             tables.cos(),
             tables.sin(),
             weights.data() + o * rotary.head_dim,
@@ -285,8 +235,8 @@ void run_typed(const QKNormRotaryProblem& problem) {
             rotary.num_pairs,
             exists ? static_cast<Real>(problem.eps) : std::numeric_limits<Real>::quiet_NaN()};
         rotate(
-            TokenHeads<T>(operand.in, operand.in_strides, batch, seq),
-            TokenResults<T>(operand.out, operand.out_strides, batch, seq), row, buffer.data());
+            TokenHeads<const T>(operand.in, operand.in_strides, batch, seq),
+            TokenHeads<T>(operand.out, operand.out_strides, batch, seq), row, buffer.data());
       }
     }
   });
@@ -305,7 +255,7 @@ void run_backward_typed(const QKNormRotaryBackwardProblem& problem) {
   // Part after part, of each operand.
   std::vector<double> sums(2 * num_parts * head_dim, 0.0);
   at::parallel_for(0, num_parts, /*grain_size=*/1, [&](int64_t begin, int64_t end) {
-    TokenTables<Real> tables(rotary);
+    DenseTokenTables<Real> tables(rotary);
     std::vector<Real> buffers(2 * head_dim);
     for (int64_t part = begin; part < end; ++part) {
       for (int64_t token = num_tokens * part / num_parts; token < num_tokens * (part + 1) / num_parts; ++token) {
@@ -314,7 +264,7 @@ void run_backward_typed(const QKNormRotaryBackwardProblem& problem) {
         const bool exists = tables.read(batch, seq);
         for (int32_t o = 0; o < rotary.num_operands; ++o) {
           const RotaryProblem::Operand& operand = rotary.operands[o];
-          const TokenRow<Real> row{
+          const HeadParameters<Real> row{
               tables.cos(),
               tables.sin(),
               weights.data() + o * head_dim,
@@ -323,9 +273,9 @@ void run_backward_typed(const QKNormRotaryBackwardProblem& problem) {
               rotary.num_pairs,
               exists ? static_cast<Real>(problem.call.eps) : std::numeric_limits<Real>::quiet_NaN()};
           differentiate(
-              TokenHeads<T>(operand.in, operand.in_strides, batch, seq),
-              TokenHeads<T>(problem.inputs[o].data, problem.inputs[o].strides, batch, seq),
-              TokenResults<T>(operand.out, operand.out_strides, batch, seq), row, buffers.data(),
+              TokenHeads<const T>(operand.in, operand.in_strides, batch, seq),
+              TokenHeads<const T>(problem.inputs[o].data, problem.inputs[o].strides, batch, seq),
+              TokenHeads<T>(operand.out, operand.out_strides, batch, seq), row, buffers.data(),
               buffers.data() + head_dim,
               problem.weight_grads[o] == nullptr ? nullptr : sums.data() + (2 * part + o) * head_dim);
         }
@@ -362,10 +312,8 @@ void run_backward(const QKNormRotaryBackwardProblem& problem, const at::Tensor& 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, CPU, m) {
-  m.impl("qk_norm_rotary_embedding", qk_norm_rotary_kernel<arguments::qk_norm_rotary_embedding<run>>);
-  m.impl(
-      "qk_norm_rotary_embedding_backward",
-      qk_norm_rotary_backward_kernel<arguments::qk_norm_rotary_embedding_backward<run_backward>>);
+  m.impl("qk_norm_rotary_embedding", kernel<arguments::qk_norm_rotary_embedding<run>>);
+  m.impl("qk_norm_rotary_embedding_backward", kernel<arguments::qk_norm_rotary_embedding_backward<run_backward>>);
 }
 
 }  // namespace posenc

@@ -1,5 +1,6 @@
 #include <arguments/rotary_embedding_tables_backward.h>
 #include <cpu/detail/dispatch.h>
+#include <ops/dispatch.h>
 
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -92,7 +93,7 @@ std::tuple<Tensor, Tensor> rotary_embedding_tables_backward_cpu(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, CPU, m) {
-  m.impl("rotary_embedding_tables_backward", rotary_kernel<rotary_embedding_tables_backward_cpu>);
+  m.impl("rotary_embedding_tables_backward", kernel<rotary_embedding_tables_backward_cpu>);
 }
 
 }  // namespace posenc

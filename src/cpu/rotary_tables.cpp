@@ -1,6 +1,7 @@
 #include <arguments/rotary_frequencies.h>
 #include <cpu/detail/clones.h>
 #include <cpu/detail/lanes.h>
+#include <ops/dispatch.h>
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/arange.h>
@@ -18,15 +19,11 @@ using at::Tensor;
 
 /// In tensor operations: LibTorch's cosine of float64 is vectorised for each instruction set, which a loop over the
 /// standard library's is not.
-std::tuple<Tensor, Tensor> rotary_tables_cpu(
-    const Tensor& inv_freq,
-    int64_t length,
-    at::ScalarType dtype,
-    double attention_factor) {
-  arguments::check_frequencies(inv_freq, length, dtype, attention_factor);
-  const Tensor wide = inv_freq.to(at::kDouble);
-  const Tensor angles = at::outer(at::arange(length, wide.options()), wide);
-  return {angles.cos().mul_(attention_factor).to(dtype), angles.sin().mul_(attention_factor).to(dtype)};
+std::tuple<Tensor, Tensor> rotary_tables_cpu(const arguments::FrequenciesArguments<int64_t>& a) {
+  arguments::check_frequencies(a);
+  const Tensor wide = a.inv_freq.to(at::kDouble);
+  const Tensor angles = at::outer(at::arange(a.length, wide.options()), wide);
+  return {angles.cos().mul_(a.attention_factor).to(a.dtype), angles.sin().mul_(a.attention_factor).to(a.dtype)};
 }
 
 /// One row of the gradients and of the tables, [R/2], from the first pair of a thread on; strides in elements.
@@ -72,27 +69,22 @@ void run(const FrequenciesBackwardProblem& problem, double* sums) {
   });
 }
 
-Tensor rotary_tables_backward_cpu(
-    const Tensor& grad_cos,
-    const Tensor& grad_sin,
-    const Tensor& cos,
-    const Tensor& sin,
-    at::ScalarType dtype) {
-  const auto problem = arguments::frequencies_backward_problem({grad_cos, grad_sin, cos, sin, dtype});
-  Tensor result = at::zeros({problem.num_pairs}, cos.options().dtype(at::kDouble));
-  if (cos.scalar_type() == at::kDouble) {
+Tensor rotary_tables_backward_cpu(const arguments::FrequenciesBackwardArguments& a) {
+  const auto problem = arguments::frequencies_backward_problem(a);
+  Tensor result = at::zeros({problem.num_pairs}, a.cos.options().dtype(at::kDouble));
+  if (a.cos.scalar_type() == at::kDouble) {
     run<double>(problem, result.mutable_data_ptr<double>());
   } else {
     run<float>(problem, result.mutable_data_ptr<double>());
   }
-  return result.to(dtype);
+  return result.to(a.dtype);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, CPU, m) {
-  m.impl("rotary_tables", rotary_tables_cpu);
-  m.impl("rotary_tables_backward", rotary_tables_backward_cpu);
+  m.impl("rotary_tables", kernel<rotary_tables_cpu>);
+  m.impl("rotary_tables_backward", kernel<rotary_tables_backward_cpu>);
 }
 
 }  // namespace posenc

@@ -3,11 +3,6 @@
 #include <cuda/kernels.h>
 #include <cuda/alibi_add_kernel.cuh>
 
-#include <ATen/core/Tensor.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-
 // The bias alone, added to scores, and the gradient of that sum, which a causal mask sets to zero.
 namespace posenc::cuda {
 namespace {
@@ -24,20 +19,19 @@ void launch_alibi_add(const AlibiAddProblem& problem) {
   const int64_t blocks = key_groups * ceil_div(shape.q_len, along_queries);
   const Matrices matrices(shape);
   const dim3 block(along_keys, along_queries);
-  alibi_add_kernel<T, Policy><<<matrices.grid(blocks), block, 0, c10::cuda::getCurrentCUDAStream()>>>(
+  alibi_add_kernel<T, Policy><<<matrices.grid(blocks), block, 0, current_stream()>>>(
       problem, matrices, Divider(static_cast<uint32_t>(key_groups)));
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  check_launch();
 }
 
 /// Launches the kernel of one pass. Each thread loads and stores 16 bytes at a time where addresses and strides of the
 /// scores and the output are multiples of 16 bytes, else one element at a time.
 template <AlibiPass Pass>
-void run_alibi_add(const AlibiAddProblem& problem, const at::Tensor& like) {
+void run_alibi_add(const AlibiAddProblem& problem, DType dtype) {
   if (is_empty(problem.shape)) {
     return;
   }
-  const c10::cuda::CUDAGuard device(like.device());
-  for_dtype(like.scalar_type(), [&](auto type) {
+  for_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     constexpr int V = kMaxVectorBytes / sizeof(T);
     const int32_t k_len = problem.shape.k_len;
@@ -56,16 +50,16 @@ void run_alibi_add(const AlibiAddProblem& problem, const at::Tensor& like) {
 
 }  // namespace
 
-void alibi_bias(const AlibiAddProblem& problem, const at::Tensor& like) {
-  run_alibi_add<AlibiPass::bias>(problem, like);
+void alibi_bias(const AlibiAddProblem& problem, DType dtype) {
+  run_alibi_add<AlibiPass::bias>(problem, dtype);
 }
 
-void alibi_add(const AlibiAddProblem& problem, const at::Tensor& like) {
-  run_alibi_add<AlibiPass::add>(problem, like);
+void alibi_add(const AlibiAddProblem& problem, DType dtype) {
+  run_alibi_add<AlibiPass::add>(problem, dtype);
 }
 
-void alibi_mask(const AlibiAddProblem& problem, const at::Tensor& like) {
-  run_alibi_add<AlibiPass::mask>(problem, like);
+void alibi_mask(const AlibiAddProblem& problem, DType dtype) {
+  run_alibi_add<AlibiPass::mask>(problem, dtype);
 }
 
 }  // namespace posenc::cuda

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) alibi_add_kernel(
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       if (first + u * step < visible) {  // what is hidden is not even read
-        values[u] = load_keys<V>(in, first + u * step, problem.in.strides.key);
+        values[u] = load_strided<V>(in, first + u * step, problem.in.strides.key);
       }
     }
   }
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) alibi_add_kernel(
           result[i] = hidden;
         }
       }
-      store_keys<V>(out, key, problem.out.strides.key, result);
+      store_strided<V>(out, key, problem.out.strides.key, result);
     }
   }
 }

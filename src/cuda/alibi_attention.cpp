@@ -1,6 +1,7 @@
 #include <blockwise/blockwise.h>
 #include <blockwise/call.h>
 #include <ops/alibi_attention.h>
+#include <ops/dispatch.h>
 #include <posenc/logging.h>
 #if POSENC_CUDNN
 #include <cuda/detail/attention_slopes.h>
@@ -96,10 +97,11 @@ std::tuple<Tensor, Tensor> alibi_attention_cuda(
 
 AttentionGradients alibi_attention_backward_cuda(
     const ConcreteAttentionOptions& options,
-    const AttentionBackwardArguments& arguments) {
+    const AttentionBackwardArguments& arguments,
+    bool slopes_grad) {
   const auto call = arguments::check_attention_backward("posenc::alibi_attention_backward", arguments, options);
   const c10::cuda::CUDAGuard device(arguments.q.device());
-  return blockwise::backward(call, arguments, compute_backward);
+  return blockwise::backward(call, arguments, slopes_grad, compute_backward);
 }
 
 Tensor alibi_attention_slope_sums_cuda(
@@ -113,9 +115,9 @@ Tensor alibi_attention_slope_sums_cuda(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, CUDA, m) {
-  m.impl("alibi_attention", AttentionKernel<alibi_attention_cuda>::call);
-  m.impl("alibi_attention_backward", AttentionKernel<alibi_attention_backward_cuda>::call);
-  m.impl("alibi_attention_slope_sums", AttentionKernel<alibi_attention_slope_sums_cuda>::call);
+  m.impl("alibi_attention", kernel<alibi_attention_cuda>);
+  m.impl("alibi_attention_backward", kernel<alibi_attention_backward_cuda>);
+  m.impl("alibi_attention_slope_sums", kernel<alibi_attention_slope_sums_cuda>);
 }
 
 }  // namespace posenc

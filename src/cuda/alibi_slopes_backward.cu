@@ -1,22 +1,12 @@
-#include <arguments/alibi.h>
 #include <cuda/detail/dispatch.h>
 #include <cuda/detail/vector_width.h>
 #include <cuda/kernels.h>
 #include <cuda/alibi_slopes_backward_kernel.cuh>
 
-#include <ATen/ops/empty.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-
 #include <algorithm>
 
 namespace posenc {
 namespace {
-
-using at::Tensor;
-
-constexpr const char* kOp = "posenc::alibi_slopes_backward";
 
 /// What a block reads at least, and how many blocks share a head and batch at most: enough bytes to make up for the
 /// end of a block, blocks enough for every SM, and not so many that the second kernel takes long. Of float32, S 2048
@@ -32,14 +22,14 @@ void launch(const AlibiShape& shape, const ScoresIn& grad, int64_t row_groups, i
   const dim3 block(along_keys, cuda::kMaxThreads / along_keys);
   cuda::for_bool(shape.causal, [&](auto causal) {
     cuda::alibi_slopes_backward_kernel<T, V, decltype(causal)::value>
-        <<<matrices.grid(row_groups), block, 0, c10::cuda::getCurrentCUDAStream()>>>(
+        <<<matrices.grid(row_groups), block, 0, cuda::current_stream()>>>(
             shape, grad, matrices, static_cast<int32_t>(rows_per_block), sums);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    cuda::check_launch();
   });
 }
 
 template <typename T>
-void run(const AlibiShape& shape, const ScoresIn& grad, Tensor& result) {
+void run(const AlibiShape& shape, const ScoresIn& grad, void* result) {
   using Real = cuda::arithmetic_t<T>;
   constexpr int V = cuda::kMaxVectorBytes / sizeof(T);
   const bool expanded = grad.strides.key == 0;
@@ -49,37 +39,28 @@ void run(const AlibiShape& shape, const ScoresIn& grad, Tensor& result) {
       : std::max(cuda::ceil_div(kBytesPerBlock, row_bytes), cuda::ceil_div(shape.q_len, kMaxRowGroups));
   const int64_t row_groups = cuda::ceil_div(shape.q_len, rows_per_block);
   const int64_t sums_per_head = shape.batch * row_groups;
-  const Tensor sums = at::empty({shape.num_heads, sums_per_head}, result.options().dtype(at::kDouble));
-  auto* const sums_data = sums.mutable_data_ptr<double>();
-  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const auto memory = cuda::allocate(shape.num_heads * sums_per_head * static_cast<int64_t>(sizeof(double)));
+  auto* const sums_data = static_cast<double*>(memory.get());
+  const cudaStream_t stream = cuda::current_stream();
   if (expanded) {
     const cuda::Matrices matrices(shape);
     cuda::alibi_slopes_backward_of_expanded_kernel<T>
         <<<matrices.grid(row_groups), cuda::kMaxThreads, 0, stream>>>(shape, grad, matrices, sums_data);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    cuda::check_launch();
   } else if (cuda::holds_vectors<T, V>(grad.data, grad.strides, shape.k_len)) {
     launch<T, V>(shape, grad, row_groups, rows_per_block, sums_data);
   } else {
     launch<T, 1>(shape, grad, row_groups, rows_per_block, sums_data);
   }
   cuda::sum_of_heads_kernel<Real><<<dim3(shape.num_heads), cuda::kHeadSumThreads, 0, stream>>>(
-      sums_data, sums_per_head, result.mutable_data_ptr<Real>());
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+      sums_data, sums_per_head, static_cast<Real*>(result));
+  cuda::check_launch();
 }
 
 }  // namespace
 
-Tensor cuda::alibi_slopes_backward(const Tensor& grad, bool causal, std::optional<int64_t> query_offset) {
-  const AlibiShape shape = arguments::alibi_shape({kOp, causal, query_offset}, "grad", grad);
-  const c10::cuda::CUDAGuard device(grad.device());
-  Tensor result = at::empty({shape.num_heads}, grad.options().dtype(arguments::alibi_slopes_dtype(grad.scalar_type())));
-  if (cuda::is_empty(shape)) {
-    return result.zero_();
-  }
-  cuda::for_dtype(grad.scalar_type(), [&](auto type) {
-    run<typename decltype(type)::type>(shape, arguments::scores_in(grad), result);
-  });
-  return result;
+void cuda::alibi_slopes_backward(const AlibiShape& shape, const ScoresIn& grad, DType dtype, void* result) {
+  cuda::for_dtype(dtype, [&](auto type) { run<typename decltype(type)::type>(shape, grad, result); });
 }
 
 }  // namespace posenc

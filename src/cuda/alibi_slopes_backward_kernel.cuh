@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinSumBlocks) alibi_slopes_backw
       for (int u = 0; u < kSumVectors; ++u) {
         values[u] = Vector<T, V>{};
         if (first + u * step < visible) {
-          values[u] = load_keys<V>(data, first + u * step, grad.strides.key);
+          values[u] = load_strided<V>(data, first + u * step, grad.strides.key);
         }
       }
 #pragma unroll

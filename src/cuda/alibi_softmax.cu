@@ -3,10 +3,6 @@
 #include <cuda/kernels.h>
 #include <cuda/alibi_softmax_kernel.cuh>
 
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-
 #include <algorithm>
 
 namespace posenc {
@@ -37,8 +33,8 @@ void launch_rows(
     size_t shared_bytes = 0) {
   const cuda::Matrices matrices(problem.shape);
   const dim3 grid = matrices.grid(cuda::ceil_div(problem.shape.q_len, block.y));
-  kernel<<<grid, block, shared_bytes, c10::cuda::getCurrentCUDAStream()>>>(problem, matrices);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  kernel<<<grid, block, shared_bytes, cuda::current_stream()>>>(problem, matrices);
+  cuda::check_launch();
 }
 
 template <typename T, int V>
@@ -65,7 +61,7 @@ void launch(const AlibiSoftmaxBackwardProblem& problem) {
       const auto kernel = cuda::alibi_softmax_backward_kernel<T, Policy, kStaged, decltype(slopes_grad)::value>;
       if (kStaged) {
         constexpr int kMaxStagedBytes = cuda::kMaxRowThreads * E * static_cast<int>(sizeof(T));
-        C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxStagedBytes));
+        cuda::check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxStagedBytes));
       }
       launch_rows(kernel, problem, block, shared_bytes);
     });
@@ -102,20 +98,17 @@ void run_widest(const Problem& problem, const Scores&... scores) {
 
 }  // namespace
 
-void cuda::alibi_softmax(const AlibiSoftmaxProblem& problem, const at::Tensor& like) {
+void cuda::alibi_softmax(const AlibiSoftmaxProblem& problem, DType dtype) {
   if (cuda::is_empty(problem.shape)) {
     return;
   }
-  const c10::cuda::CUDAGuard device(like.device());
-  cuda::for_dtype(like.scalar_type(), [&](auto type) {
-    run_widest<typename decltype(type)::type>(problem, problem.in, problem.out);
-  });
+  cuda::for_dtype(
+      dtype, [&](auto type) { run_widest<typename decltype(type)::type>(problem, problem.in, problem.out); });
 }
 
-void cuda::alibi_softmax_backward(const AlibiSoftmaxBackwardProblem& problem, const at::Tensor& like) {
+void cuda::alibi_softmax_backward(const AlibiSoftmaxBackwardProblem& problem, DType dtype) {
   const AlibiShape& shape = problem.shape;
-  const c10::cuda::CUDAGuard device(like.device());
-  cuda::for_dtype(like.scalar_type(), [&](auto type) {
+  cuda::for_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     if (!cuda::is_empty(shape)) {
       run_widest<T>(problem, problem.grad, problem.probs, problem.out);
@@ -123,10 +116,9 @@ void cuda::alibi_softmax_backward(const AlibiSoftmaxBackwardProblem& problem, co
     if (problem.slopes != nullptr && shape.num_heads > 0) {
       using Real = cuda::arithmetic_t<T>;
       const int64_t rows = cuda::is_empty(shape) ? 0 : shape.batch * shape.q_len;
-      cuda::sum_of_heads_kernel<Real>
-          <<<dim3(shape.num_heads), cuda::kHeadSumThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-              problem.row_sums, rows, static_cast<Real*>(problem.slopes));
-      C10_CUDA_KERNEL_LAUNCH_CHECK();
+      cuda::sum_of_heads_kernel<Real><<<dim3(shape.num_heads), cuda::kHeadSumThreads, 0, cuda::current_stream()>>>(
+          problem.row_sums, rows, static_cast<Real*>(problem.slopes));
+      cuda::check_launch();
     }
   });
 }

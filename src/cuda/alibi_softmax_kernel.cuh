@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     if (first + u * step < row.visible) {
-      scores[u] = load_keys<V>(row.in, first + u * step, row.in_stride);
+      scores[u] = load_strided<V>(row.in, first + u * step, row.in_stride);
     }
   }
   Vector<Real, V> values[U];
@@ -194,9 +194,9 @@ __global__ void __launch_bounds__(
   for (int u = 0; u < U; ++u) {
     const uint32_t key = first + u * step;
     if (key < row.visible) {
-      store_keys<V>(out, key, problem.out.strides.key, row.probabilities(values[u], factor, key));
+      store_strided<V>(out, key, problem.out.strides.key, row.probabilities(values[u], factor, key));
     } else if (key < k_len) {
-      store_keys<V>(out, key, problem.out.strides.key, Vector<T, V>{});
+      store_strided<V>(out, key, problem.out.strides.key, Vector<T, V>{});
     }
   }
 }
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kMaxRowThreads) alibi_softmax_long_kernel(
   auto top = static_cast<Real>(-INFINITY);
   Real sum = 0;
   for (uint32_t key = first; key < row.visible; key += step) {
-    const auto logits = row.template logits<false>(load_keys<V>(row.in, key, row.in_stride), key);
+    const auto logits = row.template logits<false>(load_strided<V>(row.in, key, row.in_stride), key);
     Real next = top;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
@@ -243,14 +243,14 @@ __global__ void __launch_bounds__(kMaxRowThreads) alibi_softmax_long_kernel(
   for (uint32_t key = first; key < static_cast<uint32_t>(problem.shape.k_len); key += step) {
     Vector<T, V> result{};
     if (key < row.visible) {
-      auto values = row.template logits<false>(load_keys<V>(row.in, key, row.in_stride), key);
+      auto values = row.template logits<false>(load_strided<V>(row.in, key, row.in_stride), key);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         values[i] = exponential<T>(values[i] - shift);
       }
       result = row.probabilities(values, factor, key);
     }
-    store_keys<V>(out, key, problem.out.strides.key, result);
+    store_strided<V>(out, key, problem.out.strides.key, result);
   }
 }
 
@@ -382,9 +382,9 @@ __global__ void __launch_bounds__(
       if constexpr (Staged) {
         __pipeline_memcpy_async(stage + u * stage_step, grad + key, sizeof(Vector<T, V>));
       } else {
-        grads[u] = load_keys<V>(grad, key, problem.grad.strides.key);
+        grads[u] = load_strided<V>(grad, key, problem.grad.strides.key);
       }
-      probs[u] = load_keys<V>(prob, key, problem.probs.strides.key);
+      probs[u] = load_strided<V>(prob, key, problem.probs.strides.key);
     }
   }
   if constexpr (Staged) {
@@ -421,7 +421,7 @@ __global__ void __launch_bounds__(
     if (key < k_len && live) {
       Vector<T, V> result;
       moment += row.gradient(grads_of(u), probs[u], scale, key, result);
-      store_keys<V>(out, key, problem.out.strides.key, result);
+      store_strided<V>(out, key, problem.out.strides.key, result);
     }
   }
   if constexpr (SlopesGrad) {
@@ -454,7 +454,9 @@ __global__ void __launch_bounds__(kMaxRowThreads) alibi_softmax_backward_long_ke
   const T* grad = static_cast<const T*>(problem.grad.data) + problem.grad.strides.row(batch, head, query);
   const T* prob = static_cast<const T*>(problem.probs.data) + problem.probs.strides.row(batch, head, query);
   for (uint32_t key = first; key < row.visible; key += step) {
-    row.add(load_keys<V>(grad, key, problem.grad.strides.key), load_keys<V>(prob, key, problem.probs.strides.key), key);
+    row.add(
+        load_strided<V>(grad, key, problem.grad.strides.key), load_strided<V>(prob, key, problem.probs.strides.key),
+        key);
   }
   row.reduce(scratch);
   T* out = static_cast<T*>(problem.out.data) + problem.out.strides.row(batch, head, query);
@@ -463,12 +465,12 @@ __global__ void __launch_bounds__(kMaxRowThreads) alibi_softmax_backward_long_ke
     Vector<T, V> grads{};
     Vector<T, V> probs{};
     if (key < row.visible) {
-      grads = load_keys<V>(grad, key, problem.grad.strides.key);
-      probs = load_keys<V>(prob, key, problem.probs.strides.key);
+      grads = load_strided<V>(grad, key, problem.grad.strides.key);
+      probs = load_strided<V>(prob, key, problem.probs.strides.key);
     }
     Vector<T, V> result;
     moment += static_cast<double>(row.gradient(grads, probs, static_cast<Real>(problem.scale), key, result));
-    store_keys<V>(out, key, problem.out.strides.key, result);
+    store_strided<V>(out, key, problem.out.strides.key, result);
   }
   if constexpr (SlopesGrad) {
     __shared__ double moments[kMaxRowWarps];

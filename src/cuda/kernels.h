@@ -2,49 +2,38 @@
 
 #include <arguments/alibi_problem.h>
 #include <arguments/qk_norm_rotary_problem.h>
+#include <arguments/rotary_frequencies_problem.h>
 #include <arguments/rotary_problem.h>
-#include <ops/rotary_embedding.h>
+#include <cuda/detail/host.h>
 
-#include <ATen/core/Tensor.h>
-
-#include <optional>
-#include <tuple>
-#include <vector>
-
-// What each .cu file here defines; library.cpp registers it. nvcc reads its sources several times, so none of them
-// includes <torch/library.h>, which takes it 10 of 18 s.
+// The functions that the .cu files define. Each fills the outputs of its problem on the current device and stream;
+// `dtype` is that of the tensors, unless it says otherwise. No torch (detail/host.h says why); library.cpp makes
+// operators of them.
 namespace posenc::cuda {
 
-// Each fills the outputs of its problem, whose dtype and device are those of `like`.
-void rotate(const RotaryProblem& problem, const at::Tensor& like);
-void qk_norm_rotate(const QKNormRotaryProblem& problem, const at::Tensor& like);
-void qk_norm_rotate_backward(const QKNormRotaryBackwardProblem& problem, const at::Tensor& like);
-void alibi_bias(const AlibiAddProblem& problem, const at::Tensor& like);
-void alibi_add(const AlibiAddProblem& problem, const at::Tensor& like);
-void alibi_mask(const AlibiAddProblem& problem, const at::Tensor& like);
-void alibi_softmax(const AlibiSoftmaxProblem& problem, const at::Tensor& like);
-void alibi_softmax_backward(const AlibiSoftmaxBackwardProblem& problem, const at::Tensor& like);
+void rotate(const RotaryProblem& problem, DType dtype);
 
-// Whole operators.
-std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> rotary_embedding_backward(
-    const Rotation& rotation,
-    at::TensorList grads,
-    at::TensorList inputs);
-std::tuple<at::Tensor, at::Tensor> rotary_embedding_tables_backward(
-    const Rotation& rotation,
-    at::TensorList grads,
-    at::TensorList inputs);
-std::tuple<at::Tensor, at::Tensor> rotary_tables(
-    const at::Tensor& inv_freq,
-    int64_t length,
-    at::ScalarType dtype,
-    double attention_factor);
-at::Tensor rotary_tables_backward(
-    const at::Tensor& grad_cos,
-    const at::Tensor& grad_sin,
-    const at::Tensor& cos,
-    const at::Tensor& sin,
-    at::ScalarType dtype);
-at::Tensor alibi_slopes_backward(const at::Tensor& grad, bool causal, std::optional<int64_t> query_offset);
+/// The gradients of cos and sin, and with `writes_input_grads` those of the inputs. `op` is the name of the operator.
+void rotary_backward(const char* op, const RotaryBackwardProblem& problem, bool writes_input_grads, DType dtype);
+
+/// @param frequencies,tables  the dtypes of `inv_freq` and of the tables: float32 or float64.
+void rotary_tables(const FrequenciesProblem& problem, DType frequencies, DType tables);
+
+/// @param tables,result_dtype  the dtypes of the tables and of `result`, the gradient of `inv_freq`: float32 or
+/// float64.
+void rotary_tables_backward(const FrequenciesBackwardProblem& problem, DType tables, void* result, DType result_dtype);
+
+void qk_norm_rotate(const QKNormRotaryProblem& problem, DType dtype);
+void qk_norm_rotate_backward(const QKNormRotaryBackwardProblem& problem, DType dtype);
+
+void alibi_bias(const AlibiAddProblem& problem, DType dtype);
+void alibi_add(const AlibiAddProblem& problem, DType dtype);
+void alibi_mask(const AlibiAddProblem& problem, DType dtype);
+void alibi_softmax(const AlibiSoftmaxProblem& problem, DType dtype);
+void alibi_softmax_backward(const AlibiSoftmaxBackwardProblem& problem, DType dtype);
+
+/// @param grad  the gradient of scores.
+/// @param result  the gradient of slopes, `[H]`: float64 for float64, float32 for all others.
+void alibi_slopes_backward(const AlibiShape& shape, const ScoresIn& grad, DType dtype, void* result);
 
 }  // namespace posenc::cuda

@@ -1,22 +1,15 @@
 #include <cuda/detail/dispatch.h>
 #include <cuda/detail/launch.h>
 #include <cuda/kernels.h>
-#include <posenc/logging.h>
 #include <cuda/qk_norm_rotary_embedding_kernel.cuh>
-
-#include <ATen/ops/empty.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 
 #include <algorithm>
 #include <limits>
+#include <memory>
 #include <mutex>
 
 namespace posenc {
 namespace {
-
-using at::Tensor;
 
 /// Heads that a row of lanes takes in turn at least, and blocks at most, where weights have gradients: enough of the
 /// former to make up for the end of a block, enough of the latter for two rounds of six on each of 132 SMs, and not so
@@ -70,17 +63,13 @@ LaunchPlan plan_launch(const char* op, const RotaryProblem& problem, int vector_
   const int64_t blocks_of_first = cuda::ceil_div(row_groups[0], in_turn);
   const int64_t num_blocks = blocks_of_first + cuda::ceil_div(row_groups[1], in_turn);
   // Rounded up to whole blocks, heads are numbered by 31 bits.
-  TORCH_CHECK(
+  cuda::check(
       num_blocks * in_turn * rows <= cuda::kMaxGridX, op, ": expected at most ", cuda::kMaxGridX - 2 * in_turn * rows,
       " heads of all tokens of q and k on CUDA, got ", num_tokens * problem.operands[0].num_heads, " and ",
       num_tokens * problem.operands[1].num_heads);
-  if (log_level() <= LogLevel::debug) {
-    log(LogLevel::debug,
-        c10::str(
-            op, ": ", problem.interleaved ? "interleaved" : "half", " pairing, vectors of ", vector_width,
-            " elements, ", num_blocks, " blocks of ", lanes, " lanes for each of ", rows, " heads, ", in_turn,
-            " in turn"));
-  }
+  cuda::log_debug(
+      op, ": ", problem.interleaved ? "interleaved" : "half", " pairing, vectors of ", vector_width, " elements, ",
+      num_blocks, " blocks of ", lanes, " lanes for each of ", rows, " heads, ", in_turn, " in turn");
   return {
       {{order_of(problem, problem.operands[0]), order_of(problem, problem.operands[1])},
        static_cast<uint32_t>(blocks_of_first),
@@ -97,10 +86,10 @@ cuda::NormScalars<Real> scalars_of(const QKNormRotaryProblem& problem) {
 }
 
 void check_sizes(const char* op, const RotaryProblem& problem) {
-  TORCH_CHECK(
+  cuda::check(
       problem.head_dim <= cuda::kMaxNormHeadDim, op, ": expected a head size of at most ", cuda::kMaxNormHeadDim,
       " on CUDA, got ", problem.head_dim);
-  TORCH_CHECK(
+  cuda::check(
       problem.positions.num_axes == 0 || problem.table_rows <= std::numeric_limits<int32_t>::max(), op,
       ": expected tables of at most 2^31 - 1 rows with pair_axes on CUDA, got ", problem.table_rows);
 }
@@ -160,9 +149,9 @@ template <typename T, typename Policy>
 void launch(const QKNormRotaryProblem& problem) {
   const LaunchPlan plan =
       plan_launch("posenc::qk_norm_rotary_embedding", problem.rotary, Policy::kVectorWidth, /*sums=*/false);
-  cuda::qk_norm_rotary_embedding_kernel<T, Policy><<<plan.blocks, plan.threads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+  cuda::qk_norm_rotary_embedding_kernel<T, Policy><<<plan.blocks, plan.threads, 0, cuda::current_stream()>>>(
       problem, plan.grid, scalars_of<cuda::arithmetic_t<T>>(problem));
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  cuda::check_launch();
 }
 
 template <typename T, typename W, bool Interleaved>
@@ -178,9 +167,9 @@ void run_typed(const QKNormRotaryProblem& problem) {
     launch<T, SinglePolicy<T, Interleaved>>(problem);
     return;
   }
-  if (rotary.positions.num_axes > 0) {
+  if (rotary.positions.num_axes > 0 || !cuda::kHasSpecialKernels<T>) {
     launch<T, cuda::NormPolicy<V, Interleaved, false, true, W>>(problem);
-  } else {
+  } else if constexpr (cuda::kHasSpecialKernels<T>) {
     cuda::for_bool(is_whole<V>(rotary), [&](auto whole) {
       launch<T, cuda::NormPolicy<V, Interleaved, false, false, W, decltype(whole)::value>>(problem);
     });
@@ -201,7 +190,7 @@ Access access_of(const QKNormRotaryBackwardProblem& problem) {
     return Access::single;
   }
   bool vectors = true;
-  bool one_value = rotary.positions.num_axes == 0;  // no kernel for both
+  bool one_value = cuda::kHasSpecialKernels<T> && rotary.positions.num_axes == 0;  // no kernel for both
   for (int i = 0; i < rotary.num_operands; ++i) {
     const RotaryProblem::Operand& operand = rotary.operands[i];
     const bool input = cuda::holds_vectors<T, V>(problem.inputs[i].data, problem.inputs[i].strides);
@@ -212,64 +201,67 @@ Access access_of(const QKNormRotaryBackwardProblem& problem) {
 }
 
 template <typename T, typename W, typename Policy>
-void launch_backward(const QKNormRotaryBackwardProblem& problem, const Tensor& like) {
+void launch_backward(const QKNormRotaryBackwardProblem& problem) {
   using Real = cuda::arithmetic_t<T>;
   const RotaryProblem& rotary = problem.call.rotary;
   const bool sums = problem.weight_grads[0] != nullptr;
-  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const cudaStream_t stream = cuda::current_stream();
   const LaunchPlan plan = plan_launch(kBackward, rotary, Policy::kVectorWidth, sums);
-  Tensor partial_sums;
-  Real* partial_data = nullptr;
+  std::shared_ptr<void> memory;
   if (sums) {
-    const auto dtype = sizeof(Real) == sizeof(double) ? at::kDouble : at::kFloat;
-    partial_sums = at::empty({plan.blocks.x, rotary.head_dim}, like.options().dtype(dtype));
-    partial_data = partial_sums.mutable_data_ptr<Real>();
+    memory = cuda::allocate(plan.blocks.x * rotary.head_dim * static_cast<int64_t>(sizeof(Real)));
   }
+  auto* const partial_data = static_cast<Real*>(memory.get());
   if (plan.blocks.x > 0) {
     const size_t shared_bytes = sums ? plan.threads.y * rotary.head_dim * sizeof(Real) : 0;
     cuda::qk_norm_rotary_embedding_backward_kernel<T, Policy><<<plan.blocks, plan.threads, shared_bytes, stream>>>(
         problem, plan.grid, scalars_of<Real>(problem.call), partial_data);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    cuda::check_launch();
   }
   if (sums) {
     const dim3 blocks(cuda::ceil_div(rotary.head_dim, cuda::kSumChannels), rotary.num_operands);
     cuda::qk_norm_weight_gradients_kernel<W, Real><<<blocks, cuda::kSumThreads, 0, stream>>>(
         partial_data, plan.grid.blocks_of_first, plan.blocks.x, static_cast<int32_t>(rotary.head_dim),
         static_cast<W*>(problem.weight_grads[0]), static_cast<W*>(problem.weight_grads[1]));
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    cuda::check_launch();
   }
 }
 
 template <typename T, typename W, bool Interleaved>
-void run_backward_typed(const QKNormRotaryBackwardProblem& problem, const Tensor& like) {
+void run_backward_typed(const QKNormRotaryBackwardProblem& problem) {
   constexpr int V = cuda::kMaxVectorBytes / sizeof(T);
-  const bool has_axes = problem.call.rotary.positions.num_axes > 0;
+  const bool general = problem.call.rotary.positions.num_axes > 0 || !cuda::kHasSpecialKernels<T>;
   switch (access_of<T, W, V>(problem)) {
     case Access::vectors:
-      if (has_axes) {
-        return launch_backward<T, W, cuda::NormPolicy<V, Interleaved, false, true, W>>(problem, like);
+      if (general) {
+        return launch_backward<T, W, cuda::NormPolicy<V, Interleaved, false, true, W>>(problem);
       }
-      return cuda::for_bool(is_whole<V>(problem.call.rotary), [&](auto whole) {
-        launch_backward<T, W, cuda::NormPolicy<V, Interleaved, false, false, W, decltype(whole)::value>>(problem, like);
-      });
+      if constexpr (cuda::kHasSpecialKernels<T>) {
+        cuda::for_bool(is_whole<V>(problem.call.rotary), [&](auto whole) {
+          launch_backward<T, W, cuda::NormPolicy<V, Interleaved, false, false, W, decltype(whole)::value>>(problem);
+        });
+      }
+      return;
     case Access::one_value:
-      return launch_backward<T, W, cuda::NormPolicy<V, Interleaved, true, false, W>>(problem, like);
+      if constexpr (cuda::kHasSpecialKernels<T>) {
+        launch_backward<T, W, cuda::NormPolicy<V, Interleaved, true, false, W>>(problem);
+      }
+      return;
     case Access::single:
       warn_of_single_elements();
-      return launch_backward<T, W, SinglePolicy<T, Interleaved>>(problem, like);
+      return launch_backward<T, W, SinglePolicy<T, Interleaved>>(problem);
   }
 }
 
 }  // namespace
 
-void cuda::qk_norm_rotate(const QKNormRotaryProblem& problem, const Tensor& like) {
+void cuda::qk_norm_rotate(const QKNormRotaryProblem& problem, DType dtype) {
   const RotaryProblem& rotary = problem.rotary;
   check_sizes("posenc::qk_norm_rotary_embedding", rotary);
   if (rotary.batch * rotary.seq_len * (rotary.operands[0].num_heads + rotary.operands[1].num_heads) == 0) {
     return;
   }
-  const c10::cuda::CUDAGuard device(like.device());
-  cuda::for_dtype(like.scalar_type(), [&](auto type) {
+  cuda::for_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     for_weight_type<T>(problem.weights_are_wide, [&](auto weight) {
       cuda::for_bool(rotary.interleaved, [&](auto interleaved) {
@@ -279,19 +271,18 @@ void cuda::qk_norm_rotate(const QKNormRotaryProblem& problem, const Tensor& like
   });
 }
 
-void cuda::qk_norm_rotate_backward(const QKNormRotaryBackwardProblem& problem, const Tensor& like) {
+void cuda::qk_norm_rotate_backward(const QKNormRotaryBackwardProblem& problem, DType dtype) {
   const RotaryProblem& rotary = problem.call.rotary;
   check_sizes(kBackward, rotary);
   const bool empty = rotary.batch * rotary.seq_len * (rotary.operands[0].num_heads + rotary.operands[1].num_heads) == 0;
   if (rotary.num_operands == 0 || (empty && problem.weight_grads[0] == nullptr)) {
     return;
   }
-  const c10::cuda::CUDAGuard device(like.device());
-  cuda::for_dtype(like.scalar_type(), [&](auto type) {
+  cuda::for_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     for_weight_type<T>(problem.call.weights_are_wide, [&](auto weight) {
       cuda::for_bool(rotary.interleaved, [&](auto interleaved) {
-        run_backward_typed<T, typename decltype(weight)::type, decltype(interleaved)::value>(problem, like);
+        run_backward_typed<T, typename decltype(weight)::type, decltype(interleaved)::value>(problem);
       });
     });
   });

@@ -3,7 +3,7 @@
 #include <arguments/qk_norm_rotary_problem.h>
 #include <cuda/detail/launch.h>
 #include <cuda/detail/reduce.cuh>
-#include <cuda/detail/rotary_tables.cuh>
+#include <cuda/detail/rotary_chunk.cuh>
 
 #include <type_traits>
 
@@ -47,6 +47,7 @@ struct NormPolicy {
   static constexpr bool kAxes = HasAxes;  // positions may have several
   static constexpr bool kHeld = VectorWidth > 1;
   static constexpr bool kWhole = IsWhole;
+  static constexpr bool kTail = !IsWhole;
   static constexpr bool kNarrowWeights = VectorWidth * static_cast<int>(sizeof(WeightType)) <= kMaxVectorBytes;
   using Weight = WeightType;
 };
@@ -179,17 +180,6 @@ struct NormRows {
   }
 };
 
-/// The chunk of a lane that holds one.
-template <typename Policy>
-__device__ ChunkChannels channels_of_lane(const RotaryProblem& problem, int lane) {
-  if constexpr (Policy::kWhole) {
-    constexpr int V = Policy::kVectorWidth;
-    return {lane * V, static_cast<int>(problem.num_pairs) + lane * V, true, true};
-  } else {
-    return channels_of_chunk<Policy>(problem, lane);
-  }
-}
-
 /// Normalises, weighs and rotates a chunk in place.
 template <typename T, typename Policy>
 __device__ void normalise_and_rotate(
@@ -235,7 +225,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinNormBlocks<Policy>) qk_norm_r
 
   if constexpr (Policy::kHeld) {
     const bool exists = Policy::kWhole || lane < grid.num_chunks;
-    const ChunkChannels channels = channels_of_lane<Policy>(problem.rotary, lane);
+    const ChunkChannels channels = channels_of_chunk<Policy>(problem.rotary, lane);
     HeadChunk<T, Policy> x;
     if (exists) {
       x.template load<false>(in, in_stride, channels);
@@ -352,7 +342,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinNormBackwardBlocks<Policy>) q
 
   if constexpr (Policy::kHeld) {
     const bool exists = Policy::kWhole || lane < grid.num_chunks;
-    const ChunkChannels channels = channels_of_lane<Policy>(rotary, lane);
+    const ChunkChannels channels = channels_of_chunk<Policy>(rotary, lane);
     Real chunk_sums[2 * V] = {};
 #pragma unroll 1
     for (int turn = 0; turn < grid.heads_in_turn; ++turn) {

@@ -1,12 +1,7 @@
 #include <cuda/detail/dispatch.h>
 #include <cuda/detail/launch.h>
 #include <cuda/kernels.h>
-#include <posenc/logging.h>
 #include <cuda/rotary_embedding_kernel.cuh>
-
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 
 #include <mutex>
 
@@ -63,28 +58,25 @@ void launch(const RotaryProblem& problem) {
   const int64_t head_groups = cuda::ceil_div(num_heads, heads * Policy::kHeads);
   const int64_t token_groups = cuda::ceil_div(num_tokens, tokens);
   const int64_t chunk_groups = cuda::ceil_div(num_chunks, chunks);
-  // Rounded up to whole blocks, tokens are numbered by 31 bits.
-  TORCH_CHECK(
+  // The token index, padded to whole blocks, must stay below 2^31, which `Divider::quotient` requires.
+  cuda::check(
       token_groups * tokens <= cuda::kMaxGridX && token_groups * head_groups <= cuda::kMaxGridX &&
           chunk_groups <= cuda::kMaxGridY,
       "posenc::rotary_embedding: expected at most ", cuda::kMaxGridX, " tokens, as many blocks of ", tokens,
       " tokens and ", heads, " heads, and ", cuda::kMaxGridY, " blocks of ", chunks, " chunks on CUDA, got ",
       num_tokens, ", ", token_groups * head_groups, " and ", chunk_groups);
-  if (log_level() <= LogLevel::debug) {
-    log(LogLevel::debug,
-        c10::str(
-            "rotary_embedding: ", problem.interleaved ? "interleaved" : "half", " pairing, vectors of ",
-            Policy::kVectorWidth, " elements of ", sizeof(T), " bytes", Policy::kSplat ? ", one for all channels" : "",
-            Policy::kAxes ? ", positions of several axes" : "", ", blocks of ", chunks, " chunks, ", heads,
-            " heads and ", tokens, " tokens"));
-  }
+  cuda::log_debug(
+      "rotary_embedding: ", problem.interleaved ? "interleaved" : "half", " pairing, vectors of ", Policy::kVectorWidth,
+      " elements of ", sizeof(T), " bytes", Policy::kSplat ? ", one for all channels" : "",
+      Policy::kAxes ? ", positions of several axes" : "", ", blocks of ", chunks, " chunks, ", heads, " heads and ",
+      tokens, " tokens");
   const cuda::RotaryGrid grid{
       cuda::Divider(static_cast<uint32_t>(tokens_first ? token_groups : head_groups)),
       cuda::Divider(static_cast<uint32_t>(problem.seq_len)), static_cast<int32_t>(num_chunks), tokens_first};
   const dim3 blocks(token_groups * head_groups, chunk_groups);
   const dim3 threads(chunks, heads, tokens);
-  cuda::rotary_embedding_kernel<T, Policy><<<blocks, threads, 0, c10::cuda::getCurrentCUDAStream()>>>(problem, grid);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  cuda::rotary_embedding_kernel<T, Policy><<<blocks, threads, 0, cuda::current_stream()>>>(problem, grid);
+  cuda::check_launch();
 }
 
 void warn_of_narrow_vectors() {
@@ -103,17 +95,17 @@ void launch_widest(const RotaryProblem& problem) {
   if constexpr (V == 1) {
     launch<T, cuda::RotaryPolicy<V, Interleaved, false, true>>(problem);
   } else {
-    constexpr bool kWidest = V * sizeof(T) == cuda::kMaxVectorBytes;
+    constexpr bool kSpecial = cuda::kHasSpecialKernels<T> && V * sizeof(T) == cuda::kMaxVectorBytes;
     const bool copies = has_copies(problem);
     if (!cuda::divides(V, problem.num_pairs, problem.head_dim)) {
       launch_widest<T, V / 2, Interleaved>(problem);
     } else if (allows<T, V, Interleaved, false>(problem)) {
-      cuda::for_bool(copies || !kWidest, [&](auto copying) {
-        launch<T, cuda::RotaryPolicy<V, Interleaved, false, !kWidest || decltype(copying)::value>>(problem);
+      cuda::for_bool(copies || !kSpecial, [&](auto copying) {
+        launch<T, cuda::RotaryPolicy<V, Interleaved, false, !kSpecial || decltype(copying)::value>>(problem);
       });
-    } else if (kWidest && allows<T, V, Interleaved, true>(problem)) {
+    } else if (kSpecial && allows<T, V, Interleaved, true>(problem)) {
       cuda::for_bool(copies, [&](auto copying) {
-        launch<T, cuda::RotaryPolicy<V, Interleaved, kWidest, !kWidest || decltype(copying)::value>>(problem);
+        launch<T, cuda::RotaryPolicy<V, Interleaved, kSpecial, !kSpecial || decltype(copying)::value>>(problem);
       });
     } else {
       warn_of_narrow_vectors();
@@ -125,28 +117,29 @@ void launch_widest(const RotaryProblem& problem) {
 /// The same where pairs choose among axes of the positions: with 16-byte vectors or single elements.
 template <typename T, bool Interleaved>
 void launch_with_axes(const RotaryProblem& problem) {
-  constexpr int V = cuda::kMaxVectorBytes / sizeof(T);
-  if (cuda::divides(V, problem.num_pairs, problem.head_dim) && allows<T, V, Interleaved, false>(problem)) {
-    cuda::for_bool(has_copies(problem), [&](auto copying) {
-      cuda::for_bool(mixes_axes<V, Interleaved>(problem), [&](auto mixing) {
-        launch<T, cuda::RotaryPolicy<V, Interleaved, false, decltype(copying)::value, true, decltype(mixing)::value>>(
-            problem);
+  if constexpr (cuda::kHasSpecialKernels<T>) {
+    constexpr int V = cuda::kMaxVectorBytes / sizeof(T);
+    if (cuda::divides(V, problem.num_pairs, problem.head_dim) && allows<T, V, Interleaved, false>(problem)) {
+      cuda::for_bool(has_copies(problem), [&](auto copying) {
+        cuda::for_bool(mixes_axes<V, Interleaved>(problem), [&](auto mixing) {
+          launch<T, cuda::RotaryPolicy<V, Interleaved, false, decltype(copying)::value, true, decltype(mixing)::value>>(
+              problem);
+        });
       });
-    });
-  } else {
+      return;
+    }
     warn_of_narrow_vectors();
-    launch<T, cuda::RotaryPolicy<1, Interleaved, false, true, true>>(problem);
   }
+  launch<T, cuda::RotaryPolicy<1, Interleaved, false, true, true>>(problem);
 }
 
 }  // namespace
 
-void cuda::rotate(const RotaryProblem& problem, const at::Tensor& like) {
+void cuda::rotate(const RotaryProblem& problem, DType dtype) {
   if (problem.batch * problem.seq_len * problem.num_heads() == 0) {
     return;
   }
-  const c10::cuda::CUDAGuard device(like.device());
-  cuda::for_dtype(like.scalar_type(), [&](auto type) {
+  cuda::for_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     cuda::for_bool(problem.interleaved, [&](auto interleaved) {
       if (problem.positions.num_axes > 0) {

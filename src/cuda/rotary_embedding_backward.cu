@@ -1,24 +1,14 @@
-#include <arguments/rotary_embedding_tables_backward.h>
 #include <cuda/detail/dispatch.h>
 #include <cuda/detail/vector_width.h>
 #include <cuda/kernels.h>
-#include <posenc/logging.h>
 #include <cuda/rotary_embedding_backward_kernel.cuh>
-
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 
 #include <algorithm>
 #include <mutex>
-#include <tuple>
-#include <vector>
 
 // Gradients of the tables, with those of the inputs or without.
 namespace posenc::cuda {
 namespace {
-
-using at::Tensor;
 
 /// Whether all tensors of a call can be read and written in vectors of V elements.
 template <typename T, int V, bool Interleaved, bool Splat, bool WritesInputGrads>
@@ -71,17 +61,14 @@ void launch_rotary_backward(const char* op, const RotaryBackwardProblem& problem
   const bool may_stray = Policy::kWritesInputGrads && tables.order != nullptr;
   const int64_t blocks = tables.table_rows + (may_stray ? kStrayBlocks : 0);
   const int64_t chunk_groups = ceil_div(num_chunks, chunks);
-  TORCH_CHECK(
-      blocks <= kMaxGridX && tables.tokens <= kMaxGridX && chunk_groups <= kMaxGridY, op, ": expected at most ",
-      kMaxGridX, " rows of the tables, as many tokens, and ", kMaxGridY, " blocks of ", chunks, " chunks on CUDA, got ",
-      tables.table_rows, ", ", tables.tokens, " and ", chunk_groups);
-  if (log_level() <= LogLevel::debug) {
-    log(LogLevel::debug,
-        c10::str(
-            op + 8, ": ", Policy::kInterleaved ? "interleaved" : "half", " pairing, vectors of ", V, " elements of ",
-            sizeof(T), " bytes", Policy::kSplat ? ", one for all channels" : "", ", blocks of ", chunks, " chunks and ",
-            lanes, " items"));
-  }
+  check(
+      blocks <= kMaxGridX && tables.tokens <= kMaxGridX && chunk_groups <= kMaxGridY, "posenc::", op,
+      ": expected at most ", kMaxGridX, " rows of the tables, as many tokens, and ", kMaxGridY, " blocks of ", chunks,
+      " chunks on CUDA, got ", tables.table_rows, ", ", tables.tokens, " and ", chunk_groups);
+  log_debug(
+      op, ": ", Policy::kInterleaved ? "interleaved" : "half", " pairing, vectors of ", V, " elements of ", sizeof(T),
+      " bytes", Policy::kSplat ? ", one for all channels" : "", ", blocks of ", chunks, " chunks and ", lanes,
+      " items");
   const auto divider = [](int64_t divisor) {
     return cuda::Divider(static_cast<uint32_t>(std::max<int64_t>(1, divisor)));
   };
@@ -89,24 +76,14 @@ void launch_rotary_backward(const char* op, const RotaryBackwardProblem& problem
       divider(tables.seq_len), divider(num_heads), divider(problem.rotation.table_rows),
       static_cast<int32_t>(num_chunks)};
   rotary_embedding_backward_kernel<T, Policy>
-      <<<dim3(blocks, chunk_groups), dim3(chunks, lanes), 0, c10::cuda::getCurrentCUDAStream()>>>(problem, grid);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+      <<<dim3(blocks, chunk_groups), dim3(chunks, lanes), 0, current_stream()>>>(problem, grid);
+  check_launch();
 }
 
 /// Launches with the widest vectors, or with single elements: tables with gradients are rare enough that widths between
 /// are not worth kernels of their own.
 template <bool WritesInputGrads>
-void run_rotary_backward(
-    const char* op,
-    const RotaryBackwardProblem& problem,
-    const arguments::RotaryTablesCall& call,
-    at::ScalarType dtype) {
-  const int64_t num_heads = problem.tables.operands[0].num_heads + problem.tables.operands[1].num_heads;
-  if (problem.tables.tokens * num_heads == 0) {
-    call.grad_cos.zero_();
-    call.grad_sin.zero_();
-    return;
-  }
+void run_rotary_backward(const char* op, const RotaryBackwardProblem& problem, DType dtype) {
   for_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     for_bool(problem.tables.interleaved, [&](auto is_interleaved) {
@@ -117,14 +94,16 @@ void run_rotary_backward(
           chunks_have_one_axis<RotaryBackwardPolicy<V, kInterleaved, false, WritesInputGrads>>(problem.tables);
       if (in_chunks && backward_allows<T, V, kInterleaved, false, WritesInputGrads>(problem)) {
         launch_rotary_backward<T, RotaryBackwardPolicy<V, kInterleaved, false, WritesInputGrads>>(op, problem);
-      } else if (in_chunks && backward_allows<T, V, kInterleaved, true, WritesInputGrads>(problem)) {
-        launch_rotary_backward<T, RotaryBackwardPolicy<V, kInterleaved, true, WritesInputGrads>>(op, problem);
+      } else if (
+          kHasSpecialKernels<T> && in_chunks && backward_allows<T, V, kInterleaved, true, WritesInputGrads>(problem)) {
+        constexpr bool kSplat = kHasSpecialKernels<T>;
+        launch_rotary_backward<T, RotaryBackwardPolicy<V, kInterleaved, kSplat, WritesInputGrads>>(op, problem);
       } else {
         static std::once_flag once;
         std::call_once(once, [op] {
           log(LogLevel::warning,
-              c10::str(
-                  op + 8,
+              text(
+                  op,
                   ": strides, addresses or sizes of the tensors allow only loads of single elements; dense "
                   "channels, 16-byte aligned rows and multiples of 16 bytes in each half of the rotary width are "
                   "fastest"));
@@ -137,31 +116,8 @@ void run_rotary_backward(
 
 }  // namespace
 
-std::tuple<std::vector<Tensor>, Tensor, Tensor> rotary_embedding_backward(
-    const Rotation& rotation,
-    at::TensorList grads,
-    at::TensorList inputs) {
-  if (!rotation.pair_axes.empty()) {  // a token has a row for each axis, and no block all of its pairs
-    return rotary_embedding_backward_by_parts(rotation, grads, inputs);
-  }
-  auto call = arguments::rotary_backward_call(rotation, grads, inputs);
-  const c10::cuda::CUDAGuard device(rotation.cos.device());
-  run_rotary_backward</*WritesInputGrads=*/true>(
-      "posenc::rotary_embedding_backward", call.problem, call.tables, grads[0].scalar_type());
-  return {std::move(call.input_grads), call.tables.grad_cos, call.tables.grad_sin};
-}
-
-std::tuple<Tensor, Tensor> rotary_embedding_tables_backward(
-    const Rotation& rotation,
-    at::TensorList grads,
-    at::TensorList inputs) {
-  const auto call = arguments::rotary_tables_call(rotation, grads, inputs);
-  RotaryBackwardProblem problem{call.problem, {}};
-  problem.rotation.num_pairs = call.problem.num_pairs;
-  const c10::cuda::CUDAGuard device(rotation.cos.device());
-  run_rotary_backward</*WritesInputGrads=*/false>(
-      "posenc::rotary_embedding_tables_backward", problem, call, inputs[0].scalar_type());
-  return {call.grad_cos, call.grad_sin};
+void rotary_backward(const char* op, const RotaryBackwardProblem& problem, bool writes_input_grads, DType dtype) {
+  for_bool(writes_input_grads, [&](auto writes) { run_rotary_backward<decltype(writes)::value>(op, problem, dtype); });
 }
 
 }  // namespace posenc::cuda

@@ -2,7 +2,7 @@
 
 #include <arguments/rotary_problem.h>
 #include <cuda/detail/launch.h>
-#include <cuda/detail/rotary_tables.cuh>
+#include <cuda/detail/rotary_chunk.cuh>
 
 // Gradients of cos and sin, and of what was rotated by them if wanted, in one pass: outgoing gradients and inputs are
 // read once, and the gradients of the inputs written.
@@ -29,7 +29,8 @@ struct RotaryBackwardPolicy {
   static constexpr bool kInterleaved = IsInterleaved;
   static constexpr bool kSplat = IsSplat;  // outgoing gradients have one value for all channels of a head
   static constexpr bool kWritesInputGrads = WritesInputGrads;
-  static constexpr bool kTail = WritesInputGrads;  // channels behind the rotary width matter
+  static constexpr bool kTail = WritesInputGrads;  // else only the rotary width is read
+  static constexpr bool kAxes = false;             // a block reads one row of the tables
 };
 
 struct RotaryBackwardGrid {

@@ -1,68 +1,49 @@
-#include <arguments/alibi.h>
-#include <arguments/context_parallel_alibi_attention.h>
+#include <meta/detail/attention_outputs.h>
 #include <meta/detail/symbolic.h>
 #include <ops/context_parallel_alibi_attention.h>
+#include <ops/dispatch.h>
 
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <torch/library.h>
 
 namespace posenc {
 namespace {
 
 using at::Tensor;
-using meta::any_symbolic;
 
-/// Without a look at the group, which may be one of another process while a graph is traced.
+/// The group is not looked up: while a graph is traced it may belong to another process.
 constexpr int64_t kAtLeastOneRank = 1;
 
-template <typename Group>
-struct Meta {
-  static std::tuple<Tensor, Tensor> forward(
-      const Tensor& q,
-      const Tensor& k,
-      const Tensor& v,
-      const Tensor& slopes,
-      const Group& /*group*/,
-      const ContextParallelALiBiAttentionOptions& options) {
-    if (!any_symbolic({q, k, v, slopes})) {
-      arguments::check_context_parallel_attention(
-          "posenc::context_parallel_alibi_attention", {q, k, v, slopes}, options, kAtLeastOneRank);
-    }
-    const auto wide = q.options().dtype(arguments::alibi_slopes_dtype(q.scalar_type()));
-    return {at::empty_like(q), at::empty_symint({q.sym_size(0), q.sym_size(2), q.sym_size(1)}, wide)};
+std::tuple<Tensor, Tensor> context_parallel_alibi_attention_meta(
+    const ContextParallelOptions& options,
+    const AttentionTensors& inputs) {
+  if (!meta::any_symbol(inputs)) {
+    arguments::check_context_parallel_attention(
+        "posenc::context_parallel_alibi_attention", inputs, options, kAtLeastOneRank);
   }
+  return {at::empty_like(inputs.q), meta::empty_lse(inputs.q)};
+}
 
-  static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
-      const Tensor& grad_out,
-      const std::optional<Tensor>& grad_lse,
-      const Tensor& q,
-      const Tensor& k,
-      const Tensor& v,
-      const Tensor& slopes,
-      const Tensor& out,
-      const Tensor& lse,
-      const Group& /*group*/,
-      const ContextParallelALiBiAttentionOptions& options,
-      std::array<bool, 4> grad_mask) {
-    if (!any_symbolic({grad_out, q, k, v, slopes, out, lse})) {
-      arguments::check_context_parallel_attention_backward(
-          "posenc::context_parallel_alibi_attention_backward",
-          {grad_out, grad_lse, q, k, v, slopes, out, lse, grad_mask[3]}, options, kAtLeastOneRank);
-    }
-    const auto like = [](bool wanted, const Tensor& x) { return wanted ? at::empty_like(x) : Tensor(); };
-    Tensor grad_slopes;
-    if (grad_mask[3]) {
-      grad_slopes =
-          at::empty_symint({slopes.sym_size(0)}, q.options().dtype(arguments::alibi_slopes_dtype(q.scalar_type())));
-    }
-    return {like(grad_mask[0], q), like(grad_mask[1], k), like(grad_mask[2], v), grad_slopes};
+AttentionGradients context_parallel_alibi_attention_backward_meta(
+    const AttentionGradMask& mask,
+    const AttentionBackwardArguments& a,
+    const ContextParallelOptions& options) {
+  if (!meta::any_symbol(a)) {
+    arguments::check_context_parallel_attention_backward(
+        "posenc::context_parallel_alibi_attention_backward", a, options, kAtLeastOneRank);
   }
-};
+  const auto like = [](bool wanted, const Tensor& x) { return wanted ? at::empty_like(x) : Tensor(); };
+  const auto& [q_grad, k_grad, v_grad, slopes_grad] = mask.wanted;
+  return {
+      like(q_grad, a.q), like(k_grad, a.k), like(v_grad, a.v),
+      slopes_grad ? meta::empty_slopes_gradient(a.q, a.slopes) : Tensor()};
+}
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, Meta, m) {
-  implement_context_parallel_alibi_attention<Meta>(m);
+  m.impl("context_parallel_alibi_attention", kernel<context_parallel_alibi_attention_meta>);
+  m.impl("context_parallel_alibi_attention_backward", kernel<context_parallel_alibi_attention_backward_meta>);
 }
 
 }  // namespace posenc

@@ -1,5 +1,6 @@
 #include <arguments/rotary_embedding_qkv.h>
 #include <meta/detail/symbolic.h>
+#include <ops/dispatch.h>
 #include <ops/rotary_embedding.h>
 
 #include <ATen/ops/empty.h>
@@ -15,18 +16,12 @@ namespace {
 
 using arguments::RotatedList;
 using at::Tensor;
-using meta::has_symbolic_sizes;
-
-bool any_symbolic(const Rotation& rotation) {
-  return has_symbolic_sizes(rotation.cos) || has_symbolic_sizes(rotation.sin) ||
-      (rotation.positions.has_value() && has_symbolic_sizes(*rotation.positions));
-}
 
 /// `check_arguments(op, rotation, inputs)` where all sizes are numbers.
 template <typename Check>
 void check(const Check& check_arguments, const char* op, const Rotation& rotation, RotatedList inputs) {
-  const bool symbolic = any_symbolic(rotation) ||
-      std::any_of(inputs.begin(), inputs.end(), [](const auto& input) { return has_symbolic_sizes(input.tensor); });
+  const bool symbolic = meta::any_symbol(rotation) ||
+      std::any_of(inputs.begin(), inputs.end(), [](const auto& input) { return meta::is_symbol(input.tensor); });
   if (!symbolic) {
     check_arguments(op, rotation, inputs);
   }
@@ -57,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor> rotary_embedding_qkv_meta(
     int64_t num_kv_heads) {
   constexpr const char* kOp = "posenc::rotary_embedding_qkv";
   arguments::check_head_counts(kOp, num_q_heads, num_kv_heads);
-  if (!has_symbolic_sizes(qkv) && !any_symbolic(rotation)) {
+  if (!meta::any_symbol(qkv, rotation)) {
     const arguments::PackedViews views = arguments::packed_views(kOp, "qkv", qkv, num_q_heads, num_kv_heads);
     arguments::check_rotary(kOp, rotation, {{"qkv", views.q}, {"qkv", views.k}});
   }
@@ -73,17 +68,12 @@ std::tuple<Tensor, Tensor, Tensor> rotary_embedding_qkv_meta(
   return {output(num_q_heads), output(num_kv_heads), output(num_kv_heads)};
 }
 
-Tensor rotary_embedding_pack_meta(
-    const Rotation& rotation,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    bool stacked) {
-  if (!meta::any_symbolic({q, k, v}) && !any_symbolic(rotation)) {
-    arguments::check_rotary_pack("posenc::rotary_embedding_pack", rotation, {q, k, v}, stacked);
+Tensor rotary_embedding_pack_meta(const PackRotation& rotation, const Tensor& q, const Tensor& k, const Tensor& v) {
+  if (!meta::any_symbol(q, k, v, rotation)) {
+    arguments::check_rotary_pack("posenc::rotary_embedding_pack", rotation, {q, k, v});
   }
   std::vector<c10::SymInt> sizes = q.sym_sizes().slice(0, q.dim() - 2).vec();
-  if (stacked) {
+  if (rotation.stacked) {
     sizes.emplace_back(3);
     sizes.push_back(q.sym_size(-2));
     sizes.push_back(q.sym_size(-1));
@@ -104,13 +94,13 @@ std::tuple<Tensor, Tensor> rotary_embedding_tables_backward_meta(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, Meta, m) {
-  m.impl("rotary_embedding", rotary_kernel<rotary_embedding_meta>);
-  m.impl("rotary_embedding_", rotary_kernel<rotary_embedding_meta_>);
-  m.impl("rotary_embedding_qk", rotary_kernel<rotary_embedding_qk_meta>);
-  m.impl("rotary_embedding_qk_", rotary_kernel<rotary_embedding_qk_meta_>);
-  m.impl("rotary_embedding_qkv", rotary_kernel<rotary_embedding_qkv_meta>);
-  m.impl("rotary_embedding_pack", rotary_pack_kernel<rotary_embedding_pack_meta>);
-  m.impl("rotary_embedding_tables_backward", rotary_kernel<rotary_embedding_tables_backward_meta>);
+  m.impl("rotary_embedding", kernel<rotary_embedding_meta>);
+  m.impl("rotary_embedding_", kernel<rotary_embedding_meta_>);
+  m.impl("rotary_embedding_qk", kernel<rotary_embedding_qk_meta>);
+  m.impl("rotary_embedding_qk_", kernel<rotary_embedding_qk_meta_>);
+  m.impl("rotary_embedding_qkv", kernel<rotary_embedding_qkv_meta>);
+  m.impl("rotary_embedding_pack", kernel<rotary_embedding_pack_meta>);
+  m.impl("rotary_embedding_tables_backward", kernel<rotary_embedding_tables_backward_meta>);
 }
 
 }  // namespace posenc

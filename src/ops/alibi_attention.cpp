@@ -39,43 +39,28 @@ TORCH_LIBRARY_FRAGMENT(posenc, m) {
 }
 
 namespace dispatch {
-namespace {
-
-/// Calls the operator whose implementations have the type of `Function`.
-template <auto Function, typename Arguments>
-auto call(const char* name, const SymbolicAttentionOptions& o, const Arguments& arguments) {
-  static const auto op = find_operator<decltype(AttentionKernel<Function>::call)>(name);
-  return std::apply(
-      [&o](const auto&... members) {
-        return op.call(
-            members..., o.scale, o.causal, o.query_offset, o.seqlens_q, o.seqlens_k, o.cu_seqlens_q, o.cu_seqlens_k,
-            o.max_seqlen_q, o.max_seqlen_k);
-      },
-      arguments.flat());
-}
-
-}  // namespace
 
 std::tuple<Tensor, Tensor> alibi_attention(const SymbolicAttentionOptions& options, const AttentionTensors& inputs) {
-  return call<&alibi_attention>("posenc::alibi_attention", options, inputs);
+  return call_operator<&alibi_attention>("posenc::alibi_attention", options, inputs);
 }
 
 AttentionGradients alibi_attention_backward(
     const SymbolicAttentionOptions& options,
-    const AttentionBackwardArguments& arguments) {
-  return call<&alibi_attention_backward>("posenc::alibi_attention_backward", options, arguments);
+    const AttentionBackwardArguments& arguments,
+    bool slopes_grad) {
+  return call_operator<&alibi_attention_backward>("posenc::alibi_attention_backward", options, arguments, slopes_grad);
 }
 
 AttentionSecondGradients alibi_attention_double_backward(
     const SymbolicAttentionOptions& options,
     const AttentionDoubleBackwardArguments& arguments) {
-  return call<&alibi_attention_double_backward>("posenc::alibi_attention_double_backward", options, arguments);
+  return call_operator<&alibi_attention_double_backward>("posenc::alibi_attention_double_backward", options, arguments);
 }
 
 Tensor alibi_attention_slope_sums(
     const SymbolicAttentionOptions& options,
     const AttentionSlopeSumsArguments& arguments) {
-  return call<&alibi_attention_slope_sums>("posenc::alibi_attention_slope_sums", options, arguments);
+  return call_operator<&alibi_attention_slope_sums>("posenc::alibi_attention_slope_sums", options, arguments);
 }
 
 }  // namespace dispatch

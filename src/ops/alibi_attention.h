@@ -6,10 +6,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/SymInt.h>
 
-#include <optional>
 #include <tuple>
-#include <type_traits>
-#include <utility>
 
 // The operators of attention below the public function. All take their options first, as one struct, in which integers
 // may be symbols of a graph that is being traced.
@@ -49,7 +46,8 @@ std::tuple<at::Tensor, at::Tensor> alibi_attention(
 ///   unless `slopes_grad`.
 AttentionGradients alibi_attention_backward(
     const SymbolicAttentionOptions& options,
-    const AttentionBackwardArguments& arguments);
+    const AttentionBackwardArguments& arguments,
+    bool slopes_grad);
 
 /// The gradients of `alibi_attention_backward` from gradients of its results, by the formulas of
 /// attention/second_order.h: in memory that grows with Sq + Sk.
@@ -77,49 +75,5 @@ at::Tensor alibi_attention_slope_sums(
     const AttentionSlopeSumsArguments& arguments);
 
 }  // namespace dispatch
-
-/// An implementation `Result Function(const AttentionOptions<Int>&, const Arguments&)` as the dispatcher calls it: the
-/// static function `call` takes the members of the arguments, then those of the options.
-template <auto Function>
-struct AttentionKernel;
-
-namespace detail {
-
-/// Numbers by value, all else by reference.
-template <typename T>
-using Parameter = std::conditional_t<std::is_arithmetic_v<std::decay_t<T>>, std::decay_t<T>, T>;
-
-template <auto Function, typename Result, typename Int, typename Arguments, typename Members>
-struct AttentionKernelOf;
-
-template <auto Function, typename Result, typename Int, typename Arguments, typename... Members>
-struct AttentionKernelOf<Function, Result, Int, Arguments, std::tuple<Members...>> {
-  static Result call(
-      Parameter<Members>... members,
-      std::optional<double> scale,
-      bool causal,
-      std::optional<Int> query_offset,
-      const std::optional<at::Tensor>& seqlens_q,
-      const std::optional<at::Tensor>& seqlens_k,
-      const std::optional<at::Tensor>& cu_seqlens_q,
-      const std::optional<at::Tensor>& cu_seqlens_k,
-      std::optional<Int> max_seqlen_q,
-      std::optional<Int> max_seqlen_k) {
-    return Function(
-        {scale, causal, std::move(query_offset), seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k,
-         std::move(max_seqlen_q), std::move(max_seqlen_k)},
-        Arguments{members...});
-  }
-};
-
-}  // namespace detail
-
-template <
-    typename Result,
-    typename Int,
-    typename Arguments,
-    Result (*Function)(const arguments::AttentionOptions<Int>&, const Arguments&)>
-struct AttentionKernel<Function>
-    : detail::AttentionKernelOf<Function, Result, Int, Arguments, decltype(std::declval<Arguments>().flat())> {};
 
 }  // namespace posenc

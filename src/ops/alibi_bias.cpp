@@ -6,8 +6,6 @@
 
 #include <torch/library.h>
 
-#include <utility>
-
 namespace posenc {
 
 using arguments::check_defined;
@@ -31,16 +29,29 @@ TORCH_LIBRARY_FRAGMENT(posenc, m) {
       {at::Tag::pt2_compliant_tag});
 }
 
-Tensor alibi_bias_symint(
-    const Tensor& slopes,
-    c10::SymInt q_len,
-    c10::SymInt k_len,
-    bool causal,
-    at::ScalarType dtype,
-    std::optional<c10::SymInt> query_offset) {
-  static const auto op = find_operator<decltype(alibi_bias_symint)>("posenc::alibi_bias");
-  return op.call(slopes, std::move(q_len), std::move(k_len), causal, dtype, std::move(query_offset));
+namespace dispatch {
+
+Tensor alibi_bias(const AlibiBiasArguments<c10::SymInt>& arguments) {
+  return call_operator<&alibi_bias>("posenc::alibi_bias", arguments);
 }
+
+Tensor alibi_add(const AlibiAddArguments<c10::SymInt>& arguments) {
+  return call_operator<&alibi_add>("posenc::alibi_add", arguments);
+}
+
+void alibi_add_(const AlibiAddArguments<c10::SymInt>& arguments) {
+  call_operator<&alibi_add_>("posenc::alibi_add_", arguments);
+}
+
+Tensor alibi_mask(const AlibiMaskArguments<c10::SymInt>& arguments) {
+  return call_operator<&alibi_mask>("posenc::alibi_mask", arguments);
+}
+
+Tensor alibi_slopes_backward(const AlibiSlopesBackwardArguments<c10::SymInt>& arguments) {
+  return call_operator<&alibi_slopes_backward>("posenc::alibi_slopes_backward", arguments);
+}
+
+}  // namespace dispatch
 
 Tensor alibi_bias(
     const Tensor& slopes,
@@ -50,42 +61,18 @@ Tensor alibi_bias(
     at::ScalarType dtype,
     std::optional<int64_t> query_offset) {
   check_defined("posenc::alibi_bias", "slopes", slopes);
-  return alibi_bias_symint(slopes, q_len, k_len, causal, dtype, query_offset);
-}
-
-Tensor alibi_add_symint(
-    const Tensor& scores,
-    const Tensor& slopes,
-    bool causal,
-    std::optional<c10::SymInt> query_offset) {
-  static const auto op = find_operator<decltype(alibi_add_symint)>("posenc::alibi_add");
-  return op.call(scores, slopes, causal, std::move(query_offset));
-}
-
-void alibi_add_symint_(Tensor& scores, const Tensor& slopes, bool causal, std::optional<c10::SymInt> query_offset) {
-  static const auto op = find_operator<decltype(alibi_add_symint_)>("posenc::alibi_add_");
-  op.call(scores, slopes, causal, std::move(query_offset));
-}
-
-Tensor alibi_mask(const Tensor& grad, std::optional<c10::SymInt> query_offset) {
-  static const auto op = find_operator<decltype(alibi_mask)>("posenc::alibi_mask");
-  return op.call(grad, std::move(query_offset));
+  return dispatch::alibi_bias({slopes, q_len, k_len, causal, dtype, query_offset});
 }
 
 Tensor alibi_add(const Tensor& scores, const Tensor& slopes, bool causal, std::optional<int64_t> query_offset) {
   check_defined("posenc::alibi_add", "scores", scores);
-  return alibi_add_symint(scores, slopes, causal, query_offset);
+  return dispatch::alibi_add({scores, slopes, causal, query_offset});
 }
 
 Tensor& alibi_add_(Tensor& scores, const Tensor& slopes, bool causal, std::optional<int64_t> query_offset) {
   check_defined("posenc::alibi_add_", "scores", scores);
-  alibi_add_symint_(scores, slopes, causal, query_offset);
+  dispatch::alibi_add_({scores, slopes, causal, query_offset});
   return scores;
-}
-
-Tensor alibi_slopes_backward(const Tensor& grad, bool causal, std::optional<c10::SymInt> query_offset) {
-  static const auto op = find_operator<decltype(alibi_slopes_backward)>("posenc::alibi_slopes_backward");
-  return op.call(grad, causal, std::move(query_offset));
 }
 
 }  // namespace posenc

@@ -1,36 +1,30 @@
 #pragma once
 
+#include <arguments/alibi.h>
+
 #include <ATen/core/Tensor.h>
 #include <c10/core/SymInt.h>
 
-#include <optional>
-
+// The operators of the ALiBi bias below the public functions.
 namespace posenc {
 
-/// `alibi_bias` with lengths and an offset that may still be symbols, as under torch.compile with dynamic shapes.
-at::Tensor alibi_bias_symint(
-    const at::Tensor& slopes,
-    c10::SymInt q_len,
-    c10::SymInt k_len,
-    bool causal,
-    at::ScalarType dtype,
-    std::optional<c10::SymInt> query_offset);
+using arguments::AlibiAddArguments;
+using arguments::AlibiBiasArguments;
+using arguments::AlibiMaskArguments;
+using arguments::AlibiSlopesBackwardArguments;
 
-/// `alibi_add` and `alibi_add_` with an offset that may still be a symbol, as under torch.compile.
-at::Tensor alibi_add_symint(
-    const at::Tensor& scores,
-    const at::Tensor& slopes,
-    bool causal,
-    std::optional<c10::SymInt> query_offset);
-void alibi_add_symint_(
-    at::Tensor& scores,
-    const at::Tensor& slopes,
-    bool causal,
-    std::optional<c10::SymInt> query_offset);
+// Calls through the dispatcher. `posenc/alibi.h` documents those that users call too.
+namespace dispatch {
 
-/// `grad`, zero where the causal mask of `alibi_add` hides the key: what is left of a gradient of scores. Shape and
+at::Tensor alibi_bias(const AlibiBiasArguments<c10::SymInt>& arguments);
+at::Tensor alibi_add(const AlibiAddArguments<c10::SymInt>& arguments);
+
+/// Overwrites `scores`. It returns nothing: torch.compile accepts no operator that returns its argument.
+void alibi_add_(const AlibiAddArguments<c10::SymInt>& arguments);
+
+/// `grad`, zero where the causal mask of `alibi_add` hides the key: the gradient of the scores. Shape and
 /// `query_offset` are those of `alibi_add`.
-at::Tensor alibi_mask(const at::Tensor& grad, std::optional<c10::SymInt> query_offset);
+at::Tensor alibi_mask(const AlibiMaskArguments<c10::SymInt>& arguments);
 
 /// The gradient of `alibi_bias` and `alibi_add` with respect to slopes:
 ///
@@ -38,8 +32,9 @@ at::Tensor alibi_mask(const at::Tensor& grad, std::optional<c10::SymInt> query_o
 ///
 /// with `causal` over the keys that the query sees. Deterministic.
 ///
-/// @param grad  of the bias or the sum: `[B, H, Sq, Sk]` or `[H, Sq, Sk]`, any strides.
+/// @param arguments  `grad` is the gradient of the bias or the sum: `[B, H, Sq, Sk]` or `[H, Sq, Sk]`, any strides.
 /// @return `[H]`: float64 for float64, float32 for all others.
-at::Tensor alibi_slopes_backward(const at::Tensor& grad, bool causal, std::optional<c10::SymInt> query_offset);
+at::Tensor alibi_slopes_backward(const AlibiSlopesBackwardArguments<c10::SymInt>& arguments);
 
+}  // namespace dispatch
 }  // namespace posenc

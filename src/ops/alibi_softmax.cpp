@@ -5,8 +5,6 @@
 
 #include <torch/library.h>
 
-#include <utility>
-
 namespace posenc {
 
 using arguments::check_defined;
@@ -23,16 +21,17 @@ TORCH_LIBRARY_FRAGMENT(posenc, m) {
       {at::Tag::pt2_compliant_tag});
 }
 
-Tensor alibi_softmax_symint(
-    const Tensor& scores,
-    const Tensor& slopes,
-    double scale,
-    bool causal,
-    const std::optional<Tensor>& key_padding_mask,
-    std::optional<c10::SymInt> query_offset) {
-  static const auto op = find_operator<decltype(alibi_softmax_symint)>("posenc::alibi_softmax");
-  return op.call(scores, slopes, scale, causal, key_padding_mask, std::move(query_offset));
+namespace dispatch {
+
+Tensor alibi_softmax(const AlibiSoftmaxArguments<c10::SymInt>& arguments) {
+  return call_operator<&alibi_softmax>("posenc::alibi_softmax", arguments);
 }
+
+std::tuple<Tensor, Tensor> alibi_softmax_backward(const AlibiSoftmaxBackwardArguments<c10::SymInt>& arguments) {
+  return call_operator<&alibi_softmax_backward>("posenc::alibi_softmax_backward", arguments);
+}
+
+}  // namespace dispatch
 
 Tensor alibi_softmax(
     const Tensor& scores,
@@ -42,18 +41,7 @@ Tensor alibi_softmax(
     const std::optional<Tensor>& key_padding_mask,
     std::optional<int64_t> query_offset) {
   check_defined("posenc::alibi_softmax", "scores", scores);
-  return alibi_softmax_symint(scores, slopes, scale, causal, key_padding_mask, query_offset);
-}
-
-std::tuple<Tensor, Tensor> alibi_softmax_backward(
-    const Tensor& grad,
-    const Tensor& probs,
-    double scale,
-    bool causal,
-    std::optional<c10::SymInt> query_offset,
-    bool slopes_grad) {
-  static const auto op = find_operator<decltype(alibi_softmax_backward)>("posenc::alibi_softmax_backward");
-  return op.call(grad, probs, scale, causal, std::move(query_offset), slopes_grad);
+  return dispatch::alibi_softmax({scores, slopes, scale, causal, key_padding_mask, query_offset});
 }
 
 }  // namespace posenc

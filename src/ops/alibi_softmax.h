@@ -1,21 +1,23 @@
 #pragma once
 
+#include <arguments/alibi.h>
+
 #include <ATen/core/Tensor.h>
 #include <c10/core/SymInt.h>
 
-#include <optional>
 #include <tuple>
 
+// `alibi_softmax` and its backward below the public function.
 namespace posenc {
 
-/// `alibi_softmax` with an offset that may still be a symbol, as under torch.compile.
-at::Tensor alibi_softmax_symint(
-    const at::Tensor& scores,
-    const at::Tensor& slopes,
-    double scale,
-    bool causal,
-    const std::optional<at::Tensor>& key_padding_mask,
-    std::optional<c10::SymInt> query_offset);
+using arguments::AlibiSoftmaxArguments;
+using arguments::AlibiSoftmaxBackwardArguments;
+
+// Calls through the dispatcher.
+namespace dispatch {
+
+/// `posenc::alibi_softmax`.
+at::Tensor alibi_softmax(const AlibiSoftmaxArguments<c10::SymInt>& arguments);
 
 /// The gradients of `alibi_softmax` from its result `probs`. With `slopes_grad`, P are `probs` divided by their sum
 /// over the keys, otherwise `probs` themselves. With r the sum of `grad * P` over the keys,
@@ -29,12 +31,7 @@ at::Tensor alibi_softmax_symint(
 ///
 /// @return `(dscores, dslopes)`; the second is `[H]`, float64 for float64, float32 for all others, and undefined
 ///   unless `slopes_grad`.
-std::tuple<at::Tensor, at::Tensor> alibi_softmax_backward(
-    const at::Tensor& grad,
-    const at::Tensor& probs,
-    double scale,
-    bool causal,
-    std::optional<c10::SymInt> query_offset,
-    bool slopes_grad);
+std::tuple<at::Tensor, at::Tensor> alibi_softmax_backward(const AlibiSoftmaxBackwardArguments<c10::SymInt>& arguments);
 
+}  // namespace dispatch
 }  // namespace posenc

@@ -1,21 +1,22 @@
 #include <ops/context_parallel_alibi_attention.h>
 
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/library.h>
+#include <ops/dispatch.h>
+#include <posenc/context_parallel_alibi_attention.h>
 #ifdef USE_DISTRIBUTED
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <context_parallel/group.h>
 #endif
+
+#include <torch/library.h>
+
+#include <string>
 
 namespace posenc {
 namespace {
 
 using at::Tensor;
 
-/// The overload of an operator that takes a `Group`.
-template <typename Group>
-constexpr const char* kOverload = "group";
-template <>
-constexpr const char* kOverload<std::string> = "";
+constexpr const char* kForward = "posenc::context_parallel_alibi_attention";
+constexpr const char* kBackward = "posenc::context_parallel_alibi_attention_backward";
 
 }  // namespace
 
@@ -29,73 +30,24 @@ TORCH_LIBRARY_FRAGMENT(posenc, m) {
       "Tensor slopes, Tensor out, Tensor lse, str group_name, *, float? scale=None, bool causal=False, "
       "bool[4] grad_mask=[True, True, True, True]) -> (Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
-#ifdef USE_DISTRIBUTED
-  m.def(
-      "context_parallel_alibi_attention.group(Tensor q, Tensor k, Tensor v, Tensor slopes, "
-      "__torch__.torch.classes.c10d.ProcessGroup group, *, float? scale=None, bool causal=False) -> "
-      "(Tensor out, Tensor lse)");
-  m.def(
-      "context_parallel_alibi_attention_backward.group(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, "
-      "Tensor v, Tensor slopes, Tensor out, Tensor lse, __torch__.torch.classes.c10d.ProcessGroup group, *, "
-      "float? scale=None, bool causal=False, bool[4] grad_mask=[True, True, True, True]) -> "
-      "(Tensor, Tensor, Tensor, Tensor)");
-#endif
 }
 
-template <typename Group>
-std::tuple<Tensor, Tensor> context_parallel_alibi_attention_with_lse(
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& slopes,
-    const Group& group,
-    const ContextParallelALiBiAttentionOptions& o) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("posenc::context_parallel_alibi_attention", kOverload<Group>)
-                             .template typed<decltype(context_parallel_alibi_attention_kernel<
-                                                      context_parallel_alibi_attention_with_lse<Group>, Group>)>();
-  return op.call(q, k, v, slopes, group, o.scale(), o.causal());
+namespace dispatch {
+
+std::tuple<Tensor, Tensor> context_parallel_alibi_attention(
+    const ContextParallelOptions& options,
+    const AttentionTensors& inputs) {
+  return call_operator<&context_parallel_alibi_attention>(kForward, options, inputs);
 }
 
-template <typename Group>
-std::tuple<Tensor, Tensor, Tensor, Tensor> context_parallel_alibi_attention_backward(
-    const Tensor& grad_out,
-    const std::optional<Tensor>& grad_lse,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& slopes,
-    const Tensor& out,
-    const Tensor& lse,
-    const Group& group,
-    const ContextParallelALiBiAttentionOptions& o,
-    std::array<bool, 4> grad_mask) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("posenc::context_parallel_alibi_attention_backward", kOverload<Group>)
-                             .template typed<decltype(context_parallel_alibi_attention_backward_kernel<
-                                                      context_parallel_alibi_attention_backward<Group>, Group>)>();
-  return op.call(grad_out, grad_lse, q, k, v, slopes, out, lse, group, o.scale(), o.causal(), grad_mask);
+AttentionGradients context_parallel_alibi_attention_backward(
+    const AttentionGradMask& mask,
+    const AttentionBackwardArguments& arguments,
+    const ContextParallelOptions& options) {
+  return call_operator<&context_parallel_alibi_attention_backward>(kBackward, mask, arguments, options);
 }
 
-template std::tuple<Tensor, Tensor> context_parallel_alibi_attention_with_lse(
-    const Tensor&,
-    const Tensor&,
-    const Tensor&,
-    const Tensor&,
-    const std::string&,
-    const ContextParallelALiBiAttentionOptions&);
-template std::tuple<Tensor, Tensor, Tensor, Tensor> context_parallel_alibi_attention_backward(
-    const Tensor&,
-    const std::optional<Tensor>&,
-    const Tensor&,
-    const Tensor&,
-    const Tensor&,
-    const Tensor&,
-    const Tensor&,
-    const Tensor&,
-    const std::string&,
-    const ContextParallelALiBiAttentionOptions&,
-    std::array<bool, 4>);
+}  // namespace dispatch
 
 Tensor context_parallel_alibi_attention(
     const Tensor& q,
@@ -104,49 +56,49 @@ Tensor context_parallel_alibi_attention(
     const Tensor& slopes,
     const std::string& group_name,
     const ContextParallelALiBiAttentionOptions& options) {
-  return std::get<0>(context_parallel_alibi_attention_with_lse(q, k, v, slopes, group_name, options));
+  return std::get<0>(
+      dispatch::context_parallel_alibi_attention({group_name, options.scale(), options.causal()}, {q, k, v, slopes}));
 }
 
+Tensor context_parallel_alibi_attention(
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& v,
+    const Tensor& slopes,
+    const c10::intrusive_ptr<c10d::ProcessGroup>& group,
+    const ContextParallelALiBiAttentionOptions& options) {
 #ifdef USE_DISTRIBUTED
-template std::tuple<Tensor, Tensor> context_parallel_alibi_attention_with_lse(
-    const Tensor&,
-    const Tensor&,
-    const Tensor&,
-    const Tensor&,
-    const ProcessGroup&,
-    const ContextParallelALiBiAttentionOptions&);
-template std::tuple<Tensor, Tensor, Tensor, Tensor> context_parallel_alibi_attention_backward(
-    const Tensor&,
-    const std::optional<Tensor>&,
-    const Tensor&,
-    const Tensor&,
-    const Tensor&,
-    const Tensor&,
-    const Tensor&,
-    const Tensor&,
-    const ProcessGroup&,
-    const ContextParallelALiBiAttentionOptions&,
-    std::array<bool, 4>);
-
-Tensor context_parallel_alibi_attention(
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& slopes,
-    const ProcessGroup& group,
-    const ContextParallelALiBiAttentionOptions& options) {
-  return std::get<0>(context_parallel_alibi_attention_with_lse(q, k, v, slopes, group, options));
-}
+  return context_parallel_alibi_attention(q, k, v, slopes, context_parallel::name_of_group(kForward, group), options);
 #else
-Tensor context_parallel_alibi_attention(
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& slopes,
-    const c10::intrusive_ptr<c10d::ProcessGroup>& /*group*/,
-    const ContextParallelALiBiAttentionOptions& options) {
-  // Says that there are no groups.
-  return context_parallel_alibi_attention(q, k, v, slopes, std::string(), options);
+  return context_parallel_alibi_attention(q, k, v, slopes, std::string(), options);  // which refuses the call
+#endif
+}
+
+#ifndef USE_DISTRIBUTED
+namespace {
+
+[[noreturn]] void refuse(const char* op) {
+  TORCH_CHECK(false, op, ": expected a LibTorch with process groups, got one that was built without c10d");
+}
+
+std::tuple<Tensor, Tensor> refuse_forward(
+    const ContextParallelOptions& /*options*/,
+    const AttentionTensors& /*inputs*/) {
+  refuse(kForward);
+}
+
+AttentionGradients refuse_backward(
+    const AttentionGradMask& /*mask*/,
+    const AttentionBackwardArguments& /*arguments*/,
+    const ContextParallelOptions& /*options*/) {
+  refuse(kBackward);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(posenc, CompositeExplicitAutograd, m) {
+  m.impl("context_parallel_alibi_attention", kernel<refuse_forward>);
+  m.impl("context_parallel_alibi_attention_backward", kernel<refuse_backward>);
 }
 #endif
 

@@ -5,8 +5,6 @@
 
 #include <torch/library.h>
 
-#include <utility>
-
 namespace posenc {
 
 using at::Tensor;
@@ -27,23 +25,16 @@ TORCH_LIBRARY_FRAGMENT(posenc, m) {
 
 namespace dispatch {
 
-std::tuple<Tensor, Tensor> qk_norm_rotary_embedding(const QKNormRotation& a, const Tensor& q, const Tensor& k) {
-  static const auto op =
-      find_operator<decltype(qk_norm_rotary_kernel<&qk_norm_rotary_embedding>)>("posenc::qk_norm_rotary_embedding");
-  const Rotation& r = a.rotation;
-  return op.call(
-      q, k, a.q_weight, a.k_weight, r.cos, r.sin, r.positions, a.eps, a.unit_offset, r.interleaved, r.conjugate,
-      r.pair_axes);
+std::tuple<Tensor, Tensor> qk_norm_rotary_embedding(const QKNormRotation& rotation, const Tensor& q, const Tensor& k) {
+  return call_operator<&qk_norm_rotary_embedding>("posenc::qk_norm_rotary_embedding", rotation, q, k);
 }
 
-QKNormRotaryGradients qk_norm_rotary_embedding_backward(const QKNormRotation& a, const QKNormRotaryGradInputs& in) {
-  static const auto op = find_operator<decltype(qk_norm_rotary_backward_kernel<&qk_norm_rotary_embedding_backward>)>(
-      "posenc::qk_norm_rotary_embedding_backward");
-  const Rotation& r = a.rotation;
-  auto [dq, dk, dq_weight, dk_weight] = op.call(
-      in.grad_q, in.grad_k, in.q, in.k, a.q_weight, a.k_weight, r.cos, r.sin, r.positions, a.eps, a.unit_offset,
-      r.interleaved, r.conjugate, r.pair_axes, in.weights_grad);
-  return {std::move(dq), std::move(dk), std::move(dq_weight), std::move(dk_weight)};
+QKNormRotaryGradients qk_norm_rotary_embedding_backward(
+    const QKNormRotaryGradMask& mask,
+    const QKNormRotaryGradInputs& inputs,
+    const QKNormRotation& rotation) {
+  return call_operator<&qk_norm_rotary_embedding_backward>(
+      "posenc::qk_norm_rotary_embedding_backward", mask, inputs, rotation);
 }
 
 }  // namespace dispatch
@@ -62,7 +53,7 @@ std::tuple<Tensor, Tensor> qk_norm_rotary_embedding(
     bool conjugate,
     at::IntArrayRef pair_axes) {
   return dispatch::qk_norm_rotary_embedding(
-      {{cos, sin, positions, interleaved, conjugate, pair_axes}, q_weight, k_weight, eps, unit_offset}, q, k);
+      {q_weight, k_weight, cos, sin, positions, eps, unit_offset, interleaved, conjugate, pair_axes}, q, k);
 }
 
 }  // namespace posenc

@@ -6,13 +6,35 @@
 
 #include <optional>
 #include <tuple>
-#include <utility>
 
 // `qk_norm_rotary_embedding` and its backward below the dispatcher: their common arguments are one struct.
 namespace posenc {
 
-/// The arguments that both have beside q, k and gradients, as `posenc/qk_norm_rotary_embedding.h` documents them.
+/// The arguments of `qk_norm_rotary_embedding` beside q and k, as `posenc/qk_norm_rotary_embedding.h` documents them.
+/// It refers to the tensors of the call.
 struct QKNormRotation {
+  QKNormRotation(
+      const at::Tensor& weight_of_q,
+      const at::Tensor& weight_of_k,
+      const at::Tensor& cos,
+      const at::Tensor& sin,
+      const std::optional<at::Tensor>& positions,
+      double epsilon,
+      bool has_unit_offset,
+      bool interleaved,
+      bool conjugate,
+      at::IntArrayRef pair_axes)
+      : rotation{cos, sin, positions, interleaved, conjugate, pair_axes},
+        q_weight(weight_of_q),
+        k_weight(weight_of_k),
+        eps(epsilon),
+        unit_offset(has_unit_offset) {}
+
+  auto flat() const {
+    const auto& [cos, sin, positions, interleaved, conjugate, pair_axes] = rotation;
+    return std::tie(q_weight, k_weight, cos, sin, positions, eps, unit_offset, interleaved, conjugate, pair_axes);
+  }
+
   Rotation rotation;
   const at::Tensor& q_weight;
   const at::Tensor& k_weight;
@@ -20,65 +42,31 @@ struct QKNormRotation {
   bool unit_offset;
 };
 
-/// An implementation `kFunction(const QKNormRotation&, q, k)` with the C++ signature of the schema.
-template <auto kFunction>
-std::tuple<at::Tensor, at::Tensor> qk_norm_rotary_kernel(
-    const at::Tensor& q,
-    const at::Tensor& k,
-    const at::Tensor& q_weight,
-    const at::Tensor& k_weight,
-    const at::Tensor& cos,
-    const at::Tensor& sin,
-    const std::optional<at::Tensor>& positions,
-    double eps,
-    bool unit_offset,
-    bool interleaved,
-    bool conjugate,
-    at::IntArrayRef pair_axes) {
-  return kFunction(
-      {{cos, sin, positions, interleaved, conjugate, pair_axes}, q_weight, k_weight, eps, unit_offset}, q, k);
-}
-
 /// The gradients of q, k, q_weight and k_weight, each of the shape and dtype of that tensor. Those of q and q_weight
 /// are undefined where `grad_q` is absent, those of k and k_weight where `grad_k` is. Those of the weights are
 /// undefined unless `weights_grad`.
 struct QKNormRotaryGradients {
   at::Tensor q, k, q_weight, k_weight;
+
+  auto flat() { return std::tie(q, k, q_weight, k_weight); }
 };
 
-/// The arguments of `qk_norm_rotary_embedding_backward` beside `QKNormRotation`.
+/// The inputs of `qk_norm_rotary_embedding_backward`.
 struct QKNormRotaryGradInputs {
   const std::optional<at::Tensor>& grad_q;  // of the outputs; nullopt or undefined means zero
   const std::optional<at::Tensor>& grad_k;
   const at::Tensor& q;
   const at::Tensor& k;
-  bool weights_grad;  // whether dq_weight and dk_weight are asked for
+
+  auto flat() const { return std::tie(grad_q, grad_k, q, k); }
 };
 
-/// An implementation `kFunction(const QKNormRotation&, const QKNormRotaryGradInputs&)` with the C++ signature of the
-/// schema of `qk_norm_rotary_embedding_backward`.
-template <auto kFunction>
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> qk_norm_rotary_backward_kernel(
-    const std::optional<at::Tensor>& grad_q,
-    const std::optional<at::Tensor>& grad_k,
-    const at::Tensor& q,
-    const at::Tensor& k,
-    const at::Tensor& q_weight,
-    const at::Tensor& k_weight,
-    const at::Tensor& cos,
-    const at::Tensor& sin,
-    const std::optional<at::Tensor>& positions,
-    double eps,
-    bool unit_offset,
-    bool interleaved,
-    bool conjugate,
-    at::IntArrayRef pair_axes,
-    bool weights_grad) {
-  QKNormRotaryGradients gradients = kFunction(
-      {{cos, sin, positions, interleaved, conjugate, pair_axes}, q_weight, k_weight, eps, unit_offset},
-      {grad_q, grad_k, q, k, weights_grad});
-  return {std::move(gradients.q), std::move(gradients.k), std::move(gradients.q_weight), std::move(gradients.k_weight)};
-}
+/// The option of `qk_norm_rotary_embedding_backward` alone.
+struct QKNormRotaryGradMask {
+  bool weights_grad;  // whether dq_weight and dk_weight are computed
+
+  auto flat() const { return std::tie(weights_grad); }
+};
 
 // Calls through the dispatcher.
 namespace dispatch {
@@ -96,8 +84,9 @@ std::tuple<at::Tensor, at::Tensor> qk_norm_rotary_embedding(
 ///
 /// with means over the D channels. Deterministic.
 QKNormRotaryGradients qk_norm_rotary_embedding_backward(
-    const QKNormRotation& rotation,
-    const QKNormRotaryGradInputs& inputs);
+    const QKNormRotaryGradMask& mask,
+    const QKNormRotaryGradInputs& inputs,
+    const QKNormRotation& rotation);
 
 }  // namespace dispatch
 }  // namespace posenc

@@ -32,32 +32,21 @@ TORCH_LIBRARY_FRAGMENT(posenc, m) {
 }
 
 namespace dispatch {
-namespace {
-
-/// Calls the operator `name`, whose implementations have the type of `kFunction`.
-template <auto kFunction, typename... Inputs>
-auto call(const char* name, const Rotation& rotation, Inputs&&... inputs) {
-  using Signature = RotarySignature<kFunction>;
-  static const auto op = find_operator<decltype(Signature::call)>(name);
-  return Signature::dispatch(op, rotation, std::forward<Inputs>(inputs)...);
-}
-
-}  // namespace
 
 Tensor rotary_embedding(const Rotation& rotation, const Tensor& x) {
-  return call<&rotary_embedding>("posenc::rotary_embedding", rotation, x);
+  return call_operator<&rotary_embedding>("posenc::rotary_embedding", rotation, x);
 }
 
 std::tuple<Tensor, Tensor> rotary_embedding_qk(const Rotation& rotation, const Tensor& q, const Tensor& k) {
-  return call<&rotary_embedding_qk>("posenc::rotary_embedding_qk", rotation, q, k);
+  return call_operator<&rotary_embedding_qk>("posenc::rotary_embedding_qk", rotation, q, k);
 }
 
 void rotary_embedding_(const Rotation& rotation, Tensor& x) {
-  call<&rotary_embedding_>("posenc::rotary_embedding_", rotation, x);
+  call_operator<&rotary_embedding_>("posenc::rotary_embedding_", rotation, x);
 }
 
 void rotary_embedding_qk_(const Rotation& rotation, Tensor& q, Tensor& k) {
-  call<&rotary_embedding_qk_>("posenc::rotary_embedding_qk_", rotation, q, k);
+  call_operator<&rotary_embedding_qk_>("posenc::rotary_embedding_qk_", rotation, q, k);
 }
 
 std::tuple<Tensor, Tensor, Tensor> rotary_embedding_qkv(
@@ -65,27 +54,26 @@ std::tuple<Tensor, Tensor, Tensor> rotary_embedding_qkv(
     const Tensor& qkv,
     int64_t num_q_heads,
     int64_t num_kv_heads) {
-  return call<&rotary_embedding_qkv>("posenc::rotary_embedding_qkv", rotation, qkv, num_q_heads, num_kv_heads);
+  return call_operator<&rotary_embedding_qkv>("posenc::rotary_embedding_qkv", rotation, qkv, num_q_heads, num_kv_heads);
 }
 
-Tensor rotary_embedding_pack(const Rotation& r, const Tensor& q, const Tensor& k, const Tensor& v, bool stacked) {
-  static const auto op =
-      find_operator<decltype(rotary_pack_kernel<&rotary_embedding_pack>)>("posenc::rotary_embedding_pack");
-  return op.call(q, k, v, r.cos, r.sin, r.positions, stacked, r.interleaved, r.conjugate, r.pair_axes);
+Tensor rotary_embedding_pack(const PackRotation& rotation, const Tensor& q, const Tensor& k, const Tensor& v) {
+  return call_operator<&rotary_embedding_pack>("posenc::rotary_embedding_pack", rotation, q, k, v);
 }
 
 std::tuple<std::vector<Tensor>, Tensor, Tensor> rotary_embedding_backward(
     const Rotation& rotation,
     at::TensorList grads,
     at::TensorList inputs) {
-  return call<&rotary_embedding_backward>("posenc::rotary_embedding_backward", rotation, grads, inputs);
+  return call_operator<&rotary_embedding_backward>("posenc::rotary_embedding_backward", rotation, grads, inputs);
 }
 
 std::tuple<Tensor, Tensor> rotary_embedding_tables_backward(
     const Rotation& rotation,
     at::TensorList grads,
     at::TensorList inputs) {
-  return call<&rotary_embedding_tables_backward>("posenc::rotary_embedding_tables_backward", rotation, grads, inputs);
+  return call_operator<&rotary_embedding_tables_backward>(
+      "posenc::rotary_embedding_tables_backward", rotation, grads, inputs);
 }
 
 }  // namespace dispatch
@@ -165,7 +153,7 @@ Tensor rotary_embedding_pack(
     bool interleaved,
     bool conjugate,
     at::IntArrayRef pair_axes) {
-  return dispatch::rotary_embedding_pack({cos, sin, positions, interleaved, conjugate, pair_axes}, q, k, v, stacked);
+  return dispatch::rotary_embedding_pack({cos, sin, positions, stacked, interleaved, conjugate, pair_axes}, q, k, v);
 }
 
 }  // namespace posenc

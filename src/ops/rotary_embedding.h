@@ -21,51 +21,31 @@ struct Rotation {
 
   /// The rotation by the negative angles, which is also the gradient of this one.
   Rotation inverse() const { return {cos, sin, positions, interleaved, !conjugate, pair_axes}; }
+
+  auto flat() const { return std::tie(cos, sin, positions, interleaved, conjugate, pair_axes); }
 };
 
-/// An implementation `Result kFunction(const Rotation&, inputs...)` as the dispatcher calls it: `call` has the C++
-/// signature of the schema, and `dispatch` calls an operator of that signature.
-template <auto kFunction>
-struct RotarySignature;
-
-template <typename Result, typename... Inputs, Result (*kFunction)(const Rotation&, Inputs...)>
-struct RotarySignature<kFunction> {
-  static Result call(
-      Inputs... inputs,
+/// The arguments of `rotary_embedding_pack` beside its inputs.
+struct PackRotation {
+  PackRotation(const Rotation& of_parts, bool stacks) : rotation(of_parts), stacked(stacks) {}
+  PackRotation(
       const at::Tensor& cos,
       const at::Tensor& sin,
       const std::optional<at::Tensor>& positions,
+      bool stacks,
       bool interleaved,
       bool conjugate,
-      at::IntArrayRef pair_axes) {
-    return kFunction({cos, sin, positions, interleaved, conjugate, pair_axes}, inputs...);
+      at::IntArrayRef pair_axes)
+      : rotation{cos, sin, positions, interleaved, conjugate, pair_axes}, stacked(stacks) {}
+
+  auto flat() const {
+    const auto& [cos, sin, positions, interleaved, conjugate, pair_axes] = rotation;
+    return std::tie(cos, sin, positions, stacked, interleaved, conjugate, pair_axes);
   }
 
-  template <typename Operator>
-  static Result dispatch(const Operator& op, const Rotation& r, Inputs... inputs) {
-    return op.call(inputs..., r.cos, r.sin, r.positions, r.interleaved, r.conjugate, r.pair_axes);
-  }
+  Rotation rotation;
+  bool stacked;
 };
-
-/// What `torch::Library::impl` takes.
-template <auto kFunction>
-constexpr auto rotary_kernel = &RotarySignature<kFunction>::call;
-
-/// The same of `rotary_embedding_pack`, whose schema has `stacked` before the options of the rotation.
-template <auto kFunction>
-at::Tensor rotary_pack_kernel(
-    const at::Tensor& q,
-    const at::Tensor& k,
-    const at::Tensor& v,
-    const at::Tensor& cos,
-    const at::Tensor& sin,
-    const std::optional<at::Tensor>& positions,
-    bool stacked,
-    bool interleaved,
-    bool conjugate,
-    at::IntArrayRef pair_axes) {
-  return kFunction({cos, sin, positions, interleaved, conjugate, pair_axes}, q, k, v, stacked);
-}
 
 // Calls through the dispatcher. `posenc/rotary_embedding.h` documents those that users call too.
 namespace dispatch {
@@ -87,11 +67,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> rotary_embedding_qkv(
     int64_t num_q_heads,
     int64_t num_kv_heads);
 at::Tensor rotary_embedding_pack(
-    const Rotation& rotation,
+    const PackRotation& rotation,
     const at::Tensor& q,
     const at::Tensor& k,
-    const at::Tensor& v,
-    bool stacked);
+    const at::Tensor& v);
 
 /// All gradients of `rotary_embedding` and `rotary_embedding_qk` in one pass over memory: `grads` rotated by
 /// `rotation.inverse()`, and the results of `rotary_embedding_tables_backward`. Where something requires grad, it calls

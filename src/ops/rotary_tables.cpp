@@ -5,8 +5,6 @@
 
 #include <torch/library.h>
 
-#include <utility>
-
 namespace posenc {
 
 using at::Tensor;
@@ -22,33 +20,26 @@ TORCH_LIBRARY_FRAGMENT(posenc, m) {
       {at::Tag::pt2_compliant_tag});
 }
 
-std::tuple<Tensor, Tensor> rotary_tables_symint(
-    const Tensor& inv_freq,
-    c10::SymInt length,
-    at::ScalarType dtype,
-    double attention_factor) {
-  static const auto op = find_operator<decltype(rotary_tables_symint)>("posenc::rotary_tables");
-  return op.call(inv_freq, std::move(length), dtype, attention_factor);
+namespace dispatch {
+
+std::tuple<Tensor, Tensor> rotary_tables(const FrequenciesArguments<c10::SymInt>& arguments) {
+  return call_operator<&rotary_tables>("posenc::rotary_tables", arguments);
 }
+
+Tensor rotary_tables_backward(const FrequenciesBackwardArguments& arguments) {
+  return call_operator<&rotary_tables_backward>("posenc::rotary_tables_backward", arguments);
+}
+
+}  // namespace dispatch
 
 std::tuple<Tensor, Tensor> rotary_tables(
     const Tensor& inv_freq,
     int64_t length,
     at::ScalarType dtype,
     double attention_factor) {
-  // Without a tensor the dispatcher has no device to go by, and says that rather than what is wrong.
+  // Without a tensor the dispatcher has no device to dispatch on, and its own message does not name the argument.
   TORCH_CHECK(inv_freq.defined(), "posenc::rotary_tables: expected inv_freq to be a tensor, got an undefined one");
-  return rotary_tables_symint(inv_freq, length, dtype, attention_factor);
-}
-
-Tensor rotary_tables_backward(
-    const Tensor& grad_cos,
-    const Tensor& grad_sin,
-    const Tensor& cos,
-    const Tensor& sin,
-    at::ScalarType dtype) {
-  static const auto op = find_operator<decltype(rotary_tables_backward)>("posenc::rotary_tables_backward");
-  return op.call(grad_cos, grad_sin, cos, sin, dtype);
+  return dispatch::rotary_tables({inv_freq, length, dtype, attention_factor});
 }
 
 }  // namespace posenc

@@ -1,18 +1,23 @@
 #pragma once
 
+#include <arguments/rotary_frequencies.h>
+
 #include <ATen/core/Tensor.h>
 #include <c10/core/SymInt.h>
 
 #include <tuple>
 
+// `rotary_tables` and its backward below the public function.
 namespace posenc {
 
-/// `rotary_tables` with a length that may be a symbol: what the dispatcher calls.
-std::tuple<at::Tensor, at::Tensor> rotary_tables_symint(
-    const at::Tensor& inv_freq,
-    c10::SymInt length,
-    at::ScalarType dtype,
-    double attention_factor);
+using arguments::FrequenciesArguments;
+using arguments::FrequenciesBackwardArguments;
+
+// Calls through the dispatcher.
+namespace dispatch {
+
+/// `posenc::rotary_tables`.
+std::tuple<at::Tensor, at::Tensor> rotary_tables(const FrequenciesArguments<c10::SymInt>& arguments);
 
 /// The gradient of `rotary_tables` with respect to `inv_freq`:
 ///
@@ -23,11 +28,7 @@ std::tuple<at::Tensor, at::Tensor> rotary_tables_symint(
 /// @param grad_cos,grad_sin,cos,sin  `[P, R/2]`, float32 or float64, any strides.
 /// @param dtype  of the result, that of `inv_freq`: float32 or float64.
 /// @return `[R/2]`.
-at::Tensor rotary_tables_backward(
-    const at::Tensor& grad_cos,
-    const at::Tensor& grad_sin,
-    const at::Tensor& cos,
-    const at::Tensor& sin,
-    at::ScalarType dtype);
+at::Tensor rotary_tables_backward(const FrequenciesBackwardArguments& arguments);
 
+}  // namespace dispatch
 }  // namespace posenc

@@ -11,17 +11,17 @@
 #include <array>
 #include <tuple>
 
-// How attention enters the graph, on one device or over a group of them.
+// Autograd of attention, on one device or over a process group.
 namespace posenc::autograd {
 
 /// q, k, v and slopes.
 using AttentionInputs = std::array<at::Tensor, 4>;
 
-/// What the backward pass of attention has saved. `Derived` computes it:
+/// Saves inputs and outputs of attention for its backward pass, which `Derived` computes:
 ///
 ///     variable_list gradients(const AttentionInputs& inputs, const variable_list& grads);
 ///
-/// returns the gradients of the inputs from those of output and log-sum-exp, of which one may be undefined.
+/// returns the gradients of the inputs from the gradients of output and log-sum-exp, one of which may be undefined.
 template <typename Derived>
 class AttentionNode : public Node<Derived> {
  public:
@@ -35,7 +35,7 @@ class AttentionNode : public Node<Derived> {
     }
   }
 
-  /// After the node has become the history of both.
+  /// To be called after the node has become the history of both outputs.
   void save(const at::Tensor& out, const at::Tensor& lse) {
     out_ = SavedVariable(out, /*is_output=*/true);
     lse_ = SavedVariable(lse, /*is_output=*/true);
@@ -70,8 +70,8 @@ class AttentionNode : public Node<Derived> {
   SavedVariable out_, lse_;
 };
 
-/// Output and log-sum-exp as `forward` computes them below autograd, with an `AttentionNode` as their history where
-/// one is wanted. `args` go to its constructor after the inputs.
+/// Calls `forward` below autograd and makes a new `Node`, derived from `AttentionNode`, the history of output and
+/// log-sum-exp if a graph is recorded. `args` go to its constructor after the inputs.
 template <typename Node, typename Forward, typename... Args>
 std::tuple<at::Tensor, at::Tensor> record_attention(
     const char* op,
@@ -80,11 +80,9 @@ std::tuple<at::Tensor, at::Tensor> record_attention(
     const Args&... args) {
   check_no_tangents(op, inputs);
   auto outputs = below_autograd(forward);
-  if (any_requires_grad(inputs)) {
-    const auto node = make_node<Node>(inputs, inputs, args...);
-    torch::autograd::set_history(std::get<0>(outputs), node);
-    torch::autograd::set_history(std::get<1>(outputs), node);
-    static_cast<Node&>(*node).save(std::get<0>(outputs), std::get<1>(outputs));
+  const auto& [out, lse] = outputs;
+  if (Node* node = record<Node>(inputs, {out, lse}, inputs, args...)) {
+    node->save(out, lse);
   }
   return outputs;
 }

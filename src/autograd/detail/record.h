@@ -49,6 +49,29 @@ NodePtr make_node(const Tensors& inputs, Args&&... args) {
   return node;
 }
 
+/// Makes a new `Node` the history of `outputs` if a graph is recorded and one of `inputs` requires grad. Gradients flow
+/// to `inputs`, in that order; `args` go to the constructor of the node. The gradient of an undefined output is
+/// undefined.
+/// @return the node, which the outputs own; null if nothing is recorded.
+template <typename Node, typename Tensors, typename... Args>
+Node* record(
+    const Tensors& inputs,
+    std::initializer_list<std::reference_wrapper<const at::Tensor>> outputs,
+    const Args&... args) {
+  if (!any_requires_grad(inputs)) {
+    return nullptr;
+  }
+  const NodePtr node = make_node<Node>(inputs, args...);
+  for (const at::Tensor& output : outputs) {
+    if (output.defined()) {
+      torch::autograd::set_history(output, node);
+    } else {
+      node->add_input_metadata(torch::autograd::Node::undefined_input());
+    }
+  }
+  return static_cast<Node*>(node.get());
+}
+
 /// Refuses forward-mode tangents where an operator does not carry them on.
 inline void check_no_tangent(const char* op, const at::Tensor& tensor) {
   TORCH_CHECK_NOT_IMPLEMENTED(
@@ -74,22 +97,22 @@ void check_no_gradients(const char* op, const Tensors& inputs, const char* advic
 
 /// Records that `outputs` depend on `inputs` and that this has no derivative: asking for one is an error.
 template <typename Tensors>
-void record_no_derivative(const char* op, const Tensors& inputs, std::initializer_list<at::Tensor> outputs) {
-  if (!any_requires_grad(inputs)) {
-    return;
-  }
-  const auto node = make_node<torch::autograd::Error>(
-      inputs, c10::str(op, ": expected gradients that are not differentiated again, got a second derivative"));
-  for (const at::Tensor& output : outputs) {
-    if (output.defined()) {
-      torch::autograd::set_history(output, node);
-    }
-  }
+void record_no_derivative(
+    const char* op,
+    const Tensors& inputs,
+    std::initializer_list<std::reference_wrapper<const at::Tensor>> outputs) {
+  record<torch::autograd::Error>(
+      inputs, outputs, c10::str(op, ": expected gradients that are not differentiated again, got a second derivative"));
 }
 
-/// `positions` as it was before it was saved.
-inline std::optional<at::Tensor> optional_tensor(at::Tensor unpacked) {
-  return unpacked.defined() ? std::optional<at::Tensor>(std::move(unpacked)) : std::nullopt;
+/// An optional argument as a tensor that is undefined where the argument is absent, as saved variables hold it.
+inline at::Tensor or_undefined(const std::optional<at::Tensor>& argument) {
+  return argument.value_or(at::Tensor());
+}
+
+/// The inverse of `or_undefined`.
+inline std::optional<at::Tensor> optional_tensor(at::Tensor tensor) {
+  return tensor.defined() ? std::optional<at::Tensor>(std::move(tensor)) : std::nullopt;
 }
 
 }  // namespace posenc::autograd

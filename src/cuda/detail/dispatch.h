@@ -1,12 +1,13 @@
 #pragma once
 
+#include <cuda/detail/host.h>
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <c10/core/ScalarType.h>
-#include <c10/util/Exception.h>
+#include <type_traits>
 
-// From run-time values to template arguments.
+// From run-time values to template arguments. No torch.
 namespace posenc::cuda {
 
 template <typename T>
@@ -16,20 +17,29 @@ struct Type {
 
 /// Calls `body` with `Type<T>`, T being the CUDA type of `dtype`.
 template <typename Body>
-void for_dtype(at::ScalarType dtype, Body&& body) {
+void for_dtype(DType dtype, Body&& body) {
   switch (dtype) {
-    case at::kHalf:
+    case DType::float16:
       return body(Type<__half>{});
-    case at::kBFloat16:
+    case DType::bfloat16:
       return body(Type<__nv_bfloat16>{});
-    case at::kFloat:
+    case DType::float32:
       return body(Type<float>{});
-    case at::kDouble:
+    case DType::float64:
       return body(Type<double>{});
-    default:
-      TORCH_INTERNAL_ASSERT(false, "no kernel for dtype ", dtype);
   }
 }
+
+/// The same where a dtype is float32 or float64.
+template <typename Body>
+void for_real(DType dtype, Body&& body) {
+  dtype == DType::float64 ? body(Type<double>{}) : body(Type<float>{});
+}
+
+/// Whether a dtype has kernels for special cases (no tail, expanded gradients, axes by vector) beside the general ones.
+/// float64 has not: it serves checks of gradients, and its special cases took 15 % of the time to compile the kernels.
+template <typename T>
+constexpr bool kHasSpecialKernels = sizeof(T) < sizeof(double);
 
 /// Calls `body` with `std::true_type` or `std::false_type`.
 template <typename Body>

@@ -6,25 +6,6 @@
 // Rows of scores in vectors of V. No torch.
 namespace posenc::cuda {
 
-/// V keys from `key` on; with V = 1 any stride will do.
-template <int V, typename T>
-__device__ Vector<T, V> load_keys(const T* row, uint32_t key, int64_t stride) {
-  if constexpr (V == 1) {
-    return {row[key * stride]};
-  } else {
-    return load<V>(row + key);
-  }
-}
-
-template <int V, typename T>
-__device__ void store_keys(T* row, uint32_t key, int64_t stride, const Vector<T, V>& vector) {
-  if constexpr (V == 1) {
-    row[key * stride] = vector[0];
-  } else {
-    store<V>(row + key, vector);
-  }
-}
-
 /// The distance of a key in the arithmetic of the scores: formed in int32.
 template <typename Real>
 __device__ Real distance(int32_t position, uint32_t key) {

@@ -26,6 +26,25 @@ __device__ void store(T* address, const Vector<T, N>& vector) {
   *reinterpret_cast<Vector<T, N>*>(address) = vector;
 }
 
+/// N elements from `index` on, which are contiguous; N = 1 admits any stride.
+template <int N, typename T, typename Index>
+__device__ Vector<T, N> load_strided(const T* data, Index index, int64_t stride) {
+  if constexpr (N == 1) {
+    return {data[index * stride]};
+  } else {
+    return load<N>(data + index);
+  }
+}
+
+template <int N, typename T, typename Index>
+__device__ void store_strided(T* data, Index index, int64_t stride, const Vector<T, N>& vector) {
+  if constexpr (N == 1) {
+    data[index * stride] = vector[0];
+  } else {
+    store<N>(data + index, vector);
+  }
+}
+
 template <int N, typename T>
 __device__ Vector<T, N> splat(T value) {
   Vector<T, N> vector;
