@@ -25,7 +25,7 @@ struct Configuration {
   bool learnable;
 };
 
-/// Of the scores in the softmax: heads of 128.
+/// Scale of the scores in the softmax, for head_dim 128.
 const double kScale = 1 / std::sqrt(128.0);
 
 const char* encoding(const Configuration& c) {
@@ -65,7 +65,7 @@ int64_t tensor_bytes(const Configuration& c) {
 
 using Sizes = std::vector<std::pair<int64_t, int64_t>>;  // sequence, heads
 
-/// @param long_rows  of the softmax alone, whose kernels go by the length of a row.
+/// @param long_rows  more sizes for the softmax, whose kernel depends on the length of a row.
 std::vector<Configuration> with_sizes(const Sizes& sizes, const Sizes& long_rows) {
   std::vector<Configuration> configurations;
   const auto add = [&](Operator op, at::ScalarType dtype, bool learnable, const Sizes& of_operator) {
@@ -86,17 +86,17 @@ std::vector<Configuration> with_sizes(const Sizes& sizes, const Sizes& long_rows
   return configurations;
 }
 
-/// The sizes every release is judged by, and long rows in tensors of a gigabyte; on a CPU some that a few cores get
-/// through in seconds.
+/// The sizes measured in every release, and long rows in float32 tensors of a gigabyte. On a CPU, a size that takes
+/// seconds on a few cores.
 std::vector<Configuration> configurations(c10::Device device) {
   return device.is_cuda() ? with_sizes({{2048, 32}, {4096, 40}, {4096, 64}}, {{8192, 4}, {16384, 1}})
                           : with_sizes({{1024, 16}}, {});
 }
 
-/// The call under test. Slopes come with the device and the dtype of a model's parameter.
+/// The call under test. `slopes` are float32 on the device of the scores, as a model's parameter is.
 using Call = std::function<at::Tensor(const at::Tensor& scores, const at::Tensor& slopes)>;
 
-/// Makes a `Call`: its constants belong to the case that is running, and are gone with it.
+/// Makes a `Call` and its constants, which are freed when the case ends.
 using CallFactory = std::function<Call(const Configuration&, c10::Device)>;
 
 Call make_posenc(const Configuration& c, c10::Device /*device*/) {
@@ -141,7 +141,7 @@ std::vector<std::pair<std::string, CallFactory>> implementations(const Configura
   return all;
 }
 
-/// Random scores of one configuration, the published slopes, and the call to make with them.
+/// Random scores of one configuration, the published slopes, and the call under test.
 struct Problem {
   Problem(const Configuration& c, c10::Device device, const CallFactory& factory)
       : slopes(alibi_slopes(c.heads).to(device).requires_grad_(c.learnable)), call(factory(c, device)) {
@@ -153,7 +153,7 @@ struct Problem {
 
   at::Tensor run() const { return call(scores, slopes); }
 
-  /// What is differentiated.
+  /// Tensors to compute gradients for.
   std::vector<at::Tensor> leaves() const {
     std::vector<at::Tensor> result;
     for (const at::Tensor& leaf : {scores, slopes}) {
@@ -182,7 +182,7 @@ Timing time_backward(Device& device, const Problem& problem) {
       [&] { return device.time([&] { torch::autograd::grad({output}, inputs, {gradient}, /*retain_graph=*/true); }); });
 }
 
-/// A step of a training loop without the loop: a fresh forward, a scalar, its backward.
+/// A training step: forward pass, sum of the result, backward pass of the sum.
 Timing time_training_step(Device& device, const Problem& problem, Pass pass) {
   at::Tensor output;
   Step step;
@@ -197,13 +197,13 @@ Timing time_training_step(Device& device, const Problem& problem, Pass pass) {
   return time_step(device, step, pass);
 }
 
-/// What a pass cannot avoid, and what moves as many bytes without computing anything.
+/// Minimum memory traffic of a pass, and the copy or fill that the pass is compared with.
 struct Traffic {
   /// Bytes read and written.
   int64_t bytes;
-  /// `kCopy` or `kFill`; empty where there is nothing to move.
+  /// `kCopy` or `kFill`; empty if the pass moves no bytes.
   std::string yardstick;
-  /// Bytes that it copies or fills.
+  /// Bytes that `yardstick` copies or fills.
   int64_t yardstick_bytes;
 };
 
@@ -212,13 +212,13 @@ Traffic traffic(const Configuration& c, Pass pass) {
   const bool forward = pass == Pass::forward;
   switch (c.op) {
     case Operator::bias:
-      // The gradient to slopes only reads; nothing that only reads is at hand, so it stands beside a copy.
+      // The gradient of slopes only reads. There is no yardstick that only reads, so it is compared with a copy.
       return forward ? Traffic{tensor, kFill, tensor} : Traffic{tensor, kCopy, tensor};
     case Operator::add:
       if (forward) {
         return {2 * tensor, kCopy, tensor};
       }
-      // The gradient to scores is the incoming one, for everybody.
+      // The gradient of scores is the incoming gradient in every implementation: no kernel runs.
       return c.learnable ? Traffic{tensor, kCopy, tensor} : Traffic{0, "", 0};
     case Operator::softmax:
       break;
@@ -261,7 +261,7 @@ class Registration {
   void add_wall_cases() {
     for (const auto pass : {Pass::forward, Pass::backward, Pass::total}) {
       for (const auto& [name, factory] : implementations(c_)) {
-        // The host's share and that of the sum make a rate in bytes meaningless.
+        // No rate in bytes: wall time includes the host and the sum.
         suite_.add(describe(pass, name, /*bytes=*/0), [pass, &device = device_, c = c_, factory = factory] {
           device.release_memory();
           const Problem problem(c, device.torch_device(), factory);

@@ -48,7 +48,7 @@ std::string title(const Configuration& c) {
   return text.str();
 }
 
-/// The sizes that fused attention is judged by; on a CPU one that a few cores get through in seconds.
+/// Sizes at which fused attention is usually compared. On a CPU, a size that takes seconds on a few cores.
 std::vector<Configuration> configurations(c10::Device device) {
   std::vector<Configuration> all;
   for (const bool causal : {true, false}) {
@@ -65,8 +65,8 @@ std::vector<Configuration> configurations(c10::Device device) {
   return all;
 }
 
-/// Floating point operations: two matrix products forward and five backward, of all scores or of the half that a causal
-/// mask leaves.
+/// Floating point operations: two matrix products forward and five backward, over all scores or, with a causal mask,
+/// over half of them.
 double operations(const Configuration& c, Pass pass) {
   const double scores = static_cast<double>(c.batch * c.heads) * static_cast<double>(c.sequence) *
       static_cast<double>(c.sequence) * (c.causal ? 0.5 : 1.0);
@@ -97,12 +97,12 @@ at::Tensor library_attention(
       .transpose(1, 2);
 }
 
-/// `[1, H, S, S]`, minus infinity where causality hides a key.
+/// The bias `[1, H, S, S]`, -infinity where a causal mask hides the key.
 at::Tensor bias_of(const Configuration& c, const at::Tensor& slopes) {
   return alibi_bias(slopes, c.sequence, c.sequence, c.causal, c.dtype).unsqueeze(0);
 }
 
-// A fixed bias is made once and kept, S * S numbers for each head; a learnable one is made in each call.
+// With fixed slopes the bias, S * S elements per head, is made once and kept. With learnable slopes each call makes it.
 Call make_stored_bias(const Configuration& c, const at::Tensor& slopes) {
   const at::Tensor kept = c.learnable ? at::Tensor() : bias_of(c, slopes);
   return [c, kept](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& now) {
@@ -110,7 +110,7 @@ Call make_stored_bias(const Configuration& c, const at::Tensor& slopes) {
   };
 }
 
-// Attention that knows nothing of positions: what no bias can be expected to beat.
+// LibTorch's attention without a bias. It bounds the speed of attention with one.
 Call make_without_bias(const Configuration& c, const at::Tensor& /*slopes*/) {
   return
       [causal = c.causal](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& /*slopes*/) {
@@ -153,7 +153,7 @@ Timing time_kernel(Device& device, const Problem& problem, const Call& call, Pas
   return measure([&] { return device.time([&] { problem.differentiate(output); }); });
 }
 
-/// With what the call keeps for all times, a stored bias.
+/// Includes memory that the call keeps between runs, such as a stored bias.
 std::optional<int64_t> peak_memory(
     Device& device,
     const Configuration& c,
@@ -185,7 +185,7 @@ Timing time_wall(Device& device, const Problem& problem, const Call& call, Pass 
 
 #ifdef POSENC_CUDNN
 
-/// Whether posenc has cuDNN compute a configuration.
+/// Whether posenc computes a configuration by cuDNN.
 bool is_fused(const Configuration& c, c10::Device device) {
   blockwise::Padded call{};
   call.q = at::empty({1, c.sequence, c.heads, c.head_dim}, at::TensorOptions().dtype(c.dtype).device(device));
@@ -195,7 +195,7 @@ bool is_fused(const Configuration& c, c10::Device device) {
   return cuda::why_not_cudnn(call).empty();
 }
 
-/// The graph that posenc asks cuDNN for, with no operator around it.
+/// Times the cuDNN graph that posenc runs, without the operator around it.
 Timing time_bare_cudnn(Device& device, const Configuration& c, Pass pass) {
   device.release_memory();
   const at::NoGradGuard no_grad;

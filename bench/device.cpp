@@ -27,12 +27,12 @@
 namespace posenc::bench {
 namespace {
 
-/// Bytes that are not all alike: hardware can be faster on constant data.
+/// Random bytes, because hardware can be faster on constant data.
 at::Tensor random_bytes(int64_t count, c10::Device device) {
   return at::empty({count}, at::TensorOptions().dtype(at::kByte).device(device)).random_();
 }
 
-/// Model of the processor as Linux names it, "CPU" where it does not.
+/// Model of the processor from /proc/cpuinfo; "CPU" if it is not there.
 std::string cpu_model() {
   std::ifstream cpuinfo("/proc/cpuinfo");
   for (std::string line; std::getline(cpuinfo, line);) {
@@ -75,7 +75,7 @@ class CpuDevice final : public Device {
     return [source = random_bytes(bytes, torch_device())] { source.clone(); };
   }
 
-  // So does the fill.
+  // The fill allocates its result too.
   Work make_fill(int64_t bytes) override {
     return [bytes] { at::full({bytes}, 1, at::kByte); };
   }
@@ -93,8 +93,8 @@ std::string cuda_version(int number) {
   return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
 }
 
-/// Version of the driver such as "580.95.05", empty where NVML cannot be asked. NVML comes with the driver, so it is
-/// looked up at run time: a program linked against it would not start without a driver.
+/// Version of the driver such as "580.95.05"; empty if NVML is not available. NVML is loaded at run time because it
+/// comes with the driver: a program linked against it would not start without a driver.
 std::string nvml_driver_version() {
   void* nvml = dlopen("libnvidia-ml.so.1", RTLD_LAZY | RTLD_LOCAL);
   if (nvml == nullptr) {
@@ -136,7 +136,7 @@ class Event {
   bool reached() const {
     const cudaError_t status = cudaEventQuery(event_);
     if (status == cudaErrorNotReady) {
-      cudaGetLastError();  // "not ready" is an answer, not an error to be found by the next check
+      cudaGetLastError();  // clears cudaErrorNotReady, which the next check would report
       return false;
     }
     C10_CUDA_CHECK(status);
@@ -160,10 +160,10 @@ class CudaDevice final : public Device {
  public:
   CudaDevice() {
     C10_CUDA_CHECK(cudaGetDevice(&index_));
-    // Twice the L2 cache: its replacement is not strictly least recently used, so one size leaves old lines behind.
+    // Twice the size of L2: its replacement is not strictly LRU, so writing the size once leaves old lines.
     const int64_t flush_bytes = 2 * static_cast<int64_t>(attribute(cudaDevAttrL2CacheSize));
     flush_buffer_ = at::empty({flush_bytes}, at::TensorOptions().dtype(at::kByte).device(torch_device()));
-    cycles_per_second_ = 1e3 * attribute(cudaDevAttrClockRate);  // which is in kHz
+    cycles_per_second_ = 1e3 * attribute(cudaDevAttrClockRate);  // the attribute is in kHz
     wake_up();
   }
 
@@ -187,13 +187,13 @@ class CudaDevice final : public Device {
 
   void synchronize() override { C10_CUDA_CHECK(cudaDeviceSynchronize()); }
 
-  // The timed region starts behind a delay on the device that outlasts the host's enqueueing. So the time is that of
-  // the kernels back to back, and formulations of many small kernels are not charged for the host's launches. A
-  // sample whose region was reached before all of it was enqueued is taken again; the delay follows what the host
-  // needed last, so one disturbed sample does not slow down all that follow.
+  // A delay on the device keeps the timed region from starting before the host has enqueued all of `work`. The time is
+  // then that of the kernels back to back: formulations of many small kernels do not pay for the host's launches. If
+  // the device reaches the region too early, the sample is taken again. The delay depends on the last enqueue time
+  // only, so that one disturbed sample does not slow down all later ones.
   double time(const Work& work) override {
-    // Work that waits for the device needs longer than any delay. Each attempt about doubles it, so this many end
-    // after a fraction of a second.
+    // Work that synchronises with the device takes longer than any delay. Each attempt about doubles the delay, so
+    // all of them together take a fraction of a second.
     constexpr int kAttempts = 10;
     const cudaStream_t stream = current_stream();
     for (int attempt = 0; attempt < kAttempts; ++attempt) {
@@ -215,7 +215,7 @@ class CudaDevice final : public Device {
 
   std::optional<int64_t> peak_memory(const Work& work) override {
     namespace allocator = c10::cuda::CUDACachingAllocator;
-    work();  // libraries allocate in their first call what they keep for all
+    work();  // in their first call libraries allocate memory that they keep
     const auto device = static_cast<c10::DeviceIndex>(index_);
     const auto allocated = [device] {
       return allocator::getDeviceStats(device)
@@ -257,13 +257,13 @@ class CudaDevice final : public Device {
 
   void flush() { flush_buffer_.fill_(1); }
 
-  /// Twice the time that the host needed for the last sample, and at least what hides its ordinary jitter.
+  /// Delays the stream by twice the last enqueue time, and by at least 100 us, which hides the host's usual jitter.
   void delay() const {
     constexpr double kShortest = 100e-6;
     at::cuda::sleep(static_cast<int64_t>(std::max(kShortest, 2 * enqueue_seconds_) * cycles_per_second_));
   }
 
-  /// Keeps the device busy until an idle one has raised its clocks, half a second at most on the GPUs we know.
+  /// Keeps the device busy for 0.5 s, so that an idle GPU raises its clocks. No GPU tried took longer.
   void wake_up() {
     const double end = now() + 0.5;
     while (now() < end) {
@@ -286,8 +286,8 @@ class CudaDevice final : public Device {
 
 void keep_freed_memory() {
 #ifdef __GLIBC__
-  mallopt(M_MMAP_MAX, 0);         // no block has a mapping of its own, which would go with it
-  mallopt(M_TRIM_THRESHOLD, -1);  // the top of the heap stays
+  mallopt(M_MMAP_MAX, 0);         // no block by mmap, which free() would unmap
+  mallopt(M_TRIM_THRESHOLD, -1);  // free() does not shrink the heap
 #endif
 }
 

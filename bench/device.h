@@ -10,56 +10,54 @@
 #include <optional>
 #include <string>
 
-// Where the benchmark runs and how time is taken there. The only place of the benchmark that knows CUDA.
+// The device of the benchmark and its clock. Only device.cpp calls the CUDA runtime.
 namespace posenc::bench {
 
-/// Something to be timed. On a GPU it enqueues to the current stream and must not wait for it.
+/// The function to time. On a GPU it enqueues to the current stream and must not synchronise with it.
 using Work = std::function<void()>;
 
 class Device {
  public:
   virtual ~Device() = default;
 
-  /// Where the tensors of the benchmark live.
+  /// Device of the benchmark's tensors.
   virtual c10::Device torch_device() const = 0;
 
-  /// The device, its driver and its run time, in one line.
+  /// One line: the device, and the versions of its driver and of the CUDA runtime.
   virtual std::string description() const = 0;
 
-  /// How `time` measures, in words.
+  /// One line that says how `time` measures.
   virtual std::string clock_description() const = 0;
 
-  /// Waits until everything that was enqueued is done.
+  /// Waits for all enqueued work.
   virtual void synchronize() = 0;
 
-  /// Seconds that the device spends on `work`, starting with cold caches where the device can be made to.
+  /// Seconds that the device spends on `work`. On a GPU the L2 cache is flushed first.
   virtual double time(const Work& work) = 0;
 
-  /// Most bytes of the device's memory that `work` holds at one time beyond what is held before it; nothing where that
-  /// cannot be told. Where it can, the work is done twice.
+  /// Peak of the bytes that LibTorch has allocated during `work`, minus those allocated before it. Runs `work` twice.
+  /// On a CPU it returns nullopt and does not run `work`.
   virtual std::optional<int64_t> peak_memory(const Work& work) = 0;
 
-  /// One contiguous copy of `bytes` bytes from one buffer to another, both on the device: the speed that no operator
-  /// which reads and writes as much can be expected to exceed.
+  /// One contiguous copy of `bytes` bytes between two buffers on the device. It bounds the speed of an operator that
+  /// reads and writes as many bytes.
   virtual Work make_copy(int64_t bytes) = 0;
 
-  /// Sets `bytes` bytes of one buffer to one value: the speed that no operator which only writes as much can be
-  /// expected to exceed.
+  /// Sets `bytes` bytes of one buffer to one value. It bounds the speed of an operator that only writes as many bytes.
   virtual Work make_fill(int64_t bytes) = 0;
 
-  /// Returns memory that is cached but not in use, so that one case does not take it from the next.
+  /// Frees cached memory that is not in use, so that the next case can allocate it.
   virtual void release_memory() = 0;
 };
 
-/// Makes the host's heap keep the memory that is returned to it, as LibTorch's allocator for GPUs does, instead of
-/// giving blocks above 32 MB back to the system. Without it most of the time of an operator that writes more than that
-/// goes into the first touch of new pages, and the measurement is one of the system.
+/// Makes malloc keep freed memory, as LibTorch's caching allocator for GPUs does. By default glibc returns blocks above
+/// 32 MB to the system, and an operator that writes more than that spends most of its time on page faults.
 void keep_freed_memory();
 
-/// Seconds on the host's clock from the start of `work`, with an idle device, until the device is idle again.
+/// Seconds of `work` on the host's clock, with the device synchronised before and after.
 double wall_time(Device& device, const Work& work);
 
-/// A step of training in its parts. `clear` drops what the step before has left, off the clock.
+/// The parts of a training step. `clear`, which is not timed, frees results and gradients of the step before.
 struct Step {
   Work clear, forward, backward;
 };

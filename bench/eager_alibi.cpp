@@ -20,42 +20,42 @@ at::Tensor relative_positions(const EagerAlibiOptions& options) {
   return positions.unsqueeze(0) - positions.unsqueeze(1);
 }
 
-/// A bias from what stands for the distances, float32 and cast at the end.
+/// `slopes * distances`, computed in float32 and cast to `dtype`.
 EagerBias scaled(at::ScalarType dtype, at::Tensor distances) {
   return [dtype, distances = std::move(distances)](const at::Tensor& slopes) {
     return (slopes.view({-1, 1, 1}) * distances).to(dtype);
   };
 }
 
-// The distances are made in each call, as in a module without buffers.
+// Computes the distances in each call, as in a module without buffers.
 EagerBias make_abs(const EagerAlibiOptions& options) {
   return [options](const at::Tensor& slopes) {
     return scaled(options.dtype, relative_positions(options).abs().neg())(slopes);
   };
 }
 
-// -|j - i| is a buffer `[S, S]` of the model.
+// The model has -|j - i| as a buffer `[S, S]`.
 EagerBias make_stored_distances(const EagerAlibiOptions& options) {
   return scaled(options.dtype, relative_positions(options).abs().neg());
 }
 
-// The same in the dtype of the model, as after model.to(bfloat16): fast, and wrong beyond 256 tokens.
+// The buffer is in the dtype of the model, as after model.to(bfloat16). Fast, but bfloat16 is wrong beyond 256 tokens.
 EagerBias make_stored_in_dtype(const EagerAlibiOptions& options) {
   return [dtype = options.dtype, distances = relative_positions(options).abs().neg().to(options.dtype)](
              const at::Tensor& slopes) { return slopes.to(dtype).view({-1, 1, 1}) * distances; };
 }
 
-// For models that only look back: -relu(i - j).
+// For causal models: the buffer is -relu(i - j).
 EagerBias make_stored_relu(const EagerAlibiOptions& options) {
   return scaled(options.dtype, relative_positions(options).neg().relu().neg());
 }
 
-/// Minus infinity where a key lies beyond the query, else zero: `[S, S]`.
+/// Causal mask to add, `[S, S]`: -infinity if the key comes after the query, else 0.
 at::Tensor added_mask(const EagerAlibiOptions& options) {
   return at::full({options.sequence, options.sequence}, -kInfinity, float_options(options)).triu(1).to(options.dtype);
 }
 
-// The mask is filled in.
+// Applies the mask by masked_fill.
 EagerSoftmax make_masked_fill(const EagerAlibiOptions& options) {
   const at::Tensor mask = at::ones({options.sequence, options.sequence}, float_options(options)).triu(1).to(at::kBool);
   return [bias = make_stored_relu(options), mask](const at::Tensor& scores, const at::Tensor& slopes, double scale) {
@@ -63,7 +63,7 @@ EagerSoftmax make_masked_fill(const EagerAlibiOptions& options) {
   };
 }
 
-// The mask is added (Press et al.'s own code).
+// Adds the mask, as the code of Press et al. does.
 EagerSoftmax make_added_mask(const EagerAlibiOptions& options) {
   return [bias = make_stored_relu(options), mask = added_mask(options)](
              const at::Tensor& scores, const at::Tensor& slopes, double scale) {
@@ -71,7 +71,7 @@ EagerSoftmax make_added_mask(const EagerAlibiOptions& options) {
   };
 }
 
-// Bias and mask are one matrix, to which the scaled scores are added in one kernel, as BLOOM's baddbmm does.
+// Adds bias and mask first. One kernel then scales the scores and adds them, as BLOOM's baddbmm does.
 EagerSoftmax make_scaled_add(const EagerAlibiOptions& options) {
   return [bias = make_stored_relu(options), mask = added_mask(options)](
              const at::Tensor& scores, const at::Tensor& slopes, double scale) {

@@ -7,32 +7,32 @@
 #include <string>
 #include <vector>
 
-// ALiBi as models write it in tensor operations: what posenc is compared with.
+// ALiBi in LibTorch's tensor operations, as models write it. posenc is compared with these formulations.
 namespace posenc::bench {
 
-/// The bias `[H, S, S]` in the dtype of the scores, from float32 slopes `[H]`; differentiable with respect to them by
-/// autograd.
+/// Computes the bias `[H, S, S]`, in the dtype of the scores, from float32 slopes `[H]`. Differentiable by autograd
+/// with respect to the slopes.
 using EagerBias = std::function<at::Tensor(const at::Tensor& slopes)>;
 
-/// What a formulation makes its own constants from.
+/// From these a formulation makes its constants, such as distances and mask.
 struct EagerAlibiOptions {
   int64_t sequence;
   at::Device device;
-  /// Of the scores, and of the bias that is added to them.
+  /// Dtype of the scores and of the bias.
   at::ScalarType dtype;
 };
 
 struct EagerAlibi {
-  /// As in the names of benchmarks and in the tables.
+  /// The implementation's name in benchmarks and tables.
   std::string name;
   EagerBias (*make)(const EagerAlibiOptions& options);
 };
 
-/// The usual formulations of the symmetric bias for scores of `dtype`. None keeps `[H, S, S]` from one call to the
-/// next: a model that does pays with the memory, and cannot learn slopes.
+/// The usual formulations of the symmetric bias for scores of `dtype`. None keeps the bias `[H, S, S]` between calls:
+/// that costs memory and excludes learnable slopes.
 std::vector<EagerAlibi> eager_alibi_biases(at::ScalarType dtype);
 
-/// `softmax(scale * scores + bias + mask)` of `[B, H, S, S]` over the keys.
+/// `softmax(scale * scores + bias + mask)` over the keys (last dimension) of scores `[B, H, S, S]`.
 using EagerSoftmax = std::function<at::Tensor(const at::Tensor& scores, const at::Tensor& slopes, double scale)>;
 
 struct EagerAlibiSoftmax {

@@ -7,19 +7,19 @@
 namespace posenc::bench {
 namespace {
 
-/// `[S, W]` with dimensions of size 1 for the batch and the heads.
+/// Inserts dimensions of size 1 for batch and heads into `table` `[S, W]`.
 at::Tensor broadcast_over_heads(const at::Tensor& table, int64_t sequence_dim) {
   return table.unsqueeze(0).unsqueeze(sequence_dim == 1 ? 2 : 1);
 }
 
-/// The pair of tables as a model holds it: in its dtype, ready to broadcast.
+/// cos and sin as a model keeps them: in its dtype, ready to broadcast.
 std::pair<at::Tensor, at::Tensor> model_tables(const EagerTables& tables) {
   return {
       broadcast_over_heads(tables.cos.to(tables.dtype), tables.sequence_dim),
       broadcast_over_heads(tables.sin.to(tables.dtype), tables.sequence_dim)};
 }
 
-/// Rotates the first `2 * cos.size(-1)` channels by `rotate`; the tail passes through.
+/// Rotates the first `2 * cos.size(-1)` channels by `rotate` and copies the others.
 EagerRotation with_tail(const EagerTables& tables, EagerRotation rotate) {
   return [rotary_dim = 2 * tables.cos.size(-1), rotate = std::move(rotate)](const at::Tensor& x) {
     const int64_t tail = x.size(-1) - rotary_dim;

@@ -7,25 +7,25 @@
 #include <string>
 #include <vector>
 
-// Rotary embedding as models write it in tensor operations: what posenc is compared with.
+// RoPE in LibTorch's tensor operations, as models write it. posenc is compared with these formulations.
 namespace posenc::bench {
 
-/// Rotates one tensor, `[B, S, H, D]` or `[B, H, S, D]`; differentiable by autograd.
+/// Rotates one tensor, `[B, S, H, D]` or `[B, H, S, D]`. Differentiable by autograd.
 using EagerRotation = std::function<at::Tensor(const at::Tensor&)>;
 
-/// What a formulation makes its own tables from.
+/// From these a formulation makes its own tables.
 struct EagerTables {
   /// float32 `[S, R/2]`.
   at::Tensor cos;
   at::Tensor sin;
-  /// Of the tensors to rotate; models cast their tables to it.
+  /// Dtype of the tensors to rotate. Models cast their tables to it.
   at::ScalarType dtype;
-  /// Dimension of the tensors that is the sequence: 1 or 2.
+  /// Sequence dimension of the tensors to rotate: 1 or 2.
   int64_t sequence_dim;
 };
 
 struct EagerFormulation {
-  /// As in the names of benchmarks and in the tables.
+  /// The implementation's name in benchmarks and tables.
   std::string name;
   EagerRotation (*make)(const EagerTables& tables);
 };

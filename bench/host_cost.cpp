@@ -14,7 +14,7 @@
 namespace posenc::bench {
 namespace {
 
-/// q, k and their tables, too small for the device to fall behind the host.
+/// q, k and their tables, so small that the device keeps up with the host.
 struct TinyProblem {
   static constexpr int kCallsPerBatch = 400;
 
@@ -36,19 +36,19 @@ struct TinyProblem {
 
   at::Tensor q;
   at::Tensor k;
-  /// The same with gradients required.
+  /// q and k that require gradients.
   at::Tensor q_leaf;
   at::Tensor k_leaf;
-  /// What a table of cosines is to tensor code: it broadcasts over heads and needs no gradient.
+  /// Second operand of `at::mul`. Like a table of cosines it broadcasts over heads and requires no gradient.
   at::Tensor factor;
   at::Tensor cos;
   at::Tensor sin;
   RotaryEmbedding rope{nullptr};
 };
 
-/// Of attention, the smallest that is fused on a GPU.
+/// Inputs of the smallest attention that is fused on a GPU.
 struct TinyAttention {
-  // A forward and backward pass are some eight kernels.
+  // A forward and a backward pass are about 8 kernels, and a stream's queue holds about 1000.
   static constexpr int kCallsPerBatch = 100;
 
   explicit TinyAttention(c10::Device device) {
@@ -70,7 +70,7 @@ struct TinyAttention {
 
   at::Tensor attend_autograd() const { return alibi_attention(q_leaf, k_leaf, v_leaf, slopes, causal); }
 
-  /// LibTorch's attention, which knows no positions.
+  /// LibTorch's attention, without a bias.
   at::Tensor library_autograd() const {
     return at::scaled_dot_product_attention(
                q_leaf.transpose(1, 2), k_leaf.transpose(1, 2), v_leaf.transpose(1, 2), /*attn_mask=*/{},
@@ -83,14 +83,14 @@ struct TinyAttention {
   }
 
   at::Tensor q, k, v, gradient, slopes;
-  /// The same with gradients required.
+  /// q, k and v that require gradients.
   at::Tensor q_leaf, k_leaf, v_leaf;
   ALiBiAttentionOptions causal = ALiBiAttentionOptions().causal(true);
 };
 
-/// Host seconds of one call. Results and their graphs die within the call, as most of a training step's do soon after.
-/// @param calls_per_batch  so many that the clock's resolution does not count, and so few that their kernels have room
-///   in a stream's queue of about a thousand: the host never waits.
+/// Host seconds per call. The call frees its results and their autograd graph, as a training step does soon after.
+/// @param calls_per_batch  large enough that the clock's resolution does not matter, and small enough that all kernels
+///   fit into a stream's queue of about 1000: the host never waits.
 Timing time_call(Device& device, int calls_per_batch, const Work& call) {
   return measure([&] {
     device.synchronize();
@@ -154,7 +154,7 @@ void add_host_cost(Suite& suite, Device& device) {
       "`RotaryEmbedding::forward` minus `rotary_embedding_qk`, autograd", "RotaryEmbedding_autograd",
       "rotary_embedding_qk_autograd"});
   if (device.torch_device().is_cuda()) {
-    add_attention(suite, device);  // a CPU computes within the call
+    add_attention(suite, device);  // on a CPU a call includes the computation
   }
 }
 

@@ -14,8 +14,8 @@
 #include <utility>
 #include <vector>
 
-// Rotary embedding whose inverse frequencies are a parameter: tables are made from it in every forward pass, and
-// gradients go to it, to q and to k.
+// RoPE whose inv_freq is a parameter: every forward pass makes the tables from it, and every backward pass computes the
+// gradients of inv_freq, q and k.
 namespace posenc::bench {
 namespace {
 
@@ -50,7 +50,7 @@ int64_t tensor_bytes(const Configuration& c) {
   return 2 * c.sequence * c.heads * kHeadDim * static_cast<int64_t>(at::elementSize(c.dtype));
 }
 
-/// What a pass must read and write: q and k both ways; backward their gradients both ways, and q and k once more.
+/// Minimum bytes of a pass. Forward reads and writes q and k. Backward reads q, k and gradients, and writes gradients.
 int64_t minimum_traffic(const Configuration& c, Pass pass) {
   return pass == Pass::forward ? 2 * tensor_bytes(c) : 3 * tensor_bytes(c);
 }
@@ -63,7 +63,7 @@ Pair call_posenc(const at::Tensor& q, const at::Tensor& k, const at::Tensor& inv
   return rotary_embedding_qk(q, k, cos, sin);
 }
 
-/// Tables as models make them, in float32, and then one of the usual formulations.
+/// Makes float32 tables as models do, then rotates by one of the usual formulations.
 Call make_eager(const EagerFormulation& formulation) {
   return [formulation](const at::Tensor& q, const at::Tensor& k, const at::Tensor& inv_freq) -> Pair {
     const at::Tensor angles = at::outer(at::arange(q.size(1), inv_freq.options()), inv_freq);
@@ -122,7 +122,7 @@ Timing time_training_step(Device& device, const Problem& problem, const Call& ca
 }  // namespace
 
 void add_learnable_frequencies(Suite& suite, Device& device, Protocol protocol) {
-  // One size for narrow dtypes: with 134 MB of q and k it fits no cache. On a CPU one that a few cores get through.
+  // One size for narrow dtypes, whose q and k (134 MB each) fit no cache. On a CPU, a size that a few cores can handle.
   const std::vector<Configuration> configurations = device.torch_device().is_cuda()
       ? std::vector<Configuration>{{at::kHalf, 8192, 64}, {at::kBFloat16, 8192, 64}}
       : std::vector<Configuration>{{at::kFloat, 1024, 16}};
@@ -133,7 +133,7 @@ void add_learnable_frequencies(Suite& suite, Device& device, Protocol protocol) 
         continue;
       }
       const auto describe = [&](const std::string& implementation) {
-        // In a whole step the host's share and that of the two sums make a rate in bytes meaningless.
+        // No rate in bytes for a whole step: wall time includes the host and two sums.
         return Case{"RoPE learnable", label(c), title(c), pass, implementation, kernels ? minimum_traffic(c, pass) : 0};
       };
       if (kernels) {

@@ -1,4 +1,4 @@
-// posenc_bench: what the library is worth on this machine. See README.md in this folder.
+// posenc_bench: compares posenc with LibTorch's tensor operations on this machine. See README.md in this folder.
 
 #include "cases.h"
 #include "device.h"
@@ -53,7 +53,7 @@ Protocol take_protocol(int& argc, char** argv) {
   return protocol;
 }
 
-/// Whether the user chose one of Google Benchmark's own outputs for the terminal.
+/// Whether --benchmark_format is given: Google Benchmark's own reporter then prints to the terminal.
 bool has_format_flag(int argc, char** argv) {
   return std::any_of(argv + 1, argv + argc, [](std::string_view argument) {
     constexpr std::string_view kFlag = "--benchmark_format";
@@ -68,7 +68,7 @@ std::string protocol_description(Protocol protocol, const Device& device) {
   return "wall clock with device synchronisation, backward() of the sum of the results, fresh forward; median";
 }
 
-/// States in the JSON and in the first lines where the figures come from; returns the latter.
+/// Adds device, versions and protocol to the JSON, and returns them as the first lines of the report.
 std::string describe_run(Protocol protocol, const Device& device) {
   const std::string versions =
       std::string("posenc ") + posenc::version() + " (" + POSENC_BENCH_COMMIT + "), LibTorch " + TORCH_VERSION;

@@ -17,7 +17,7 @@ namespace {
 
 constexpr double kEps = 1e-6;
 
-/// `[batch, sequence, heads, head_dim]`, half pairing, weights of the dtype of the tensors: what Qwen3 does.
+/// q and k are `[batch, sequence, heads, head_dim]`. Half pairing, and weights in the dtype of q and k, as in Qwen3.
 struct Configuration {
   at::ScalarType dtype;
   int64_t batch;
@@ -51,14 +51,14 @@ int64_t tensor_bytes(const Configuration& c) {
   return c.batch * c.sequence * (c.q_heads + c.k_heads) * c.head_dim * element;
 }
 
-/// The smallest number of bytes of a pass: forward reads and writes q and k, backward reads them and their gradients
-/// and writes gradients. Tables and weights are not counted.
+/// Minimum bytes of a pass. Forward reads and writes q and k. Backward reads q, k and gradients, and writes gradients.
+/// Tables and weights are not counted.
 int64_t minimum_traffic(const Configuration& c, Pass pass) {
   return (pass == Pass::forward ? 2 : 3) * tensor_bytes(c);
 }
 
-/// Qwen3-4B and -8B, -32B, a batch, a mixture of experts with as many key heads as one GPU of many has, Gemma 3's head
-/// size, and a partial rotation (GLM, Qwen3-Next).
+/// In this order: Qwen3-4B and -8B, Qwen3-32B, a batch of 4, a mixture of experts under tensor parallelism (one key
+/// head per GPU), Gemma 3's head_dim, a partial rotation (GLM, Qwen3-Next), float32.
 std::vector<Configuration> cuda_configurations() {
   return {{at::kBFloat16, 1, 8192, 32, 8},
           {at::kBFloat16, 1, 8192, 64, 8},
@@ -69,7 +69,7 @@ std::vector<Configuration> cuda_configurations() {
           {at::kFloat, 1, 8192, 32, 8}};
 }
 
-/// Sizes that a few cores get through in seconds.
+/// Sizes that take seconds on a few cores.
 std::vector<Configuration> cpu_configurations() {
   return {{at::kFloat, 1, 2048, 32, 8}, {at::kBFloat16, 1, 2048, 32, 8}};
 }
@@ -94,21 +94,20 @@ Operation make_posenc(const Configuration& c, c10::Device device) {
   };
 }
 
-// As Hugging Face transformers writes it for Qwen3: float32, rounded before the weight.
+// Qwen3's norm in Hugging Face transformers: computed in float32, rounded before it is multiplied by the weight.
 at::Tensor norm_of_model(const at::Tensor& x, const at::Tensor& weight) {
   const auto wide = x.to(at::kFloat);
   const auto normalised = wide * at::rsqrt(wide.pow(2).mean(-1, /*keepdim=*/true) + kEps);
   return weight * normalised.to(x.scalar_type());
 }
 
-// LibTorch's own operator.
 at::Tensor norm_of_libtorch(const at::Tensor& x, const at::Tensor& weight) {
   return at::rms_norm(x, {x.size(-1)}, weight, kEps);
 }
 
 using Norm = at::Tensor (*)(const at::Tensor& x, const at::Tensor& weight);
 
-/// Every norm with every rotation.
+/// posenc, and every norm with every rotation in tensor operations.
 std::vector<std::pair<std::string, OperationFactory>> implementations() {
   std::vector<std::pair<std::string, OperationFactory>> all{{kPosenc, make_posenc}};
   const std::pair<const char*, Norm> norms[] = {{"model_norm", norm_of_model}, {"rms_norm", norm_of_libtorch}};
@@ -127,7 +126,7 @@ std::vector<std::pair<std::string, OperationFactory>> implementations() {
   return all;
 }
 
-/// Random tensors of one configuration and what is to be done with them.
+/// Arguments of one configuration and the operation under test.
 struct Problem {
   Problem(const Configuration& c, c10::Device device, const OperationFactory& factory) : operation(factory(c, device)) {
     const auto options = at::TensorOptions().dtype(c.dtype).device(device);
@@ -194,7 +193,7 @@ void add_configuration(Suite& suite, Device& device, Protocol protocol, const Co
   }
   for (const auto pass : {Pass::forward, Pass::backward, Pass::total}) {
     for (const auto& [name, factory] : implementations()) {
-      // The host's share and that of the two sums make a rate in bytes meaningless.
+      // No rate in bytes: wall time includes the host and two sums.
       add(pass, name, /*bytes=*/0, [&device, c, pass, factory = factory] {
         return time_training_step(device, Problem(c, device.torch_device(), factory), pass);
       });

@@ -37,7 +37,7 @@ std::string fixed(const std::optional<double>& value, int decimals, const char* 
   return value ? fixed(*value, decimals) + unit : "-";
 }
 
-/// Four significant digits where there is a fraction to show: kernels take microseconds, eager CPU code a second.
+/// About four significant digits: kernels take microseconds, eager code on a CPU up to a second.
 std::string milliseconds(const std::optional<double>& seconds) {
   if (!seconds) {
     return "-";
@@ -50,7 +50,7 @@ std::optional<double> quotient(const std::optional<double>& numerator, const std
   return numerator && denominator ? std::optional(*numerator / *denominator) : std::nullopt;
 }
 
-/// The entry of `key` in a list that keeps the order of insertion.
+/// The entry of `key`, which is appended if it is missing. The list keeps the order of insertion.
 template <typename T>
 T& entry(std::vector<std::pair<std::string, T>>& list, const std::string& key) {
   const auto found = std::find_if(list.begin(), list.end(), [&](const auto& item) { return item.first == key; });
@@ -70,8 +70,8 @@ void print_row(std::ostream& out, const std::vector<std::string>& cells) {
   out << "|\n";
 }
 
-/// The median of what a counter says: it was read several times with --benchmark_repetitions, and of these
-/// --benchmark_*_aggregates_only leaves only Google Benchmark's own median. Nothing where the case failed.
+/// Median of the counter `name` over the runs of a case, which are several with --benchmark_repetitions. With
+/// --benchmark_*_aggregates_only it is Google Benchmark's own median. nullopt if the case failed.
 std::optional<double> median_of(const std::vector<benchmark::BenchmarkReporter::Run>& runs, const char* name) {
   using Run = benchmark::BenchmarkReporter::Run;
   std::vector<double> values;
@@ -91,7 +91,7 @@ std::optional<double> median_of(const std::vector<benchmark::BenchmarkReporter::
   return values.empty() ? std::nullopt : std::optional(median(values));
 }
 
-/// A header of which the first column is text and the others are numbers.
+/// Prints the header of a table whose first column is text and whose others are numbers (right-aligned).
 void print_header(std::ostream& out, const std::vector<std::string>& cells) {
   print_row(out, cells);
   out << "|---";
@@ -327,7 +327,7 @@ MarkdownReporter::Seconds MarkdownReporter::find(
 
 std::pair<std::string, MarkdownReporter::Seconds> MarkdownReporter::fastest_formulation(
     const Configuration& configuration) {
-  // Complete ones first; where a filter took a pass away, what is left decides.
+  // Formulations with a total come first. If a filter excluded a pass, the sum of the others decides.
   const auto key = [](const Seconds& seconds) {
     const auto& total = seconds[index(Pass::total)];
     double sum = 0;

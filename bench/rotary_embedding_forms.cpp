@@ -16,9 +16,8 @@
 #include <utility>
 #include <vector>
 
-// The forms of rotary embedding beside the plain one: packed projections, in place, and positions of several axes. One
-// size for each, of more bytes than any cache holds. Kernel times only: a training step around them is that of
-// rotary_embedding.cpp.
+// Other forms of RoPE: packed QKV projections, in place, and multi-axis positions. One size each, which fits no cache
+// of a GPU. Kernel times only: rotary_embedding.cpp measures the wall time of a training step.
 namespace posenc::bench {
 namespace {
 
@@ -30,21 +29,21 @@ struct Configuration {
   int64_t head_dim = 128;
 };
 
-/// A call on tensors that belong to the case that is running.
+/// A call and its inputs, which are freed when the case ends.
 struct Call {
   Tensors inputs;
-  /// What is timed forward; nothing is recorded.
+  /// The forward call to time; autograd records nothing.
   std::function<void()> forward;
-  /// The same recorded: outputs of which the backward pass is timed.
+  /// The forward call recorded by autograd. Returns the outputs whose backward pass is timed.
   std::function<Tensors()> record;
 };
 using Factory = std::function<Call(const Configuration&, c10::Device)>;
 
-/// One row of the benchmark.
+/// One configuration of one form, and its implementations.
 struct Form {
   std::string encoding, label, title;
   Configuration configuration;
-  int64_t bytes;  // read and, again, written by a pass
+  int64_t bytes;  // read by a pass; it writes as many
   std::vector<std::pair<std::string, Factory>> implementations;
 };
 
@@ -65,7 +64,7 @@ int64_t bytes_of(const Configuration& c, int64_t heads) {
   return c.batch * c.sequence * heads * c.head_dim * static_cast<int64_t>(at::elementSize(c.dtype));
 }
 
-/// A call that writes new tensors: recorded or not, it is the same.
+/// A call that returns new tensors. `forward` and `record` run the same function.
 Call out_of_place(Tensors inputs, const std::function<Tensors(const Tensors&)>& function) {
   const auto record = [inputs, function] { return function(inputs); };
   const auto forward = [record] {
@@ -81,7 +80,7 @@ EagerRotation eager_rotation(const EagerFormulation& formulation, const Configur
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Packed projections
+// Packed QKV projections
 
 at::Tensor random_projection(const Configuration& c, bool stacked, c10::Device device) {
   const at::Tensor heads =
@@ -100,7 +99,7 @@ Factory packed_posenc(bool stacked) {
   };
 }
 
-/// Split, rotate q and k, and v made dense for attention.
+/// Splits the projection, rotates q and k, and makes v contiguous for attention.
 Factory packed_eager(const EagerFormulation& formulation, bool stacked) {
   return [formulation, stacked](const Configuration& c, c10::Device device) {
     const EagerRotation rotate = eager_rotation(formulation, c, device);
@@ -125,7 +124,7 @@ Call in_place_posenc(const Configuration& c, c10::Device device) {
     rotary_embedding_qk_(q, k, cos, sin);
     return {q, k};
   };
-  // A rotation keeps the size of what it rotates, any number of times.
+  // The same tensors are rotated again in every run. A rotation keeps their norm, so values stay bounded.
   const Tensors rotated{inputs[0].detach().clone(), inputs[1].detach().clone()};
   return {
       inputs, [rotate, rotated] { rotate(rotated[0], rotated[1]); },
@@ -142,9 +141,9 @@ Factory pair_eager(const EagerFormulation& formulation) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Positions of several axes
+// Multi-axis positions
 
-/// Positions of text, time, height and width: as good as any, as every token has rows of its own.
+/// Positions `[3, B, S]` of time, height and width. Their values do not matter: each token reads its own table rows.
 at::Tensor positions_of_axes(const Configuration& c, c10::Device device) {
   const at::Tensor token = at::arange(c.sequence, at::TensorOptions(at::kLong).device(device));
   const at::Tensor axes = at::stack({token.div(256, "floor"), token.remainder(256).div(16, "floor"), token});
@@ -169,8 +168,8 @@ at::Tensor rotate_half(const at::Tensor& x, const at::Tensor& cos, const at::Ten
   return x * cos + at::cat({-halves[1], halves[0]}, -1) * sin;
 }
 
-/// As Hugging Face transformers do it: tables of every token and axis are made once for all layers, and are not timed.
-/// Qwen2-VL chooses the sections in every layer, Qwen3-VL beforehand.
+/// As in Hugging Face transformers: the tables of every token and axis are made once for all layers and are not timed.
+/// Qwen2-VL selects the sections in every layer (timed), Qwen3-VL beforehand (not timed).
 Factory mrope_eager(const std::vector<int64_t>& sections, bool interleaved) {
   return [sections, interleaved](const Configuration& c, c10::Device device) {
     const auto of_axes = [&](const at::Tensor& table) {  // [3, B, S, D]

@@ -11,8 +11,8 @@
 namespace posenc::bench {
 namespace {
 
-/// Marks the benchmark as failed. The message goes to standard error as well: reporters see it under a name that
-/// differs between versions of Google Benchmark.
+/// Marks the benchmark as failed. The message is also written to standard error, because the field that passes it to
+/// reporters has different names in different versions of Google Benchmark.
 void skip(benchmark::State& state, const std::string& name, const char* message) {
   std::cerr << name << ": " << message << "\n";
   state.SkipWithError(message);
@@ -29,8 +29,8 @@ std::optional<Timing> measure_or_skip(benchmark::State& state, const std::string
   return std::nullopt;
 }
 
-/// Registers `body` as a benchmark of one iteration whose time is the measured median: samples, warm-ups and the
-/// state of caches are the measurement's business, not Google Benchmark's.
+/// Registers `body` as a benchmark of one iteration whose time is the measured median. `body` does the warm-ups, takes
+/// the samples and flushes the caches, not Google Benchmark.
 void register_benchmark(const std::string& name, benchmark::TimeUnit unit, Suite::Body body, int64_t bytes) {
   const auto run = [name, body = std::move(body), bytes](benchmark::State& state) {
     const std::optional<Timing> timing = measure_or_skip(state, name, body);

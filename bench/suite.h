@@ -8,10 +8,10 @@
 #include <string>
 #include <vector>
 
-// The cases of the benchmark: what each one stands for, and its registration with Google Benchmark.
+// Descriptions of the benchmark's cases, and their registration with Google Benchmark.
 namespace posenc::bench {
 
-/// kernel: time of the device's work alone, gradients given. wall: what a training loop waits for.
+/// kernel: device time, with the gradients of the outputs given. wall: host time of a training step.
 enum class Protocol { kernel, wall };
 
 const char* to_string(Protocol protocol);
@@ -33,22 +33,21 @@ struct Case {
   /// The configuration in words, for the heading of its table.
   std::string title;
   Pass pass;
-  /// One of the names above, or that of a formulation in LibTorch's tensor operations; of these the tables show the
-  /// fastest.
+  /// One of the names above, or the name of a formulation in LibTorch's tensor operations. Tables show the fastest
+  /// formulation.
   std::string implementation;
-  /// Fewest bytes that any implementation of the pass must read and write; 0 where a rate would say nothing.
+  /// Minimum number of bytes that the pass must read and write; 0 if no rate is printed.
   int64_t bytes;
-  /// Nothing is computed in this pass, by nobody: what is measured is the clock and the host, and no ratio is made of
-  /// it.
+  /// No implementation runs a kernel in this pass. Times are those of the clock and the host; no speedup is printed.
   bool trivial = false;
-  /// Floating point operations of the pass, where they are what limits it; else 0.
+  /// Floating point operations of the pass if it is compute-bound, else 0.
   double operations = 0;
 
   /// Name of the benchmark: `encoding/pass/implementation/configuration`.
   std::string name() const;
 };
 
-/// A call whose cost to the host is measured.
+/// A call whose host time is measured.
 struct HostCall {
   std::string id;
   std::string title;
@@ -56,24 +55,24 @@ struct HostCall {
   std::string name() const;
 };
 
-/// A line of the host-cost table that subtracts one call's cost from another's; both are ids.
+/// A row of the host-cost table: cost of the call with id `minuend` minus cost of the call with id `subtrahend`.
 struct HostDifference {
   std::string title;
   std::string minuend;
   std::string subtrahend;
 };
 
-/// Cases in the order of their registration; those of one configuration are registered one after the other.
+/// Cases in the order of registration. The cases of one configuration must be registered one after the other.
 class Suite {
  public:
-  /// Does one measurement; what it throws is reported as the case's error.
+  /// Does one measurement. An exception is reported as the error of the case.
   using Body = std::function<Timing()>;
 
   void add(const Case& benchmark_case, Body body);
   void add(const HostCall& call, Body body);
   void add(const HostDifference& difference);
 
-  /// The case or call registered under a benchmark's name, null where there is none.
+  /// The case or call registered under a benchmark's name; nullptr if there is none.
   const Case* find_case(const std::string& name) const;
   const HostCall* find_host_call(const std::string& name) const;
 

@@ -8,7 +8,7 @@
 #include <optional>
 #include <vector>
 
-// Repetition and statistics: how many samples a measurement takes and what is made of them.
+// How many samples a measurement takes, and their statistics.
 namespace posenc::bench {
 
 /// Seconds on a clock that never goes backwards.
@@ -17,33 +17,33 @@ inline double now() {
   return std::chrono::duration_cast<Seconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-/// Middle value, the mean of the two middle ones for an even number. `values` is not empty.
+/// Median; for an even number of values, the mean of the two middle ones. `values` must not be empty.
 inline double median(std::vector<double> values) {
   std::sort(values.begin(), values.end());
   const std::size_t middle = values.size() / 2;
   return values.size() % 2 == 1 ? values[middle] : (values[middle - 1] + values[middle]) / 2;
 }
 
-/// What of a step is on the clock.
+/// The part of a training step that is timed.
 enum class Pass { forward, backward, total };
 
-/// What was measured, in seconds.
+/// Statistics of the samples, in seconds.
 struct Timing {
   double median;
   double minimum;
   int64_t samples;
-  /// Most bytes held at one time beyond the inputs, where that was asked for and can be told; of a backward pass with
-  /// the forward pass before it.
+  /// Peak memory in bytes, without the inputs; nullopt if it was not measured. For a backward pass it includes the
+  /// forward pass.
   std::optional<int64_t> peak_bytes = std::nullopt;
 };
 
 /// How often a measurement is repeated.
 struct Sampling {
-  /// Runs that are thrown away: the first ones load kernels, start threads and fill the caching allocator.
+  /// Discarded runs: the first ones load kernels, start threads and fill the caching allocator.
   int64_t warm_ups = 3;
-  /// Fewest samples whose median shrugs off a few disturbed ones.
+  /// Minimum number of samples: enough that a few disturbed ones do not change the median.
   int64_t at_least = 11;
-  /// Beyond this the median of an undisturbed measurement no longer moves.
+  /// Maximum number of samples: more do not change the median of an undisturbed measurement.
   int64_t at_most = 51;
   /// Seconds after which no sample beyond `at_least` is started, so that a full run takes about a minute.
   double budget = 0.25;

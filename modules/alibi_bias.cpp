@@ -16,13 +16,14 @@ namespace posenc {
 
 using torch::Tensor;
 
-/// The slopes of one set of options, by device; float32. Copies are never replaced nor freed before this object is:
-/// kernels in flight on other streams and captured graphs may still read them.
+/// The slopes of one set of options, float32, one copy for each device. Copies are neither replaced nor freed during
+/// the lifetime of this object: kernels in flight on other streams and captured graphs may read them.
 class ALiBiBiasImpl::FixedSlopes {
  public:
   explicit FixedSlopes(Tensor on_cpu) : copies_{std::move(on_cpu)} {}
 
-  /// Whether these are the slopes `on_cpu`. Clones share this object, and another one may be adding a copy.
+  /// Whether these slopes equal `on_cpu`. Clones of a module share this object, and another one may add a copy
+  /// meanwhile.
   bool serve(const Tensor& on_cpu) const {
     const std::lock_guard<std::mutex> lock(mutex_);
     return on_cpu.equal(copies_.front());
@@ -40,8 +41,8 @@ class ALiBiBiasImpl::FixedSlopes {
         " before a graph is captured, got slopes on the CPU alone during a capture; call slopes_on, or forward with "
         "scores "
         "on that device, before the capture");
-    // With a wait, so that no other stream reads them before they are there. Not under the caller's inference mode: a
-    // training step may use them next.
+    // The copy is synchronous, so that no other stream reads it before it is complete. It is not an inference tensor,
+    // because a training step may use it later.
     const torch::InferenceMode no_inference(false);
     const torch::NoGradGuard no_grad;
     return copies_.emplace_back(copies_.front().to(device));
@@ -49,12 +50,12 @@ class ALiBiBiasImpl::FixedSlopes {
 
  private:
   mutable std::mutex mutex_;
-  std::vector<Tensor> copies_;  // the first one on the CPU
+  std::vector<Tensor> copies_;  // one for each device, the first one on the CPU
 };
 
 namespace {
 
-/// Slopes of the heads that a module serves, float32 on the CPU, in memory of their own.
+/// The slopes of the heads of a module, float32 on the CPU, a copy.
 Tensor slopes_of(const ALiBiBiasOptions& options) {
   const int64_t num_heads = options.num_heads();
   const int64_t total = options.total_heads().value_or(num_heads);
@@ -90,7 +91,7 @@ ALiBiBiasImpl::ALiBiBiasImpl(ALiBiBiasOptions options_) : options(std::move(opti
 
 void ALiBiBiasImpl::reset() {
   Tensor initial = slopes_of(options);
-  if (parameters_.contains("slopes")) {  // a second call; clones come without
+  if (parameters_.contains("slopes")) {  // on a second call; clones have no parameters yet
     parameters_.erase("slopes");
   }
   if (options.learnable()) {
@@ -99,7 +100,7 @@ void ALiBiBiasImpl::reset() {
     return;
   }
   slopes = Tensor();
-  // Cloneable resets every clone: it keeps the copies it shares with the original.
+  // Cloneable calls reset() on every clone, which keeps the copies that it shares with the original.
   if (fixed_ == nullptr || !fixed_->serve(initial)) {
     fixed_ = std::make_shared<FixedSlopes>(std::move(initial));
   }

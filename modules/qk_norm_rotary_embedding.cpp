@@ -37,7 +37,7 @@ void QKNormRotaryEmbeddingImpl::reset() {
       options.eps() > 0 && std::isfinite(options.eps()), kQKNormName, ": expected a positive, finite eps, got ",
       options.eps());
   RotaryEmbedding rotation(options.rotary());  // checks its options
-  if (named_children().contains("rotary")) {   // a second call; clones come without
+  if (named_children().contains("rotary")) {   // on a second call; clones have no children yet
     unregister_module("rotary");
     parameters_.erase("q_weight");
     parameters_.erase("k_weight");

@@ -21,8 +21,8 @@ namespace {
 
 constexpr const char* kRotaryName = "posenc::RotaryEmbedding";
 
-/// Positions that a call goes through as far as the host can see. Positions on an accelerator cannot be read without
-/// waiting for it; those on a CPU are checked here.
+/// The number of positions of a call, as far as the host knows it. Positions on a CPU are read and checked here.
+/// Positions on an accelerator cannot be read without waiting.
 std::optional<int64_t> visible_length(const Tensor& x, const std::optional<Tensor>& positions) {
   if (!positions.has_value()) {
     return x.size(-3);
@@ -46,8 +46,8 @@ std::optional<int64_t> visible_length(const Tensor& x, const std::optional<Tenso
   return last + 1;
 }
 
-/// Positions of the sequence: what its frequencies may depend on, and rows that its tables must have. None where nobody
-/// can tell.
+/// The length of the sequence, which frequencies may depend on and which tables must cover. nullopt if it is not known
+/// on the host.
 std::optional<int64_t> sequence_length(
     const Tensor& x,
     const std::optional<Tensor>& positions,
@@ -91,7 +91,7 @@ void RotaryEmbeddingImpl::reset() {
       options.max_position_embeddings() > 0,
       "posenc::RotaryEmbedding: expected a positive max_position_embeddings, got ", options.max_position_embeddings());
   set_pairs(rotary_dim / 2);
-  if (parameters_.contains("inv_freq")) {  // a second call; clones come without
+  if (parameters_.contains("inv_freq")) {  // on a second call; clones have no parameters yet
     parameters_.erase("inv_freq");
   }
   if (options.learnable_frequencies()) {
@@ -110,7 +110,7 @@ void RotaryEmbeddingImpl::reset() {
     return;
   }
   inv_freq = Tensor();
-  // Cloneable resets every clone: it keeps the tables it shares with the original.
+  // Cloneable calls reset() on every clone, which keeps the tables that it shares with the original.
   detail::RotaryTableSource source{rotary_dim, options.base(), options.scaling(), options.pair_frequencies()};
   const int64_t length = options.max_position_embeddings();
   if (tables_ == nullptr || !tables_->serves(source, length)) {
@@ -141,7 +141,7 @@ void RotaryEmbeddingImpl::set_pairs(int64_t num_pairs) {
         values);
   };
   if (!options.pair_axes().empty()) {
-    constexpr int64_t kMostAxes = 4;  // of the operators
+    constexpr int64_t kMostAxes = 4;  // limit of the operators
     check_pairs("pair_axes", options.pair_axes(), kMostAxes);
     pair_axes_ = options.pair_axes();
     num_axes_ = 1 + *std::max_element(pair_axes_.begin(), pair_axes_.end());
@@ -223,11 +223,11 @@ std::tuple<Tensor, Tensor, Tensor> RotaryEmbeddingImpl::forward_qkv(
     std::optional<int64_t> seq_len) {
   TORCH_CHECK(qkv.defined(), kRotaryName, ": expected qkv to be a tensor, got an undefined one");
   const Layout layout = options.layout();
-  const int64_t of_tokens = layout == Layout::thd ? 1 : 2;  // dimensions of them
+  const int64_t of_tokens = layout == Layout::thd ? 1 : 2;  // number of dimensions of tokens
   const int64_t head_dim = options.head_dim();
   const bool stacked = qkv.dim() == of_tokens + 3;
   const bool flat = qkv.dim() == of_tokens + 1;
-  // Not as a sum of what the user gave, which may overflow.
+  // The sum of the user's numbers may overflow.
   const bool heads_fit = flat && num_q_heads >= 1 && num_kv_heads >= 1 && num_q_heads <= qkv.size(-1) &&
       num_kv_heads <= qkv.size(-1) && qkv.size(-1) == (num_q_heads + 2 * num_kv_heads) * head_dim;
   TORCH_CHECK(
@@ -236,7 +236,7 @@ std::tuple<Tensor, Tensor, Tensor> RotaryEmbeddingImpl::forward_qkv(
       " dimensions of tokens, then (num_q_heads + 2 num_kv_heads) head_dim channels or 3, heads ", "and head_dim, for ",
       num_q_heads, " and ", num_kv_heads, " heads of ", head_dim, ", got ", qkv.sizes());
   const Tensor view = layout == Layout::sbhd ? qkv.transpose(0, 1) : qkv;
-  // One head of every token has their number where `tables_for` looks for it.
+  // A view of one head of each token has the number of tokens in the dimension that `tables_for` reads.
   const Tensor tokens = stacked ? view.select(-3, 0) : view.unsqueeze(-2);
   const auto [cos, sin] = tables_for(tokens, positions, seq_len);
   const auto [q, k, v] = rotary_embedding_qkv(

@@ -1,4 +1,4 @@
-// RotaryEmbeddingOptions::from_hf_config. What a model_type implies is in detail/hf_models.json.
+// RotaryEmbeddingOptions::from_hf_config. The facts about each model_type are in detail/hf_models.json.
 #include <posenc/modules/rotary_embedding.h>
 
 #include <c10/util/Exception.h>
@@ -27,10 +27,10 @@ using detail::HfLayer;
 using detail::HfModelConfig;
 using detail::Json;
 
-/// Rows of the first tables are no more than this: Llama 4 names ten million positions, which are 5 GB of tables.
+/// The largest number of rows of the initial tables. Llama 4 has ten million positions, which would be 5 GB of tables.
 constexpr int64_t kMostInitialRows = 131072;
 
-/// Channels of the tensors that are rotated.
+/// The number of channels of the tensors that are rotated.
 int64_t head_dim_of(const HfModelConfig& model, const HfLayer& layer, double part) {
   const Fields fields = model.fields();
   const Json overrides = model.overrides_of(layer);
@@ -53,7 +53,7 @@ int64_t head_dim_of(const HfModelConfig& model, const HfLayer& layer, double par
     fail_hf_config("expected head_dim, or hidden_size and num_attention_heads, in ", fields.name(), ", got neither");
   }
   const int64_t channels = *hidden_size * model.row().integer("head_factor").value_or(1);
-  // transformers rounds down; a hidden_size that no head fits is rather a mistake in the file.
+  // transformers rounds down. A hidden_size that is no multiple of the number of heads is an error in the file.
   if (*num_heads <= 0 || channels % *num_heads != 0) {
     fail_hf_config("expected a hidden_size that num_attention_heads divides, got ", *hidden_size, " and ", *num_heads);
   }
@@ -70,7 +70,7 @@ void set_pairing(RotaryEmbeddingOptions& options, const HfModelConfig& model) {
 
 void set_rotary_dim(RotaryEmbeddingOptions& options, const HfModelConfig& model, double part) {
   const Fields fields = model.fields();
-  // Multi-head latent attention rotates a tensor of its own, and the proportional plan goes by the full head.
+  // Multi-head latent attention rotates a separate tensor. The proportional plan uses the full head.
   if (fields.has("qk_rope_head_dim") || model.row().has("tail") ||
       std::holds_alternative<ProportionalScaling>(options.scaling())) {
     return;
@@ -87,7 +87,7 @@ void set_rotary_dim(RotaryEmbeddingOptions& options, const HfModelConfig& model,
   }
 }
 
-/// Axes and frequencies of pairs on a grid of patches. Each axis has half of the pairs.
+/// Axes and frequencies of pairs for a grid of patches. Each axis has half of the pairs.
 void set_grid(RotaryEmbeddingOptions& options, const std::string& axes, int64_t num_pairs) {
   if (!std::holds_alternative<DefaultScaling>(options.scaling())) {
     fail_hf_config("expected the default plan for positions on a grid, got ", to_string(options.scaling()));
@@ -109,7 +109,7 @@ void set_grid(RotaryEmbeddingOptions& options, const std::string& axes, int64_t 
   options.pair_axes(std::move(pair_axes)).pair_frequencies(std::move(frequencies));
 }
 
-/// Which axis of the positions each pair reads.
+/// The axis of the positions that each pair reads.
 void set_axes(RotaryEmbeddingOptions& options, const HfModelConfig& model, const HfLayer& layer) {
   const int64_t num_pairs = options.rotary_dim().value_or(options.head_dim()) / 2;
   const Fields plan = layer.plan();
@@ -139,7 +139,7 @@ void set_axes(RotaryEmbeddingOptions& options, const HfModelConfig& model, const
     sum += section;
   }
   if (axes == "interleaved" && sections->size() == 3 && sum != num_pairs) {
-    // Sections of another head: axis 0 has the pairs that are left, as in transformers.
+    // Sections that do not add up to R/2: axis 0 has the remaining pairs, as in transformers.
     std::vector<int64_t> pair_axes;
     for (int64_t pair = 0; pair < num_pairs; ++pair) {
       const int64_t axis = pair % 3;

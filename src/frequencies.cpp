@@ -32,7 +32,7 @@ void check_seq_len(const char* plan, int64_t seq_len) {
       seq_len >= 0, "posenc::rotary_frequencies: ", plan, ": expected a seq_len that is not negative, got ", seq_len);
 }
 
-/// The base that leaves the first frequency alone and divides the last one by `stretch`.
+/// The base for which the first frequency is unchanged and the last one is divided by `stretch`.
 double ntk_base(const char* plan, int64_t rotary_dim, double base, double stretch) {
   TORCH_CHECK(
       rotary_dim > 2, "posenc::rotary_frequencies: ", plan, ": expected a rotary_dim of at least 4, got ", rotary_dim);
@@ -40,7 +40,7 @@ double ntk_base(const char* plan, int64_t rotary_dim, double base, double stretc
   return base * std::pow(stretch, dim / (dim - 2));
 }
 
-/// Calls `map(i, w)` for each frequency and keeps what it returns.
+/// The results of `map(i, w)` for each frequency w.
 Tensor mapped(const Tensor& inv_freq, const std::function<double(int64_t, double)>& map) {
   Tensor result = at::empty_like(inv_freq);
   const double* from = inv_freq.const_data_ptr<double>();
@@ -51,7 +51,7 @@ Tensor mapped(const Tensor& inv_freq, const std::function<double(int64_t, double
   return result;
 }
 
-/// A sequence of which the LongRoPE plan takes the long factors.
+/// Whether LongRoPE uses the long factors for a sequence of `seq_len` positions.
 bool is_long(const LongRopeScaling& scaling, int64_t seq_len) {
   return seq_len > scaling.original_max_position_embeddings;
 }
@@ -169,7 +169,7 @@ RotaryFrequencies rotary_frequencies(int64_t rotary_dim, double base, const Llam
     if (wavelength > positions / low) {
       return w / s;
     }
-    // Also keeps the quotient below from 0/0 where low and high are equal, as in Llama 4.
+    // Also avoids 0/0 in the quotient below if both factors are equal, as in Llama 4.
     if (wavelength <= positions / high) {
       return w;
     }
@@ -183,7 +183,7 @@ RotaryFrequencies rotary_frequencies(int64_t rotary_dim, double base, const Long
   check_length(kPlan, "original_max_position_embeddings", scaling.original_max_position_embeddings);
   check_seq_len(kPlan, seq_len);
   const Tensor inv_freq = rotary_inv_freq(rotary_dim, base);
-  // Both, although one of them is used: a mistake is found before the sequences grow long.
+  // Checks both, although one is used, so that an error shows before the first long sequence.
   const auto check_factors = [&](const char* field, const std::vector<double>& factors) {
     TORCH_CHECK(
         static_cast<int64_t>(factors.size()) == rotary_dim / 2, "posenc::rotary_frequencies: LongRoPE: expected ",
@@ -237,7 +237,7 @@ RotaryFrequencies rotary_frequencies(int64_t rotary_dim, double base, const Prop
 
 namespace {
 
-/// `rotary_frequencies` of one plan, with the length of the sequence where the plan takes it.
+/// `rotary_frequencies` of one plan; `seq_len` is passed to plans that depend on it.
 template <typename Scaling>
 RotaryFrequencies frequencies_of(int64_t rotary_dim, double base, const Scaling& scaling, int64_t seq_len) {
   constexpr bool kTakesLength = std::is_same_v<Scaling, DynamicNtkScaling> || std::is_same_v<Scaling, LongRopeScaling>;
@@ -248,7 +248,7 @@ RotaryFrequencies frequencies_of(int64_t rotary_dim, double base, const Scaling&
   }
 }
 
-/// Writes `name(field=value, field=value)`; options that are not given are left out.
+/// Writes `name(field=value, field=value)` without the options that are not set.
 class Printer {
  public:
   explicit Printer(const char* name) { stream_ << name; }

@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <memory>
 
-// The only file that includes spdlog: it and torch bring different copies of fmt.
+// The only file that includes spdlog: spdlog and torch contain different copies of fmt.
 namespace posenc {
 namespace {
 
@@ -18,12 +18,12 @@ spdlog::level::level_enum level_from_environment() {
   if (name == nullptr || *name == '\0') {
     return spdlog::level::warn;
   }
-  // from_str answers `off` for a name that it does not know.
+  // from_str returns `off` for an unknown name.
   const auto level = spdlog::level::from_str(name);
   return level == spdlog::level::off && std::string_view(name) != "off" ? spdlog::level::warn : level;
 }
 
-/// A logger of our own: not in spdlog's registry, so that the application's loggers and patterns stay its own.
+/// The logger of posenc. It is not in spdlog's registry and does not affect the application's loggers and patterns.
 spdlog::logger& logger() {
   static const auto instance = [] {
     auto made = std::make_shared<spdlog::logger>("posenc", std::make_shared<spdlog::sinks::stderr_color_sink_mt>());

@@ -9,7 +9,7 @@ namespace posenc {
 
 std::vector<int64_t> mrope_pair_axes(at::IntArrayRef sections, bool interleaved) {
   constexpr const char* kName = "posenc::mrope_pair_axes";
-  constexpr int64_t kMostPairs = int64_t{1} << 20;  // far above any head, and far below an overflow of the sum
+  constexpr int64_t kMostPairs = int64_t{1} << 20;  // more than any head has; the sum cannot overflow
   TORCH_CHECK(
       interleaved ? sections.size() == 3 : !sections.empty() && sections.size() <= 4, kName, ": expected ",
       interleaved ? "three sections where they are interleaved" : "one to four sections", ", got ", sections);

@@ -32,7 +32,7 @@ void check_not_negative(const char* op, const char* name, int64_t value) {
   TORCH_CHECK(value >= 0, op, ": expected a ", name, " that is not negative, got ", value);
 }
 
-/// Positions below `count` exist in `dtype`.
+/// Checks that positions below `count` fit into `dtype`.
 void check_fits(const char* op, const char* name, int64_t count, at::ScalarType dtype) {
   TORCH_CHECK(
       dtype == at::kLong || count <= std::numeric_limits<int32_t>::max(), op, ": expected a ", name,
@@ -70,17 +70,17 @@ Tensor count_to(int64_t end, at::ScalarType dtype, const c10::Device& device) {
   return at::arange(end, at::TensorOptions().dtype(dtype).device(device));
 }
 
-/// How many of `ends`, which never fall, each of `values` has reached: the number of the interval it lies in.
+/// The number of `ends`, which ascend, that are at most each of `values`: the index of the interval of each value.
 Tensor interval_of(const Tensor& values, const Tensor& ends) {
   return at::searchsorted(ends, values, /*out_int32=*/false, /*right=*/true);
 }
 
-/// Images and videos of tokens that follow one another, as runs of tokens.
+/// Images or videos as runs of consecutive tokens.
 struct Grids {
   Tensor frames, rows, columns;  // [N], int64, so that no product overflows
-  Tensor starts, ends;           // [N], of the runs
+  Tensor starts, ends;           // [N]: first token and end of each run
 
-  /// `merge` patches along each side make one token.
+  /// @param merge  patches along each side of a token.
   Grids(const Tensor& grids, int64_t merge) {
     const Tensor wide = grids.to(at::kLong);
     rows = wide.select(1, -2).floor_divide(merge);
@@ -91,20 +91,20 @@ struct Grids {
     starts = ends - lengths;
   }
 
-  /// The run of each of `tokens`; of those behind the last one, the last one.
+  /// The run of each of `tokens`; the last run for tokens behind it.
   Tensor run_of(const Tensor& tokens) const { return interval_of(tokens, ends).clamp_max(ends.size(0) - 1); }
 };
 
-/// `values[index]`, at least one: as a divisor it may belong to a token that no run holds.
+/// `values[index]`, at least 1. It is used as a divisor also for tokens that are in no run.
 Tensor divisor(const Tensor& values, const Tensor& index) {
   return values.index_select(0, index).clamp_min(1);
 }
 
-/// The tokens of images, or of videos.
+/// Positions of the tokens of images, or of videos.
 struct VisionTokens {
-  Tensor inside;              // whether a token is one of them; the rest says nothing about others
-  Tensor first;               // the first of its image
-  Tensor extent;              // by how much the positions behind the image are larger than at its start
+  Tensor inside;              // whether the token is one of them; the other fields are valid for these only
+  Tensor first;               // the first token of its image
+  Tensor extent;              // the position behind the image minus the position at its start
   Tensor frame, row, column;  // positions relative to the start of the image
 };
 
@@ -117,7 +117,7 @@ VisionTokens vision_tokens(
     double tokens_per_second,
     bool separate_frames) {
   const Grids grids(grid_thw, merge);
-  const Tensor number = inside.cumsum(0).sub(1).clamp_min(0);  // among the tokens inside
+  const Tensor number = inside.cumsum(0).sub(1).clamp_min(0);  // index among the tokens inside
   const Tensor run = grids.run_of(number);
   const Tensor columns = divisor(grids.columns, run);
   const Tensor rows = divisor(grids.rows, run);
@@ -152,7 +152,7 @@ VisionTokens vision_tokens(
   return result;
 }
 
-/// Whether there are grids at all.
+/// Whether there is at least one grid.
 bool check_grid_thw(const char* op, const char* name, const std::optional<Tensor>& grids, const Tensor& input_ids) {
   if (!grids.has_value()) {
     return false;
@@ -209,7 +209,7 @@ Tensor packed_positions(const Tensor& cu_seqlens, int64_t num_tokens, const std:
     return tokens;
   }
   const Tensor sequence = interval_of(tokens, cu_seqlens.slice(0, 1).contiguous());
-  // The start of what comes behind the last sequence is the last boundary.
+  // Tokens behind the last sequence start at the last boundary.
   const Tensor positions = tokens - cu_seqlens.index_select(0, sequence);
   return offsets.has_value() ? positions + at::constant_pad_nd(*offsets, {0, 1}).index_select(0, sequence) : positions;
 }
@@ -246,7 +246,7 @@ std::tuple<Tensor, Tensor> context_parallel_packed_positions(
       num_tokens >= 0 && num_tokens % (2 * world_size) == 0, op,
       ": expected num_tokens divisible by 2 world_size = ", 2 * world_size, ", got ", num_tokens);
   check_fits(op, "num_tokens", num_tokens, cu_seqlens.scalar_type());
-  // Of the whole, with what lies behind the last sequence, and of the shard.
+  // Boundaries of the whole, including the tokens behind the last sequence, and of the shard.
   const Tensor boundaries = at::cat({cu_seqlens, at::full({1}, num_tokens, cu_seqlens.options())});
   const Tensor of_shard = boundaries.floor_divide(world_size);
   const Tensor tokens = count_to(num_tokens / world_size, cu_seqlens.scalar_type(), cu_seqlens.device());
@@ -309,7 +309,7 @@ std::tuple<Tensor, Tensor> mrope_positions(
     valid = mask.flatten().ne(0);
   }
 
-  // How much further the next token is, and how much of that the token itself starts behind.
+  // The step from each token to the next, and the part of it by which the token itself is shifted.
   Tensor advance = valid.defined() ? valid.to(at::kLong) : at::ones_like(ids, at::kLong);
   Tensor own = at::ones_like(ids, at::kLong);
   Tensor relative = at::zeros({3, ids.size(0)}, own.options());

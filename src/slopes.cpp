@@ -12,7 +12,7 @@ namespace posenc {
 
 using at::Tensor;
 
-/// The authors' own rule (get_slopes of https://github.com/ofirpress/attention_with_linear_biases).
+/// The rule of the authors (get_slopes of https://github.com/ofirpress/attention_with_linear_biases).
 Tensor alibi_slopes(int64_t num_heads, double max_bias) {
   TORCH_CHECK(num_heads > 0, "posenc::alibi_slopes: expected a positive num_heads, got ", num_heads);
   TORCH_CHECK(
@@ -22,16 +22,16 @@ Tensor alibi_slopes(int64_t num_heads, double max_bias) {
   while (power <= num_heads / 2) {
     power *= 2;
   }
-  // In tensor operations, so that graphs which are traced without data hold it too.
+  // Computed in tensor operations, so that it can be traced without data.
   const Tensor h = at::arange(num_heads, at::TensorOptions().dtype(at::kDouble));
   const auto n = static_cast<double>(power);
-  // Head h - power of the second part is number 2 (h - power) of the slopes for twice as many heads.
+  // Head h >= power has slope 2 (h - power) of the slopes for 2 power heads.
   const Tensor exponents = at::where(h < n, (h + 1) / n, (2 * (h - n) + 1) / (2 * n));
   return at::exp2(exponents.mul(-max_bias)).to(at::kFloat);
 }
 
 TORCH_LIBRARY_FRAGMENT(posenc, m) {
-  // Without tensors among the arguments there is no device to dispatch on.
+  // There are no tensors among the arguments to dispatch on.
   m.def("alibi_slopes(int num_heads, float max_bias=8.0) -> Tensor", alibi_slopes);
 }
 

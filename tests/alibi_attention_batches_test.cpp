@@ -8,14 +8,14 @@
 #include <algorithm>
 #include <numeric>
 
-// Packed sequences of any distribution of lengths: right, and in memory that grows with their tokens.
+// Packed sequences of various distributions of lengths: results, and memory that is proportional to the tokens.
 namespace posenc::test {
 namespace {
 
 /// Lengths of the sequences of a packed call.
 struct Lengths {
   const char* name;
-  std::vector<int64_t> q, k;  // no k: those of q
+  std::vector<int64_t> q, k;  // empty k: the lengths of q
 };
 
 std::vector<int64_t> cumulated(const std::vector<int64_t>& lengths) {
@@ -29,7 +29,7 @@ std::vector<int64_t> joined(std::vector<int64_t> a, const std::vector<int64_t>& 
   return a;
 }
 
-/// Distributions for which padding to the longest sequence would take many times the tokens, and others.
+/// Distributions of lengths. For some, padding to the longest sequence would need many times the tokens.
 std::vector<Lengths> distributions() {
   const std::vector<int64_t> ones(40, 1);
   const std::vector<int64_t> none(30, 0);
@@ -122,7 +122,7 @@ INSTANTIATE_TEST_SUITE_P(
     ::testing::Combine(::testing::Values(at::kCUDA), ::testing::ValuesIn(distributions())),
     packed_name);
 
-/// Bytes of tensors on any device that this thread holds, as allocators report them.
+/// Bytes of tensors on all devices, as the allocators report them to this thread.
 class MemoryMeter : public c10::MemoryReportingInfoBase {
  public:
   void reportMemoryUsage(
@@ -142,8 +142,7 @@ class MemoryMeter : public c10::MemoryReportingInfoBase {
   int64_t peak_ = 0;
 };
 
-/// Bytes that a forward and a backward pass need at a time beyond the arguments. The backward pass is the operator,
-/// which runs in this thread.
+/// Peak bytes of a forward and a backward pass, without the arguments. Autograd propagates the meter to its threads.
 int64_t peak_of_both_passes(const AttentionInputs& in) {
   const auto meter = std::make_shared<MemoryMeter>();
   const c10::DebugInfoGuard guard(c10::DebugInfoKind::PROFILER_STATE, meter);
@@ -170,8 +169,8 @@ TEST_P(AlibiAttentionPackedMemory, GrowsWithTheTokensWhateverTheirDistribution) 
     return peak_of_both_passes(make_attention_inputs(c, {GetParam(), at::kFloat}));
   };
   const int64_t alike = peak_of(std::vector<int64_t>(16, kTokens / 16));
-  // On a GPU a batch of padded length L has room for as many sequences as may be of that length, twice the tokens, and
-  // their number is rounded up by up to a quarter. To that come the results.
+  // On a GPU the batch of padded length L has at least 2 T / L entries for T tokens, the largest possible number of
+  // sequences longer than L / 2, rounded up by at most a quarter. The results are additional.
   const double factor = GetParam() == at::kCPU ? 1.5 : 4;
   const auto expect_bounded = [&](const char* name, const std::vector<int64_t>& lengths) {
     EXPECT_LE(static_cast<double>(peak_of(lengths)), factor * static_cast<double>(alike)) << name;

@@ -12,7 +12,7 @@
 namespace posenc::test {
 namespace {
 
-/// Small calls of each kind.
+/// One small call for each option.
 std::vector<AttentionCase> small_cases() {
   std::vector<AttentionCase> cases;
   const auto add = [&cases](const std::string& name, const std::function<void(AttentionCase&)>& change) {
@@ -58,7 +58,7 @@ class AlibiAttentionDifferences : public ::testing::TestWithParam<std::tuple<at:
       moved.v = arguments[2];
       moved.slopes = arguments[3];
       const auto [out, lse] = attend_with_lse(moved);
-      // Minus infinity times a cotangent is no number.
+      // Inner products with an lse of minus infinity would be infinite or NaN.
       return with_lse ? TensorList{out, lse.masked_fill(lse.detach().isinf(), 0)} : TensorList{out};
     };
   }
@@ -94,13 +94,13 @@ INSTANTIATE_TEST_SUITE_P(
     difference_name);
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Against the reference version, which LibTorch differentiates
+// Against autograd of the reference version
 
 using Attention = std::function<
     std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&)>;
 
-/// The derivatives of orders 1 to `order` of a scalar function of `inputs`: from each, the next scalar is made with
-/// random cotangents.
+/// Derivatives of orders 1 to `order` of a scalar function of `inputs`. Each order differentiates the inner product of
+/// the previous results with random cotangents.
 std::vector<TensorList> derivatives(const TensorList& inputs, const Attention& attention, int order) {
   at::manual_seed(7);
   const auto [out, lse] = attention(inputs[0], inputs[1], inputs[2], inputs[3]);
@@ -148,7 +148,7 @@ TEST_P(AlibiAttentionDifferences, ThreeDerivativesAreThoseOfTheReference) {
 
 class AlibiAttentionDerivatives : public DeviceTest {
  protected:
-  /// Numbers along the sequence: one batch, head and channel.
+  /// A tensor `[1, S, 1, 1]` of `values`.
   at::Tensor sequence(const std::vector<double>& values) const {
     return at::tensor(values, at::kDouble).view({1, -1, 1, 1}).to(device());
   }
@@ -190,7 +190,7 @@ TEST_P(AlibiAttentionDerivatives, OfQueriesTwiceAreTheHessian) {
   const at::Tensor x = sequence({1, 3});
   const at::Tensor out = attend_to(q, x, x);
   const at::Tensor first = gradients({out.sum()}, {q}, {at::ones_like(out.sum())}, /*create_graph=*/true)[0];
-  // Each output depends on its own query alone: the Hessian is diagonal.
+  // The Hessian is diagonal, as each output depends on its own query only.
   expect_sequence(gradients({first.sum()}, {q}, {at::ones_like(first.sum())})[0], {-0.75784, -0.08502});
 }
 
@@ -302,7 +302,7 @@ TEST_P(AlibiAttentionDerivatives, WithCreateGraphAreThePlainOnesThroughEachOutpu
   }
 }
 
-/// The rounding of `out` times a distance of thousands would be larger than the gradient.
+/// Fails if the gradient uses the rounded `out`: its rounding error times distances of thousands exceeds the gradient.
 TEST_P(AlibiAttentionDerivatives, OfSlopesOverManyKeysAreWithinOnePercent) {
   AttentionCase c;
   c.batch = 1;
@@ -314,7 +314,6 @@ TEST_P(AlibiAttentionDerivatives, OfSlopesOverManyKeysAreWithinOnePercent) {
   c.causal = true;
   for (const at::ScalarType dtype : {at::kHalf, at::kBFloat16, at::kFloat}) {
     const AttentionInputs narrow = make_attention_inputs(c, {GetParam(), dtype});
-    // A mean that has no part in the gradient.
     const at::Tensor grad = (at::randn(narrow.q.sizes(), at::kFloat) + 4).to(narrow.q.options());
     const auto slopes_gradient = [&](const AttentionInputs& inputs) {
       const AttentionInputs in = attention_leaves(inputs);

@@ -5,7 +5,7 @@
 
 #include <limits>
 
-// NaN and infinity in keys, values and queries that a mask hides, as the unused part of a cache may hold.
+// NaN and infinity in hidden queries, keys and values, such as those in the unused part of a KV cache.
 namespace posenc::test {
 namespace {
 
@@ -17,7 +17,7 @@ class AlibiAttentionHiddenValues : public TargetTest {
  protected:
   AttentionInputs inputs(const AttentionCase& c) const { return make_attention_inputs(c, GetParam()); }
 
-  /// Results and gradients of a call, the latter for `grad`.
+  /// Gradients of q, k, v and slopes for `grad`, the gradient of out; then out.
   static TensorList everything(const AttentionInputs& inputs, const at::Tensor& grad) {
     const AttentionInputs in = attention_leaves(inputs);
     const at::Tensor out = attend(in);
@@ -37,7 +37,7 @@ TEST_P(AlibiAttentionHiddenValues, BehindTheLengthsReachNothing) {
   c.seqlens_q = {5, 24};
   c.seqlens_k = {1, 20};
   const bool deterministic = at::globalContext().deterministicAlgorithms();
-  at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/true);  // the same bits of fused attention
+  at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/true);  // for the same bits of fused attention
   for (const auto& [causal, offset] : std::vector<std::pair<bool, std::optional<int64_t>>>{
            {false, std::nullopt}, {true, std::nullopt}, {false, 0}, {true, 0}}) {
     c.causal = causal;
@@ -66,8 +66,8 @@ TEST_P(AlibiAttentionHiddenValues, BehindTheLengthsReachNothing) {
   at::globalContext().setDeterministicAlgorithms(deterministic, /*warn_only=*/false);
 }
 
-/// Fused attention multiplies a probability of 0 with what is hidden in the same tile of keys, so this holds of the
-/// plain path: sizes that are not fused.
+/// Does not hold for fused attention, which multiplies hidden values in a tile of keys by a probability of 0. These
+/// sizes are not fused.
 TEST_P(AlibiAttentionHiddenValues, BehindACausalMaskReachNoEarlierRow) {
   AttentionCase c;
   c.head_dim = 5;
@@ -91,15 +91,15 @@ TEST_P(AlibiAttentionHiddenValues, BehindACausalMaskReachNoEarlierRow) {
       x.select(1, kSpoilt).fill_(value);
       const TensorList actual = everything(spoilt, grad);
       const auto early = [&](const at::Tensor& y) { return y.slice(1, 0, kSpoilt); };
-      // Rows that do not see the key: their outputs and the gradients of their queries.
-      // Sums of at most nine terms, each below 8: in another order than the expected ones.
+      // Outputs and gradients of queries that do not see the key are sums of at most nine terms, each below 8, in
+      // another order than the expected ones.
       const double bound = 8 * 9 * unit_roundoff(table_dtype(dtype()));
       for (const size_t i : {size_t{0}, size_t{4}}) {
         EXPECT_TRUE(at::allclose(
             early(actual[i]).to(at::kDouble), expected[i].to(at::kDouble), 4 * unit_roundoff(dtype()), bound))
             << i;
       }
-      // Rows that see it show it.
+      // A visible value reaches the outputs.
       EXPECT_TRUE(actual[4].slice(1, kSpoilt).isfinite().logical_not().any().item<bool>() || in_keys);
     }
   }
@@ -154,7 +154,7 @@ TEST_P(AlibiAttentionHiddenValues, BehindTheLengthsReachNoSecondDerivative) {
   }
 }
 
-/// Sequences of three and four tokens are computed together, and the shorter one is padded.
+/// Sequences of three and four tokens are one batch, in which the shorter one is padded.
 TEST_P(AlibiAttentionHiddenValues, OfTheNextPackedSequenceReachNothing) {
   AttentionCase c;
   c.head_dim = 5;
@@ -174,8 +174,7 @@ TEST_P(AlibiAttentionHiddenValues, OfTheNextPackedSequenceReachNothing) {
       }
       const TensorList actual = everything(spoilt, spoilt_grad);
       for (const size_t i :
-           {size_t{0}, size_t{1}, size_t{2},
-            size_t{4}}) {  // all but the gradient of the slopes, which is a sum over both
+           {size_t{0}, size_t{1}, size_t{2}, size_t{4}}) {  // not the gradient of slopes, a sum over both sequences
         expect_same_bits(actual[i].slice(0, 0, 3), expected[i].slice(0, 0, 3));
       }
     }
@@ -219,7 +218,7 @@ TEST_P(AlibiAttentionHiddenValues, InVisibleKeysAndValuesReachNoRowBehindTheLeng
           for (const size_t i : {size_t{0}, size_t{4}}) {  // the gradient of q, and the result
             EXPECT_TRUE(actual[i][0].slice(0, 1).eq(0).all().item<bool>()) << actual[i];
           }
-          // The other sequence has what it has alone.
+          // The other sequence is unchanged.
           const TensorList expected = everything(in, grad);
           for (const size_t i : {size_t{0}, size_t{1}, size_t{2}, size_t{4}}) {
             EXPECT_TRUE(at::allclose(actual[i][1], expected[i][1])) << i;

@@ -7,7 +7,7 @@
 namespace posenc::test {
 namespace {
 
-/// `[4, B, Hq, Sq]` by a loop over scalars, and the sums of magnitudes that bound the rounding of each.
+/// Sums `[4, B, Hq, Sq]` by a scalar loop, and the sums of magnitudes that bound their rounding errors.
 struct ScalarSums {
   at::Tensor values, magnitudes;
 };
@@ -41,7 +41,7 @@ ScalarSums scalar_sums(const AttentionInputs& in, const at::Tensor& grad, const 
           const double p = std::exp(score - all[b][h][i].item<double>());
           const double dp = dot(dout[b][i][h], v[b][j][h / group]);
           const double terms[] = {p, p * distance, p * dp, p * dp * distance};
-          // Errors of the score and of dP, each a sum of `dim` products, go into every term.
+          // Every term has the errors of the score and of dP, each a sum of `dim` products.
           const double most = (dout[b][i][h].abs() * v[b][j][h / group].abs()).sum().item<double>();
           const double sizes[] = {p, p * distance, p * most, p * most * distance};
           for (int64_t sum = 0; sum < 4; ++sum) {
@@ -67,7 +67,7 @@ class AlibiAttentionSlopeSums : public TargetTest {
     const at::Tensor sums = slope_sums(in, grad, lse);
     EXPECT_EQ(sums.scalar_type(), at::kDouble);
     const ScalarSums expected = scalar_sums(in, grad, lse);
-    // Sums of `dim` products and of the keys, in the dtype of sums whatever that of q is.
+    // Sums of `dim` products and over the keys: float32, or float64 for float64.
     const double roundoff = unit_roundoff(dtype() == at::kDouble ? at::kDouble : at::kFloat);
     const double terms = static_cast<double>(in.q.size(-1) + in.k.size(1));
     const at::Tensor excess = (sums.cpu() - expected.values).abs() - terms * roundoff * expected.magnitudes;
@@ -86,7 +86,7 @@ TEST_P(AlibiAttentionSlopeSums, EqualTheScalarLoop) {
 
 TEST_P(AlibiAttentionSlopeSums, TakeTheLogSumExpOfMoreKeysThanTheirs) {
   AttentionCase c;
-  c.query_offset = 9;  // behind all keys
+  c.query_offset = 9;  // all queries are after all keys
   const AttentionInputs in = inputs(c);
   expect_sums(in, lse_of(in) + 2);
 }
@@ -94,7 +94,7 @@ TEST_P(AlibiAttentionSlopeSums, TakeTheLogSumExpOfMoreKeysThanTheirs) {
 TEST_P(AlibiAttentionSlopeSums, AreZeroWhereNothingIsSeen) {
   AttentionCase c;
   c.causal = true;
-  c.query_offset = -3;  // the first three queries see nothing
+  c.query_offset = -3;  // the first three queries see no key
   const AttentionInputs in = inputs(c);
   const at::Tensor sums = slope_sums(in, at::ones_like(in.q), lse_of(in));
   EXPECT_TRUE(sums.narrow(-1, 0, 3).eq(0).all().item<bool>());

@@ -106,7 +106,7 @@ at::Tensor slope_sums(const AttentionInputs& in, const at::Tensor& grad, const a
 
 namespace {
 
-/// Rows of a sequence in tensors whose tokens are counted through.
+/// Tokens of a sequence, where tokens are numbered consecutively over the batch. `offset` is its query_offset.
 struct Sequence {
   int64_t q_begin, k_begin, q_len, k_len, offset;
 };
@@ -144,7 +144,7 @@ std::vector<Sequence> sequences_of(const AttentionInputs& in) {
   return result;
 }
 
-/// A tensor as `[tokens, heads, channels]` of float64, to read and write by index.
+/// A contiguous float64 copy `[tokens, heads, channels]`, to read and write by index.
 struct Table {
   explicit Table(const at::Tensor& tensor)
       : data(tensor.detach().to(at::kCPU, at::kDouble).contiguous().view({-1, tensor.size(-2), tensor.size(-1)})) {}
@@ -160,7 +160,7 @@ Table zeros_like(const Table& table) {
   return Table(at::zeros_like(table.data));
 }
 
-/// `[B, H, S]` or `[H, T]` as tokens by heads of one channel, and back.
+/// `rows_last`: `[B, H, S]` or `[H, T]` to `[tokens, heads, 1]`. `rows_first` is its inverse.
 at::Tensor rows_last(const at::Tensor& x, const at::Tensor& q) {
   return q.dim() == 3 ? x.t().unsqueeze(-1) : x.transpose(1, 2).unsqueeze(-1);
 }
@@ -168,7 +168,7 @@ at::Tensor rows_first(const Table& table, const at::Tensor& q) {
   return q.dim() == 3 ? table.data.squeeze(-1).t() : table.data.view({q.size(0), q.size(1), -1}).transpose(1, 2);
 }
 
-/// Largest error of one rounding to `dtype`, also of what is subnormal in it.
+/// `error` plus that of rounding the result to `dtype`, including values that are subnormal in `dtype`.
 at::Tensor stored(const at::Tensor& error, const at::Tensor& value, at::ScalarType dtype) {
   const double smallest = dtype == at::kHalf ? 0x1p-25 : dtype == at::kDouble ? 0 : 0x1p-126;
   return error + (error + value.abs()) * unit_roundoff(dtype) + smallest;
@@ -176,9 +176,9 @@ at::Tensor stored(const at::Tensor& error, const at::Tensor& value, at::ScalarTy
 
 }  // namespace
 
-// Let u be the roundoff of sums. A sum of n products in any order is off by at most (n + 1) u times the sum of their
-// absolute values (Higham, section 3.1). The exponent of a probability carries the errors of its logit and of the row's
-// lse; exp itself, the sum and the quotient add (n + 32) u.
+// Let u be the unit roundoff of sums. A sum of n products in any order has an error of at most (n + 1) u times the sum
+// of their absolute values (Higham, section 3.1). The exponent of a probability has the errors of its logit and of the
+// lse of its row; exp itself, the sum and the quotient add (n + 32) u.
 ScalarAttention scalar_attention(
     const AttentionInputs& in,
     const at::Tensor& grad_out,
@@ -252,7 +252,7 @@ ScalarAttention scalar_attention(
         }
         mean_error /= sum;
         const double row_lse = top + std::log(sum);
-        // As many roundings as the lse itself is large, too: probabilities are made of it again.
+        // Includes the rounding of the lse itself, from which the probabilities are recomputed.
         const double row_error = mean_error + (n + 32) * u + 2 * u * std::abs(row_lse) + 2 * u * std::abs(top);
         *lse.at(s.q_begin + i, h) = row_lse;
         *lse_error.at(s.q_begin + i, h) = row_error;
@@ -276,7 +276,7 @@ ScalarAttention scalar_attention(
         double delta_error = 0;
         for (int64_t d = 0; d < channels; ++d) {
           delta += goi[d] * outi[d];
-          // The output is read back as it was rounded.
+          // The backward pass reads the output after its rounding to `dtype`.
           delta_error += std::abs(goi[d]) *
               (outi_error[d] + std::abs(outi[d]) * (unit_roundoff(dtype) + of_dot) +
                (dtype == at::kHalf ? 0x1p-25 : 0));

@@ -4,11 +4,10 @@
 
 #include <posenc/alibi_attention.h>
 
-/// What the tests of attention share: calls of it, and their results by a scalar loop in float64 with the errors that
-/// rounding may make.
+/// Shared by the tests of attention: random calls, and expected results from scalar loops in float64 with error bounds.
 namespace posenc::test {
 
-/// One call, described so that it can be printed and made again.
+/// Printable description of one call, from which `make_attention_inputs` makes the arguments.
 struct AttentionCase {
   std::string name = "Default";
   int64_t batch = 2;
@@ -20,9 +19,9 @@ struct AttentionCase {
   bool causal = false;
   std::optional<int64_t> query_offset = std::nullopt;
   std::optional<double> scale = std::nullopt;
-  std::vector<int64_t> seqlens_q = {};  // empty: none
+  std::vector<int64_t> seqlens_q = {};  // empty: nullopt
   std::vector<int64_t> seqlens_k = {};
-  std::vector<int64_t> cu_seqlens_q = {};  // not empty: packed, of q_len and k_len tokens
+  std::vector<int64_t> cu_seqlens_q = {};  // not empty: packed, q_len and k_len tokens in total
   std::vector<int64_t> cu_seqlens_k = {};
   Strides strides = Strides::dense;
   bool every_other_slope = false;
@@ -38,20 +37,21 @@ struct AttentionInputs {
   ALiBiAttentionOptions options;
 };
 
-/// Arguments as `c` describes them, drawn on the CPU and so the same for every device. Slopes are multiples of 2^-8.
+/// Arguments as `c` describes them, drawn on the CPU, so every device gets the same. Slopes: multiples of 2^-8 times
+/// `largest_slope`.
 AttentionInputs make_attention_inputs(const AttentionCase& c, const Target& target);
 
-/// Detached copies of these arguments that require grad.
+/// The same arguments with detached q, k, v and slopes that require grad.
 AttentionInputs attention_leaves(const AttentionInputs& in);
 
-/// Calls of the operator.
+/// `alibi_attention` and `alibi_attention_with_lse` on these arguments.
 at::Tensor attend(const AttentionInputs& in);
 std::tuple<at::Tensor, at::Tensor> attend_with_lse(const AttentionInputs& in);
 
-/// `alibi_attention_slope_sums`, which the library keeps to itself, as Python calls it.
+/// The internal operator `alibi_attention_slope_sums`, called boxed as from Python.
 at::Tensor slope_sums(const AttentionInputs& in, const at::Tensor& grad, const at::Tensor& lse);
 
-/// Results, or bounds of their errors, float64 on the CPU.
+/// Results and gradients, or bounds of their errors; float64 on the CPU.
 struct AttentionResults {
   at::Tensor out, lse, dq, dk, dv, dslopes;
 };
@@ -61,10 +61,11 @@ struct ScalarAttention {
   AttentionResults bounds;
 };
 
-/// What the operator gives for `in`, and the gradients of `sum(out * grad_out) + sum(lse * grad_lse)`, by a loop over
-/// scalars from the formulas alone. Bounds hold for sums in any order in float32 (float64 for float64).
+/// Results of `alibi_attention_with_lse(in)` and gradients of `sum(out * grad_out) + sum(lse * grad_lse)`, by a scalar
+/// loop over the formulas. Bounds hold for sums in any order in float32 (float64 for float64).
 ///
-/// @param probability_roundoff  error of a probability or of its gradient that is rounded on its way into a product.
+/// @param probability_roundoff  unit roundoff of the dtype to which a kernel rounds probabilities and their gradients
+///                              before a matrix product; 0 if it does not round them.
 ScalarAttention scalar_attention(
     const AttentionInputs& in,
     const at::Tensor& grad_out,

@@ -17,7 +17,7 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-/// Expects `|actual - expected| <= bound`, and infinities where they belong.
+/// Expects `|actual - expected| <= bound` for finite elements of `expected`, and equal infinities.
 void expect_held(const at::Tensor& actual, const at::Tensor& expected, const at::Tensor& bound, const char* name) {
   SCOPED_TRACE(name);
   const at::Tensor infinite = expected.isinf();
@@ -29,7 +29,7 @@ void expect_held(const at::Tensor& actual, const at::Tensor& expected, const at:
 // ---------------------------------------------------------------------------------------------------------------------
 // A grid of shapes, strides and flags
 
-/// Every aspect of a call, one at a time.
+/// Cases that each change one aspect of a default call.
 std::vector<AttentionCase> grid() {
   std::vector<AttentionCase> cases;
   const auto add = [&cases](const std::string& name, const std::function<void(AttentionCase&)>& change) {
@@ -47,7 +47,7 @@ std::vector<AttentionCase> grid() {
     add("S" + std::to_string(queries) + "By" + std::to_string(keys),
         [q = queries, k = keys](AttentionCase& c) { c.q_len = q, c.k_len = k; });
   }
-  // S % 128 == 64: one half of the tiles that fused kernels take.
+  // S % 128 == 64: half of a tile of the fused kernels.
   add("S192", [](AttentionCase& c) { c.q_len = c.k_len = 192, c.batch = 1, c.q_heads = c.k_heads = 1; });
   for (const auto& [heads, shared] : std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {4, 4}, {4, 1}, {6, 3}}) {
     add("Heads" + std::to_string(heads) + "Over" + std::to_string(shared),
@@ -101,7 +101,7 @@ std::vector<AttentionCase> grid() {
   return cases;
 }
 
-/// All results of a call, the gradients being those of random cotangents, and what they have to be.
+/// Results of a call, gradients for random cotangents, and the expected values.
 struct Held {
   AttentionResults actual;
   ScalarAttention expected;
@@ -185,7 +185,7 @@ INSTANTIATE_TEST_SUITE_P(
     grid_name);
 
 // ---------------------------------------------------------------------------------------------------------------------
-// What a call is equal to
+// Calls with equal results
 
 class AlibiAttention : public DeviceTest {
  protected:
@@ -197,7 +197,7 @@ class AlibiAttention : public DeviceTest {
 INSTANTIATE_TEST_SUITE_P(Cpu, AlibiAttention, ::testing::Values(at::kCPU), device_name);
 INSTANTIATE_TEST_SUITE_P(Cuda, AlibiAttention, ::testing::Values(at::kCUDA), device_name);
 
-/// Two float64 results of the same arithmetic in another order: some hundred roundings of numbers about one.
+/// Expects float64 results that differ by the order of sums only: a few hundred roundings of numbers around 1.
 void expect_equal(const at::Tensor& actual, const at::Tensor& expected) {
   const at::Tensor wide = expected.detach().to(at::kCPU, at::kDouble);
   expect_held(actual, wide, (wide.abs() + 1) * 1e-13, "float64");
@@ -237,7 +237,7 @@ TEST_P(AlibiAttention, PackedEqualsItsSequencesOneByOne) {
       expect_equal(found[2].narrow(0, first_k, k_len), of_one[2][0]);
       slopes_gradient = slopes_gradient + of_one[3];
     }
-    // Float32 slopes have a float64 gradient beside float64 q, rounded when it reaches them.
+    // For float64 q, the gradient of float32 slopes is computed in float64 and then rounded to float32.
     const at::Tensor expected = slopes_gradient.to(at::kCPU, at::kDouble);
     expect_within(found[3], expected, (expected.abs() + 1) * 1e-6);
   }
@@ -246,7 +246,7 @@ TEST_P(AlibiAttention, PackedEqualsItsSequencesOneByOne) {
 TEST_P(AlibiAttention, PackedSequencesMayBeginBehindTokensOfNone) {
   AttentionCase c;
   c.q_len = c.k_len = 9;
-  c.cu_seqlens_q = {5, 7, 9};  // five tokens of no sequence, more than the longest has
+  c.cu_seqlens_q = {5, 7, 9};  // five tokens of no sequence, more than the longest sequence has
   AttentionInputs in = inputs(c, at::kDouble);
   in.options.max_seqlen_q(2);
   const at::Tensor out = attend(in);
@@ -301,7 +301,7 @@ TEST_P(AlibiAttention, DecodingWithACacheEqualsTheFullPass) {
   c.causal = true;
   const AttentionInputs in = inputs(c, at::kDouble);
   const at::Tensor full = attend(in);
-  // Two at once, then one by one; the cache has room for more than was written.
+  // Two tokens at once, then single tokens. `cached` reads a cache of 20 tokens of which seqlens_k are written.
   for (const auto& [begin, count] : std::vector<std::pair<int64_t, int64_t>>{{0, 2}, {2, 1}, {3, 1}, {19, 1}}) {
     AttentionInputs step = in;
     step.q = in.q.narrow(1, begin, count);
@@ -343,7 +343,7 @@ TEST_P(AlibiAttention, PartsOfTheKeysMergedByLseEqualTheWhole) {
 }
 
 TEST_P(AlibiAttention, EqualsItselfInManyBlocksOfRows) {
-  // More scores than are in memory at once.
+  // More scores than one block of rows holds.
   for (const bool causal : {false, true}) {
     AttentionCase c;
     c.batch = c.q_heads = c.k_heads = 1;
@@ -544,7 +544,7 @@ std::ostream& operator<<(std::ostream& stream, const BadCall& call) {
   return stream << call.name;
 }
 
-/// Calls with q `[2, 5, 4, 8]` and k `[2, 7, 2, 8]`, or packed ones with q `[12, 4, 8]`, made invalid.
+/// Invalid calls: q `[2, 5, 4, 8]` and k `[2, 7, 2, 8]`, or packed q `[12, 4, 8]`, with one argument changed.
 std::vector<BadCall> bad_calls() {
   std::vector<BadCall> calls;
   const auto add = [&calls](
@@ -661,7 +661,7 @@ TEST_P(AlibiAttentionErrors, NameWhatIsWrong) {
   std::vector<std::string> parts = call.parts;
   parts.emplace_back("posenc::alibi_attention: ");
   expect_error([&, &in = in] { attend(in); }, parts);
-  // And the device can be used as before.
+  // The device must still be usable.
   EXPECT_NO_THROW(attend(valid_inputs(call.packed, device)).sum().item<double>());
 }
 
@@ -680,7 +680,7 @@ INSTANTIATE_TEST_SUITE_P(
     ::testing::Combine(::testing::Values(at::kCUDA), ::testing::ValuesIn(bad_calls())),
     error_name);
 
-// What a host can see only where it lies in its own memory.
+// Values of seqlens and cu_seqlens are checked only on the CPU.
 TEST(AlibiAttentionLengths, OnTheCpuAreRead) {
   AttentionInputs in = valid_inputs(/*packed=*/false, at::kCPU);
   for (const auto& bad : std::vector<std::vector<int64_t>>{{-1, 2}, {2, 8}}) {
@@ -719,7 +719,7 @@ TEST_P(AlibiAttentionDeviceLengths, BeyondTheTensorsGiveNaNForTheirSequence) {
   EXPECT_TRUE(out[0].isnan().all().item<bool>());
   EXPECT_FALSE(out[1].isnan().any().item<bool>());
   AttentionInputs packed = valid_inputs(/*packed=*/true, GetParam());
-  packed.options.max_seqlen_q(8).max_seqlen_k(8);  // the second sequence is of nine
+  packed.options.max_seqlen_q(8).max_seqlen_k(8);  // the second sequence has 9 tokens
   const at::Tensor of_packed = attend(packed);
   EXPECT_FALSE(of_packed.narrow(0, 0, 3).isnan().any().item<bool>());
   EXPECT_TRUE(of_packed.narrow(0, 3, 9).isnan().all().item<bool>());

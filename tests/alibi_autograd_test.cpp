@@ -8,10 +8,10 @@
 namespace posenc::test {
 namespace {
 
-/// The gradient to slopes is accumulated so well that nothing but the terms' own rounding is left of its sum.
+/// Tolerance of slope gradients, relative to the sum of their absolute terms: rounding of the terms, but not of sums.
 constexpr double kSlopeTolerance = 1e-6;
 
-/// A small call of each kind.
+/// One small call for each option.
 std::vector<AlibiCase> small_cases() {
   std::vector<AlibiCase> cases;
   const auto add = [&cases](const std::string& name, const std::function<void(AlibiCase&)>& change) {
@@ -46,7 +46,7 @@ std::vector<AlibiCase> small_cases() {
   return cases;
 }
 
-/// Minus infinity times a cotangent is no number: what is hidden by causality is taken out.
+/// Zeros in place of the infinities of keys that causality hides, whose products with a cotangent are infinite or NaN.
 at::Tensor without_infinities(const at::Tensor& y) {
   return y.masked_fill(y.detach().isinf(), 0);
 }
@@ -159,14 +159,14 @@ INSTANTIATE_TEST_SUITE_P(
 
 class AlibiAutograd : public TargetTest {
  protected:
-  /// Arguments of which scores and slopes require grad.
+  /// Arguments with scores and slopes that require grad as given.
   AlibiInputs leaves(const AlibiCase& c = AlibiCase(), bool scores = true, bool slopes = true) const {
     return with_alibi_grad(make_alibi_inputs(c, GetParam()), scores, slopes);
   }
   at::Tensor random(at::IntArrayRef sizes, Strides strides = Strides::dense) const {
     return random_tensor(sizes, GetParam(), strides);
   }
-  /// All of one sign, so that a sum is as large as its terms.
+  /// Positive numbers, so that the terms of a sum do not cancel.
   at::Tensor positive(at::IntArrayRef sizes) const {
     return (at::rand(sizes, at::kDouble) + 0.5).to(device(), dtype());
   }
@@ -361,11 +361,11 @@ TEST_P(AlibiAutograd, SlopeGradientOfALongSoftmaxIsThatOfFloat64) {
   AlibiInputs in = make_alibi_inputs(c, GetParam());
   in.slopes = at::tensor({0x1p-11F}).to(device());
   in = with_alibi_grad(in, false, true);
-  // Grows with the distance, so that the terms do not cancel.
+  // Proportional to the distance, so that the terms do not cancel.
   const at::Tensor grad = (scalar_distances(c.q_len, c.k_len) / 4096).unsqueeze(0).to(device(), dtype());
   const AlibiGradients expected = scalar_softmax_gradients(in, grad);
   const at::Tensor found = gradients({softmax_of(in)}, {in.slopes}, {grad})[0];
-  // Probabilities are saved with 11 or 8 bits in half and bfloat16.
+  // Saved probabilities have 11 significant bits in half and 8 in bfloat16.
   const double relative = dtype() == at::kHalf || dtype() == at::kBFloat16 ? 1e-2 : 1e-5;
   EXPECT_NEAR(found.item<double>(), expected.slopes.item<double>(), relative * expected.slopes.abs().item<double>());
 }
@@ -527,7 +527,7 @@ TEST_P(AlibiAutograd, InPlaceOnALeafIsAnError) {
 
 TEST_P(AlibiAutograd, InPlaceOnWhatAnotherNodeNeedsIsAnErrorInBackward) {
   const AlibiInputs in = leaves();
-  at::Tensor y = in.scores.exp();  // whose backward pass reads y
+  at::Tensor y = in.scores.exp();  // the backward pass of exp reads y
   posenc::alibi_add_(y, in.slopes);
   expect_error([&] { y.sum().backward(); }, {"modified by an inplace operation"});
 }

@@ -15,7 +15,7 @@
 namespace posenc::test {
 namespace {
 
-/// What only a GPU has: streams, graphs, several devices, a host that must not wait.
+/// Tests of behaviour that only GPUs have: streams, graphs, several devices, asynchronous launches.
 class AlibiCuda : public ::testing::Test {
  protected:
   void SetUp() override { require_device(at::kCUDA); }
@@ -24,7 +24,7 @@ class AlibiCuda : public ::testing::Test {
 
   static AlibiInputs inputs(const AlibiCase& c = AlibiCase()) { return make_alibi_inputs(c, kTarget); }
 
-  /// Arguments of which scores and slopes require grad.
+  /// Arguments with scores and slopes that require grad.
   static AlibiInputs leaves(const AlibiCase& c = AlibiCase()) { return with_alibi_grad(inputs(c), true, true); }
 
   static AlibiCase all_flags() {
@@ -36,7 +36,7 @@ class AlibiCuda : public ::testing::Test {
   }
 };
 
-/// What needs the caching allocator.
+/// Tests that need the caching allocator.
 class AlibiCudaGraph : public AlibiCuda {
  protected:
   void SetUp() override {
@@ -45,7 +45,7 @@ class AlibiCudaGraph : public AlibiCuda {
   }
 };
 
-/// The results of all operators and their gradients.
+/// Results and gradients of all operators.
 TensorList everything(const AlibiInputs& in, const at::Tensor& grad) {
   TensorList results;
   const at::Tensor bias = bias_of(in, at::kFloat);
@@ -99,7 +99,7 @@ TEST_F(AlibiCudaGraph, GradientOfTheSumToScoresIsNoKernel) {
   const AlibiInputs in = with_alibi_grad(inputs(), true, false);
   const at::Tensor one = at::ones({}, in.scores.options());
   for (const at::Tensor& grad : {at::ones_like(in.scores).detach(), one.detach().expand_as(in.scores)}) {
-    // That of the forward pass is the only one.
+    // The only kernel is that of the forward pass.
     EXPECT_EQ(recorded_nodes([&] { gradients({add_of(in)}, {in.scores}, {grad}); }), kOneKernel);
     const AlibiInputs learnable = with_alibi_grad(in, true, true);
     EXPECT_EQ(recorded_nodes([&] { gradients({add_of(learnable)}, {learnable.scores}, {grad}); }).size(), 1U);
@@ -156,7 +156,7 @@ TEST_F(AlibiCuda, RunsOnTheCurrentStream) {
 
   const c10::cuda::CUDAStream stream = c10::cuda::getStreamFromPool();
   const c10::cuda::CUDAStreamGuard guard(stream);
-  // Any other stream would read the zeros.
+  // The inputs are zeros until this stream has copied the values, so work on another stream would read zeros.
   at::cuda::sleep(kLongSleep / 10);
   {
     const at::NoGradGuard no_grad;
@@ -177,7 +177,7 @@ TEST_F(AlibiCudaGraph, TheHostDoesNotWait) {
   stream.synchronize();
   at::cuda::sleep(kLongSleep);
   everything(in, grad);
-  // Had anything above waited, the stream would be idle by now.
+  // If the host had waited, the stream would be idle by now.
   EXPECT_FALSE(stream.query());
   stream.synchronize();
 }
@@ -325,7 +325,7 @@ TEST_F(AlibiCuda, MoreThan65535HeadsOrBatchesWork) {
   };
   check(70'000, 1);
   check(1, 70'000);
-  check(257, 300);  // together
+  check(257, 300);  // 77100 batches times heads
 }
 
 TEST_F(AlibiCuda, SlopeGradientsOf16384TokensAreThoseOfFloat64) {
@@ -350,7 +350,7 @@ TEST_F(AlibiCuda, SlopeGradientsOf16384TokensAreThoseOfFloat64) {
   }
 }
 
-/// Some rows of one head of `in`, as a call of its own.
+/// A call for `count` rows of one head of `in`.
 AlibiInputs rows_of(const AlibiInputs& in, int64_t head, int64_t begin, int64_t count) {
   AlibiInputs part = in;
   part.scores = in.scores.detach().narrow(1, head, 1).narrow(2, begin, count);
@@ -368,7 +368,7 @@ TEST_F(AlibiCuda, MoreThanTwoToThe31ElementsWork) {
     int64_t heads;
     int64_t tokens;
   };
-  // Rows that stay in registers, rows that are read twice, and more than 2^31 elements of a single head.
+  // Softmax rows that are kept in registers, ones that are read twice, and more than 2^31 elements in a single head.
   for (const Shape& shape : {Shape{33, 8192}, Shape{3, 32768}, Shape{1, 46344}}) {
     for (const bool causal : {false, true}) {
       SCOPED_TRACE(::testing::Message() << shape.tokens << " tokens" << (causal ? ", causal" : ""));
@@ -405,7 +405,7 @@ TEST_F(AlibiCuda, MoreThanTwoToThe31ElementsWork) {
           const at::Tensor visible = scalar_bias(part).isinf().logical_not();
           expect_same_bits(rows(found[0], head, begin), visible.to(at::kBFloat16));
         });
-        // The sum of |i - j| over a square, and over one of its triangles.
+        // Sum of |i - j| over all pairs of n tokens; causal: half of it.
         const double n = static_cast<double>(shape.tokens);
         const double distance = (causal ? 0.5 : 1) * n * (n * n - 1) / 3;
         const at::Tensor dense = gradients({sum}, {in.slopes}, {ones.contiguous()})[0];

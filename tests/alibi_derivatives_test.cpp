@@ -11,8 +11,7 @@
 namespace posenc::test {
 namespace {
 
-/// Derivatives of every operator against the same function in tensor operations, and inputs that change between the
-/// passes.
+/// Derivatives of every operator against its reference version, and modifications of inputs between the passes.
 class AlibiDerivatives : public DeviceTest {
  protected:
   AlibiInputs inputs(at::ScalarType dtype, bool all_flags) const {
@@ -20,7 +19,7 @@ class AlibiDerivatives : public DeviceTest {
     c.causal = c.masked = all_flags;
     if (all_flags) {
       c.scale = 0.5;
-      c.query_offset = 4;  // two more than without: keys that only this offset shows have a bias
+      c.query_offset = 4;  // k_len - q_len + 2: causal rows see keys that the default offset hides
     }
     AlibiInputs in = make_alibi_inputs(c, {GetParam(), dtype});
     if (dtype == at::kDouble) {
@@ -73,15 +72,14 @@ at::Tensor call_reference(Operator op, const AlibiInputs& in) {
 
 using Call = at::Tensor (*)(Operator, const AlibiInputs&);
 
-/// A function of the result that is not linear, so that every operator has second derivatives. Hidden keys have no
-/// part.
+/// A nonlinear function of the result, so that every operator has second derivatives. Ignores hidden keys.
 at::Tensor loss(const at::Tensor& result) {
   const at::Tensor finite = result.masked_fill(result.isinf(), 0);
   const at::Tensor weights = at::linspace(-1, 2, result.numel(), result.options()).view(result.sizes());
   return (finite.pow(3) * weights).sum();
 }
 
-/// First derivatives without and with a graph, and derivatives of a penalty on the latter.
+/// First derivatives without and with create_graph, and the derivatives of a gradient penalty.
 struct Derivatives {
   TensorList first, first_with_graph, second;
 };
@@ -141,7 +139,7 @@ TEST_P(AlibiDerivatives, AreThoseOfTensorOperationsForEverySubsetOfInputs) {
   }
 }
 
-// Scores that depend on the slopes, which are an input themselves: no path may count twice.
+// The scores depend on the slopes, which are also an argument. Each path must contribute to the gradient once.
 TEST_P(AlibiDerivatives, OfInputsThatDependOnEachOther) {
   for (const Operator op : {Operator::add, Operator::add_in_place, Operator::softmax}) {
     for (const bool all_flags : {false, true}) {
@@ -196,7 +194,8 @@ TEST_P(AlibiDerivatives, InAnAutocastRegionAreTheSame) {
   }
 }
 
-/// Expects that a change in place between the passes leaves the gradient as it was, or is the error of a saved tensor.
+/// Expects an in-place modification between the passes not to change the gradients, or autograd to report a modified
+/// saved variable.
 void expect_gradient_or_error(const std::function<TensorList()>& backward, const TensorList& expected) {
   TensorList found;
   try {
@@ -246,7 +245,7 @@ TEST_P(AlibiDerivatives, ChangesBetweenThePassesAreNeverWrongGradients) {
         };
         if (!twice) {
           if (changed == grad) {
-            continue;  // it is the argument of the backward pass
+            continue;  // an argument of the backward pass
           }
           const TensorList expected = first(false);
           change();
@@ -271,7 +270,7 @@ TEST_P(AlibiDerivatives, ChangesBetweenThePassesAreNeverWrongGradients) {
   }
 }
 
-// The one tensor that a backward pass reads: that the check above has something to see.
+// The result of softmax is the only tensor that a backward pass reads. The test above must be able to meet this error.
 TEST_P(AlibiDerivatives, AChangedResultOfSoftmaxIsTheErrorOfASavedTensor) {
   const AlibiInputs in = with_alibi_grad(inputs(at::kFloat, true), true, true);
   at::Tensor y = softmax_of(in);

@@ -17,7 +17,7 @@ c10::OperatorHandle find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
 }
 
-/// Calls an operator as TorchScript and Python do.
+/// Calls an operator boxed, as TorchScript and Python do.
 at::Tensor call_boxed(const char* name, std::vector<c10::IValue> stack) {
   find(name).callBoxed(stack);
   return stack.at(0).toTensor();
@@ -120,7 +120,7 @@ TensorList results_of(const char* name, std::vector<c10::IValue> stack) {
   return results;
 }
 
-/// Every result of every operator for scores in this memory; `scores` are probabilities and gradients too.
+/// Results of all operators for `scores`, which also serve as probabilities and gradients.
 TensorList all_results(const at::Tensor& scores) {
   const at::Tensor slopes = at::ones({scores.size(-3)}, scores.options().dtype(at::kFloat));
   const std::optional<int64_t> offset(1);
@@ -143,7 +143,7 @@ TEST(AlibiMeta, AllResultsHaveTheLayoutOfTheCpuWhateverTheMemory) {
       std::vector<int64_t> order(sizes.size());
       std::iota(order.begin(), order.end(), 0);
       do {
-        // Dense memory whose dimensions are in `order`, the outermost first.
+        // Strides of a dense tensor with the dimensions in `order`, outermost first.
         std::vector<int64_t> strides(sizes.size());
         int64_t stride = 1;
         for (size_t i = order.size(); i-- > 0;) {
@@ -276,7 +276,7 @@ TEST_P(AlibiReference, GradientsAreTheFormula) {
   const AlibiInputs in = with_alibi_grad(inputs(at::kDouble), true, true);
   const at::Tensor grad = at::randn(in.scores.sizes(), at::kDouble);
   const at::Tensor sum = reference_add(in);
-  // Minus infinity passes a gradient of zero.
+  // Elements of minus infinity have a gradient of zero.
   const at::Tensor seen = sum.masked_fill(sum.detach().isinf(), 0);
   const TensorList of_sum = gradients({seen}, {in.scores, in.slopes}, {grad});
   const AlibiGradients expected = scalar_add_gradients(in, grad);
@@ -292,7 +292,7 @@ TEST(AlibiScalarLoop, IsTheFormula) {
   AlibiInputs in;
   in.scores = at::zeros({1, 2, 3}, at::kDouble);
   in.slopes = at::tensor({1.0}, at::kDouble);
-  // Queries at keys 1 and 2.
+  // The queries are at the positions of keys 1 and 2.
   const double e = std::exp(-1.0);
   const double e2 = std::exp(-2.0);
   expect_within(

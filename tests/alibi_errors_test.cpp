@@ -7,14 +7,15 @@
 namespace posenc::test {
 namespace {
 
-/// A valid call with scores `[2, 3, 5, 7]`, to be made invalid.
+/// A valid call with scores `[2, 3, 5, 7]`.
 AlibiInputs valid_inputs(at::Device device) {
   AlibiCase c;
   c.masked = true;
   return make_alibi_inputs(c, {device.type(), at::kFloat});
 }
 
-/// What is wrong with a call, and what the messages of each operator have to name; empty where the call is valid.
+/// `spoil` makes a valid call invalid. `of_add` and `of_softmax` are required parts of the messages of these operators,
+/// empty for operators for which the call remains valid.
 struct BadCall {
   std::string name;
   std::function<void(AlibiInputs&, at::Device)> spoil;
@@ -80,11 +81,11 @@ std::vector<BadCall> bad_calls() {
     in.scores = in.scores.to(at::kBFloat16);
     in.slopes = in.slopes.to(at::kBFloat16);
   });
-  // Meta stands for a device that is always there.
+  // Meta is a second device that is always available.
   add("SlopesOnAnotherDevice", {"expected slopes", "device of scores", "got meta"},
       [](AlibiInputs& in, at::Device) { in.slopes = in.slopes.to(at::kMeta); });
 
-  // The offset of the queries.
+  // query_offset.
   for (const int64_t offset :
        {int64_t{1} << 31, -(int64_t{1} << 31), std::numeric_limits<int64_t>::max(),
         std::numeric_limits<int64_t>::min()}) {
@@ -93,7 +94,7 @@ std::vector<BadCall> bad_calls() {
         [offset](AlibiInputs& in, at::Device) { in.query_offset = offset; });
   }
 
-  // The mask.
+  // key_padding_mask.
   add_softmax("UndefinedMask", {"expected key_padding_mask", "undefined"}, [](AlibiInputs& in, at::Device) {
     in.key_padding_mask = at::Tensor();
   });
@@ -148,7 +149,7 @@ class AlibiErrors : public ::testing::TestWithParam<std::tuple<at::DeviceType, B
     std::vector<std::string> parts = expected;
     parts.push_back(std::string(name) + ": ");
     expect_error([&] { call(in); }, parts);
-    // And the device can be used as before.
+    // The device must still be usable.
     const AlibiInputs valid = valid_inputs(device());
     expect_sum(add_of(valid), valid);
   }
@@ -198,7 +199,7 @@ INSTANTIATE_TEST_SUITE_P(
     error_name);
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The bias, which has no scores
+// alibi_bias
 
 class AlibiBiasErrors : public DeviceTest {
  protected:
@@ -253,7 +254,7 @@ TEST_P(AlibiBiasErrors, OfOffsetsBeyondInt32) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// A GPU and the host mixed
+// Arguments on a GPU and on the CPU
 
 class AlibiMixedDevices : public DeviceTest {};
 

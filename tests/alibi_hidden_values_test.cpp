@@ -13,8 +13,7 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-/// NaN and infinity: what masks hide of them reaches nothing, what is visible of them reaches what tensor operations
-/// say.
+/// NaN and infinity. Hidden ones reach no result; visible ones reach the same results as in tensor operations.
 class AlibiHiddenValues : public TargetTest {
  protected:
   AlibiInputs inputs(int64_t keys, bool flags, Strides strides = Strides::dense) const {
@@ -88,7 +87,7 @@ TEST_P(AlibiHiddenValues, OfCausalScoresReachNoSumAndNoGradient) {
   }
 }
 
-/// Expects NaN and infinities of both signs where `expected` has them.
+/// Expects NaN and infinities of both signs at the same elements as in `expected`.
 void expect_same_specials(const at::Tensor& actual, const at::Tensor& expected) {
   const at::Tensor a = actual.cpu();
   const at::Tensor b = expected.cpu();
@@ -98,7 +97,7 @@ void expect_same_specials(const at::Tensor& actual, const at::Tensor& expected) 
   EXPECT_TRUE(a.isneginf().equal(b.isneginf()));
 }
 
-/// The same call in tensor operations on the CPU.
+/// The same arguments on the CPU.
 AlibiInputs on_cpu(const AlibiInputs& in) {
   AlibiInputs result = in;
   result.scores = in.scores.cpu();
@@ -129,13 +128,12 @@ void expect_specials_of_tensor_operations(const AlibiInputs& in, at::ScalarType 
     SCOPED_TRACE("alibi_softmax");
     const at::Tensor expected =
         reference::alibi_softmax(cpu.scores, cpu.slopes, cpu.scale, cpu.causal, cpu.key_padding_mask, cpu.query_offset);
-    // Tensor operations spread NaN to what causality hides too.
+    // In tensor operations NaN also reaches the keys that causality hides.
     const at::Tensor hidden = scalar_bias(in).isinf();
     expect_same_specials(softmax_of(in).cpu().masked_fill(hidden, 0), expected.masked_fill(hidden, 0));
   }
 }
 
-// Whatever their bits: a conversion that adds to them may carry into the sign.
 TEST_P(AlibiHiddenValues, OfExpandedGradientsOfRowsThatSeeNoKeyReachNoSlope) {
   for (const int64_t keys : {0, 7, 520}) {
     AlibiInputs in = inputs(keys, true);
@@ -153,6 +151,7 @@ TEST_P(AlibiHiddenValues, OfExpandedGradientsOfRowsThatSeeNoKeyReachNoSlope) {
   }
 }
 
+// A conversion that rounds by integer addition to the bits may overflow into the sign.
 TEST_P(AlibiHiddenValues, NanSlopesOfAnyBitsStayNan) {
   const std::vector<int32_t> bits{0x7fc00000, 0x7fffffff, -1, 0x7f800001, -0x7fffff, -0x400000};
   for (const int64_t keys : {1, 7, 64, 5000}) {
@@ -202,7 +201,7 @@ TEST_P(AlibiHiddenValues, VisibleScoresPropagate) {
   }
 }
 
-// NaN scores of the widths of half and bfloat16 with all bits of the fraction set.
+// NaN scores in half and bfloat16 with all bits of the fraction set.
 TEST_P(AlibiHiddenValues, NanScoresOfAnyBitsStayNan) {
   if (dtype() != at::kHalf && dtype() != at::kBFloat16) {
     GTEST_SKIP() << "nothing is rounded";
@@ -222,7 +221,7 @@ TEST_P(AlibiHiddenValues, VisibleIncomingGradientsPropagateWithinTheirRowAndHead
       const AlibiInputs in = with_alibi_grad(inputs(keys, false), true, true);
       const at::Tensor grad = random_tensor(in.scores.sizes(), GetParam());
       at::Tensor spoilt = grad.clone();
-      // Of the key of largest probability: no product with zero.
+      // The key at distance 0, which has the largest probability: the product is not with zero.
       spoilt.select(0, 1).select(0, 1).select(0, 2).select(0, keys - 4).fill_(value);
       const auto run = [&](const at::Tensor& y, const at::Tensor& cotangent) {
         return gradients({y}, {in.scores, in.slopes}, {cotangent});

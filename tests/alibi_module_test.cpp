@@ -70,7 +70,7 @@ class AlibiModule : public TargetTest {
  protected:
   static constexpr int64_t kHeads = 3;
 
-  /// Scores `[2, 3, 5, 7]` and what the module makes of them.
+  /// Scores `[2, 3, 5, 7]` and the slopes of the module.
   AlibiInputs inputs() const {
     AlibiInputs in = make_alibi_inputs(AlibiCase(), GetParam());
     in.slopes = posenc::alibi_slopes(kHeads).to(device());
@@ -105,7 +105,7 @@ TEST_P(AlibiModule, IsItsOperators) {
 }
 
 TEST_P(AlibiModule, ConvertedToBFloat16KeepsSlopesOfFloat32) {
-  // The defect that a cast with the model brings: slopes of 12 heads are not numbers of bfloat16.
+  // Slopes of 12 heads are not representable in bfloat16, so casting them with the model would change them.
   AlibiCase c;
   c.heads = 12;
   c.batch = 1;
@@ -148,7 +148,7 @@ TEST_P(AlibiModule, FixedSlopesTakeNoGradient) {
 }
 
 TEST_P(AlibiModule, ShardsAreSlicesOfTheWhole) {
-  // Slopes of 6 heads are not those of twice 3 heads.
+  // The slopes of 6 heads are not the slopes of 3 heads twice.
   AlibiCase c;
   c.heads = 6;
   AlibiInputs in = make_alibi_inputs(c, GetParam());
@@ -214,7 +214,7 @@ TEST_P(AlibiModule, EmptyScoresWork) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// As a module among others
+// As a submodule
 
 TEST(AlibiSubmodule, CustomSlopesAreCopied) {
   const at::Tensor slopes = at::rand({4});
@@ -251,6 +251,7 @@ TEST(AlibiSubmodule, LearnableSlopesStayFloat32) {
 /// A model that keeps the bias as a submodule.
 class AttentionImpl : public torch::nn::Cloneable<AttentionImpl> {
  public:
+  // NOLINTNEXTLINE(clang-analyzer-optin.cplusplus.VirtualCall): as LibTorch's own modules do
   explicit AttentionImpl(bool learnable) : learnable_(learnable) { reset(); }
   void reset() override {
     alibi = register_module("alibi", ALiBiBias(ALiBiBiasOptions(12).learnable(learnable_)));
@@ -289,7 +290,7 @@ TEST(AlibiSubmodule, IsClonedWithItsParent) {
     expect_same_bits(copy->alibi->forward(scores), expected);
     EXPECT_EQ(copy->parameters().size(), model->parameters().size());
     if (learnable) {
-      // What the copy learns is its own.
+      // The copy has its own parameter.
       const at::NoGradGuard no_grad;
       copy->alibi->slopes.zero_();
       expect_same_bits(copy->alibi->forward(scores), scores);
@@ -375,7 +376,7 @@ TEST(AlibiThreads, SeveralMayUseOneModule) {
   }
 }
 
-// Slopes go to another device while a clone compares its own with them. What is wrong here shows under TSan.
+// slopes_on copies slopes to another device while clone compares them with its own. ThreadSanitizer reports data races.
 TEST(AlibiThreads, OneMayCloneWhileAnotherMovesSlopes) {
   const at::Tensor expected = posenc::alibi_slopes(3);
   for (int round = 0; round < 20; ++round) {

@@ -9,7 +9,7 @@
 namespace posenc::test {
 namespace {
 
-/// Random calls of all operators, as many as POSENC_TEST_CASES asks for.
+/// Random calls of all operators; POSENC_TEST_CASES sets their number.
 class AlibiRandom : public TargetTest {};
 
 INSTANTIATE_TEST_SUITE_P(Cpu, AlibiRandom, ::testing::ValuesIn(targets(at::kCPU)), target_name);

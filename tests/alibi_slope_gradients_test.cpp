@@ -6,8 +6,8 @@
 namespace posenc::test {
 namespace {
 
-/// Gradients to slopes against float64 from the same rounded inputs, in cases where distances or the mean of the
-/// gradient are large beside the result.
+/// Gradients of slopes against float64 on the same rounded inputs, where distances or the mean of the incoming gradient
+/// are large compared to the result.
 class AlibiSlopeGradients : public TargetTest {};
 
 INSTANTIATE_TEST_SUITE_P(Cpu, AlibiSlopeGradients, ::testing::ValuesIn(targets(at::kCPU)), target_name);
@@ -18,7 +18,7 @@ struct Gradients {
   at::Tensor grad, softmax, add, bias;
 };
 
-/// Gradients to slopes of all operators for one random call and an incoming gradient of the given mean.
+/// Gradients of slopes of all operators, for one random call and an incoming gradient with the given mean.
 Gradients gradients_of(const AlibiCase& c, const Target& target, double mean, double slope = 0) {
   Gradients result;
   result.in = make_alibi_inputs(c, target);
@@ -36,7 +36,8 @@ Gradients gradients_of(const AlibiCase& c, const Target& target, double mean, do
   return result;
 }
 
-/// Of sums of float64 or float32 terms; incoming gradients are exact, so that half and bfloat16 are no worse.
+/// Expects the slope gradient of alibi_add or alibi_bias. Incoming gradients are exact in every dtype, so half and
+/// bfloat16 have the tolerance of float32 slopes.
 void expect_accurate_sum(const at::Tensor& actual, const AlibiInputs& in, const at::Tensor& grad) {
   const AlibiGradients expected = scalar_add_gradients(in, grad);
   const double error = (actual.cpu().to(at::kDouble) - expected.slopes).norm().item<double>();
@@ -86,7 +87,7 @@ TEST_P(AlibiSlopeGradients, IncomingGradientsOfLargeMean) {
   }
 }
 
-// The softmax is blind to a constant that is added to all distances of a row, and so is its gradient.
+// Adding a constant to all distances of a row changes neither the softmax nor its gradient.
 TEST_P(AlibiSlopeGradients, QueriesFarBehindTheLastKey) {
   AlibiCase c = case_of(1, 3, 8, 300);
   c.query_offset = 1 << 20;
@@ -99,7 +100,7 @@ TEST_P(AlibiSlopeGradients, RowsLongerThanABlockKeeps) {
   expect_accurate_slopes(found.softmax, found.in, found.grad);
 }
 
-// The gradient of a constant is zero: what probabilities sum up to must not show.
+// Probabilities sum to 1, so the gradient is zero. The rounding of their sum must not add to it.
 TEST_P(AlibiSlopeGradients, OfASumOfProbabilitiesIsZero) {
   const AlibiInputs in = with_alibi_grad(make_alibi_inputs(case_of(1, 2, 64, 1024), GetParam()), true, true);
   const at::Tensor p = softmax_of(in);

@@ -15,13 +15,13 @@
 #include <string>
 #include <vector>
 
-/// For tests of what only a GPU has: graphs, memory, streams. Includes CUDA's headers.
+/// Helpers for tests of CUDA graphs, memory and streams. Includes CUDA headers.
 namespace posenc::test {
 
-/// Cycles of a GPU that take the better part of a second.
+/// GPU clock cycles: half a second at 2 GHz.
 constexpr int64_t kLongSleep = 1'000'000'000;
 
-/// Why a test of so many gigabytes cannot run; empty when it can.
+/// Reason why a test that needs so many gigabytes (1e9 bytes) of GPU memory cannot run; empty if it can.
 inline std::string too_large(double gigabytes) {
   if (env_int("POSENC_TEST_SMALL", 0) != 0) {
     return "POSENC_TEST_SMALL is set";
@@ -33,8 +33,8 @@ inline std::string too_large(double gigabytes) {
   return available < gigabytes ? c10::str("needs ", gigabytes, " GB of GPU memory, ", available, " GB are free") : "";
 }
 
-/// Skips the running test where torch's caching allocator is off: compute-sanitizer wants it so, and then every
-/// allocation waits for the GPU. To be called from `SetUp`.
+/// Skips the running test if torch's caching allocator is disabled, as it is under compute-sanitizer: every allocation
+/// then waits for the GPU. Call it from `SetUp`.
 inline void require_caching_allocator() {
   if (!::testing::Test::IsSkipped() && !::testing::Test::HasFatalFailure() &&
       env_int("PYTORCH_NO_CUDA_MEMORY_CACHING", 0) != 0) {
@@ -42,10 +42,10 @@ inline void require_caching_allocator() {
   }
 }
 
-/// Records what `action` does on the GPU, on a stream of its own.
+/// Captures the GPU work of `action` into `graph`, on a stream from the pool.
 inline void capture(at::cuda::CUDAGraph& graph, const std::function<void()>& action) {
   const c10::cuda::CUDAStreamGuard guard(c10::cuda::getStreamFromPool());
-  // Kernels are loaded, and the allocator is filled, outside of the capture.
+  // The first call loads kernels and allocates memory, which must happen outside of the capture.
   action();
   c10::cuda::device_synchronize();
   graph.capture_begin();
@@ -55,7 +55,7 @@ inline void capture(at::cuda::CUDAGraph& graph, const std::function<void()>& act
 
 using NodeCounts = std::map<cudaGraphNodeType, int>;
 
-/// How many nodes of each type `action` becomes when it is recorded.
+/// Number of graph nodes of each type in a capture of `action`.
 inline NodeCounts recorded_nodes(const std::function<void()>& action) {
   at::cuda::CUDAGraph graph(/*keep_graph=*/true);
   capture(graph, action);

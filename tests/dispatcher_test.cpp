@@ -13,7 +13,7 @@ c10::OperatorHandle find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
 }
 
-/// Calls an operator as TorchScript and Python do.
+/// Calls an operator boxed, as TorchScript and Python do.
 std::vector<c10::IValue> call_boxed(const char* name, std::vector<c10::IValue> stack) {
   find(name).callBoxed(stack);
   return stack;
@@ -115,12 +115,12 @@ TEST(Dispatcher, CallByNameIsDifferentiable) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The operator behind the gradients of the tables
+// rotary_embedding_tables_backward, the gradients of cos and sin
 
 std::tuple<at::Tensor, at::Tensor> tables_backward(
     const TensorList& grads,
     const TensorList& inputs,
-    const at::Tensor& table,  // of cos and sin, shape and dtype are read alone
+    const at::Tensor& table,  // for cos and sin, of which only shape and dtype are read
     const std::optional<at::Tensor>& positions) {
   const auto stack = call_boxed(
       "posenc::rotary_embedding_tables_backward",

@@ -60,7 +60,7 @@ TEST_P(RotaryTables, HoldCosinesAndSinesOfPositionTimesFrequency) {
         expected_sin[p][i].fill_(std::sin(angle));
       }
     }
-    // The angle carries the error of the frequency, a few roundings; the result is rounded once.
+    // The angle has the error of the frequency, a few roundings. The result is rounded once.
     const at::Tensor bound = at::full({}, unit_roundoff(dtype) + 40 * 4 * unit_roundoff(at::kDouble), at::kDouble);
     expect_within(cos, expected_cos, bound);
     expect_within(sin, expected_sin, bound);
@@ -88,7 +88,7 @@ TEST_P(RotaryTables, AnglesOfAMillionTokensAreRight) {
     for (int64_t i = 0; i < rotary_dim / 2; ++i) {
       const long double frequency = std::pow(static_cast<long double>(base), -2.0L * i / rotary_dim);
       const long double angle = (length - 1) * frequency;
-      // The frequency and the product are off by a few roundings of float64.
+      // Frequency and product have an error of a few roundings in float64.
       const double tolerance = static_cast<double>(angle) * 4 * unit_roundoff(at::kDouble) + unit_roundoff(dtype);
       EXPECT_NEAR(last_cos[i].item<double>(), static_cast<double>(std::cos(angle)), tolerance) << i;
       EXPECT_NEAR(last_sin[i].item<double>(), static_cast<double>(std::sin(angle)), tolerance) << i;
@@ -131,7 +131,7 @@ TEST_P(RotaryTables, TakeFrequenciesOfAnyStride) {
 TEST_P(RotaryTables, MatchTheReference) {
   const auto [cos, sin] = posenc::rotary_tables(inv_freq(10), 37, at::kDouble, 1.5);
   const auto [expected_cos, expected_sin] = posenc::reference::rotary_tables(inv_freq(10), 37, at::kDouble, 1.5);
-  // Both are within two units of the last place of the true value, which is at most 1.5.
+  // Both are within two ulp of the exact value, which is at most 1.5.
   const at::Tensor bound = at::full({}, 1.5 * 8 * unit_roundoff(at::kDouble), at::kDouble);
   expect_within(cos, expected_cos.cpu(), bound);
   expect_within(sin, expected_sin.cpu(), bound);

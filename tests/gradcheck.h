@@ -10,16 +10,16 @@
 #include <functional>
 #include <vector>
 
-/// Autograd held against central differences, which Python has as torch.autograd.gradcheck and C++ has not.
+/// Comparison of autograd with central differences: torch.autograd.gradcheck, which LibTorch lacks.
 namespace posenc::test {
 
 using TensorList = std::vector<at::Tensor>;
 
-/// A function of float64 tensors. Its results may be in any number and are all differentiated.
+/// A function of float64 tensors with any number of results, which are all differentiated.
 using Differentiable = std::function<TensorList(const TensorList&)>;
 
-/// Gradients of `sum(outputs * cotangents)` with respect to the inputs that require one, zeros where an input has no
-/// part in the outputs; undefined for the other inputs.
+/// Gradients of `sum(outputs * cotangents)` for each input: zeros if no output depends on it, undefined if it does not
+/// require grad.
 inline TensorList gradients(
     const TensorList& outputs,
     const TensorList& inputs,
@@ -52,24 +52,24 @@ inline TensorList random_like(const TensorList& tensors) {
   return result;
 }
 
-/// How derivatives are taken by differences, and how closely they have to be met, relative to one plus their size.
+/// Step of the central differences, and the tolerance relative to one plus the absolute value of the derivative.
 struct Differences {
   double step;
   double tolerance;
-  /// Five points instead of three: for functions whose third derivative is not zero.
+  /// Five-point instead of three-point formula, for functions whose third derivative is not zero.
   bool five_points;
 };
 
-/// For functions that are linear in each single element, as a rotation and its gradients are: the truncation error is
-/// zero for any step; a large one keeps the rounding error, about 1e-16 * |sum| / step, small.
+/// For functions that are linear in each single element, like a rotation and its gradients. The truncation error is
+/// zero for any step. A large step keeps the rounding error, about 1e-16 * |sum| / step, small.
 constexpr Differences kMultilinear{0x1p-7, 1e-10, false};
 
-/// For smooth ones: with five points the truncation error is step^4 / 30, here 2e-15, times the fifth derivative.
+/// For smooth functions: the truncation error of five points is step^4 / 30, here 2e-15, times the fifth derivative.
 constexpr Differences kSmooth{0x1p-11, 1e-8, true};
 
-/// Expects the gradients of `function` at `inputs`, of which some require grad, to be those of central differences. All
-/// columns of the Jacobian are compared, contracted with a random cotangent. Inputs are float64, or narrower ones whose
-/// elements can be moved by the step exactly; gradients are then as exact as their dtype.
+/// Expects autograd and central differences to agree on the gradients of `function` for the `inputs` that require grad.
+/// Compares the product of a random cotangent with every column of the Jacobian. Inputs are float64, or narrower if
+/// adding the step to their elements is exact; gradients are then compared with the precision of their dtype.
 inline void gradcheck(
     const Differentiable& function,
     const TensorList& inputs,
@@ -117,7 +117,7 @@ inline void gradcheck(
   }
 }
 
-/// As `gradcheck`, of the gradients of `function`: as a function of its inputs and of the cotangents.
+/// `gradcheck` of the gradients of `function`, as a function of its inputs and of the cotangents.
 inline void gradgradcheck(
     const Differentiable& function,
     const TensorList& inputs,
@@ -132,7 +132,7 @@ inline void gradgradcheck(
     TensorList primals;
     for (size_t i = 0; i < count; ++i) {
       primals.push_back(arguments[i]);
-      // The points that central differences move to have lost the flag.
+      // gradcheck calls this with detached inputs.
       if (inputs[i].requires_grad() && !primals[i].requires_grad()) {
         primals[i] = primals[i].detach().requires_grad_();
       }

@@ -10,8 +10,8 @@ namespace posenc::test {
 namespace {
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The environment variable is read once, so each value is tried in a process of its own. Suites of this name run first,
-// before the level is read in this process.
+// POSENC_LOG_LEVEL is read once per process, so each value is tested in its own process. GoogleTest runs suites named
+// *DeathTest first, before this process has read the level.
 
 using LevelName = std::pair<const char*, LogLevel>;
 

@@ -8,7 +8,7 @@
 namespace posenc::test {
 namespace {
 
-/// Arguments without data, of the strides that `c` describes.
+/// Arguments on the meta device, with the strides that `c` describes.
 RotaryInputs meta_inputs(const RotaryCase& c, at::ScalarType dtype = at::kFloat) {
   return make_inputs(c, {at::kMeta, dtype});
 }

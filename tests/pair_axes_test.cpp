@@ -14,7 +14,7 @@ TEST(MropePairAxes, OfQwen2VlAreChunks) {
   EXPECT_EQ(posenc::mrope_pair_axes({16, 24, 24}), expected);
 }
 
-// Written out from the slices `[1:60:3]` and `[2:60:3]` of transformers' Qwen3-VL.
+// The slices `[1:60:3]` and `[2:60:3]` of Qwen3-VL in transformers, written out.
 TEST(MropePairAxes, OfQwen3VlAreInterleaved) {
   Axes expected(64, 0);
   for (const int64_t pair : {1, 4, 7, 10, 13, 16, 19, 22, 25, 28, 31, 34, 37, 40, 43, 46, 49, 52, 55, 58}) {
@@ -47,7 +47,7 @@ TEST(MropePairAxes, BadSectionsAreErrors) {
   expect_rejected({4, -1, 4}, false, {"sections of 1 to", "got [4, -1, 4]"});
   expect_rejected({1LL << 40, 1, 1}, false, {"sections of 1 to"});
   expect_rejected({4, 4}, true, {"three sections", "got [4, 4]"});
-  // Six pairs have room for two of each axis.
+  // Six interleaved pairs are two for each axis.
   expect_rejected({1, 4, 1}, true, {"sections that interleave", "[1, 4, 1]", "axis 1 would have 2"});
   expect_rejected({1, 1, 4}, true, {"sections that interleave", "[1, 1, 4]", "axis 2 would have 2"});
 }

@@ -31,7 +31,7 @@ class QKNormRotaryEmbeddingCuda : public ::testing::Test {
   static at::Tensor random_like(const at::Tensor& x) { return random_tensor(x.sizes(), {at::kCUDA, x.scalar_type()}); }
 };
 
-/// What needs the caching allocator.
+/// Tests that need the caching allocator.
 class QKNormRotaryEmbeddingCudaGraph : public QKNormRotaryEmbeddingCuda {
  protected:
   void SetUp() override {
@@ -39,7 +39,7 @@ class QKNormRotaryEmbeddingCudaGraph : public QKNormRotaryEmbeddingCuda {
     require_caching_allocator();
   }
 
-  /// Kernels of a backward pass to the inputs that `in` wants gradients of.
+  /// Number of kernels of a backward pass for the tensors of `in` that require grad.
   static int kernels_of_backward(const QKNormInputs& in) {
     const TensorList dense{random_like(in.rotary.q), random_like(in.rotary.k)};
     const NodeCounts both = recorded_nodes([&] {
@@ -107,7 +107,7 @@ TEST_F(QKNormRotaryEmbeddingCudaGraph, TheHostDoesNotWait) {
   stream.synchronize();
   at::cuda::sleep(kLongSleep);
   run();
-  // Had anything above waited, the stream would be idle by now.
+  // If the host had waited, the stream would be idle by now.
   EXPECT_FALSE(stream.query());
   stream.synchronize();
 }
@@ -124,7 +124,7 @@ TEST_F(QKNormRotaryEmbeddingCuda, RunsOnTheCurrentStreamAndBackwardOnThatOfForwa
 
   const c10::cuda::CUDAStream stream = c10::cuda::getStreamFromPool();
   const c10::cuda::CUDAStreamGuard guard(stream);
-  // Any other stream would read the zeros.
+  // The inputs are zeros until this stream has copied the values, so work on another stream would read zeros.
   at::cuda::sleep(kLongSleep / 10);
   {
     const at::NoGradGuard no_grad;
@@ -260,7 +260,7 @@ TEST_F(QKNormRotaryEmbeddingCuda, MoreThanTwoToThe31ElementsWork) {
     at::Tensor x = head_major ? at::empty({1, heads, tokens, head_dim}, options).transpose(1, 2)
                               : at::empty({1, tokens, heads, head_dim}, options);
     ASSERT_GT(x.numel(), int64_t{1} << 31);
-    // One block of random tokens, repeated with a period that shares no factor with any size of a grid.
+    // A block of random tokens, repeated with a prime period that has no common factor with any grid size.
     constexpr int64_t period = 4099;
     const at::Tensor block = random_tensor({1, period, heads, head_dim}, target);
     for (int64_t begin = 0; begin < tokens; begin += period) {
@@ -279,12 +279,12 @@ TEST_F(QKNormRotaryEmbeddingCuda, MoreThanTwoToThe31ElementsWork) {
     const at::Tensor q = std::get<0>(qk_norm_rotate(in));
     const at::Tensor grad = at::ones({}, options).expand_as(q);
     const at::Tensor found = gradients({q}, {in.rotary.q}, {grad})[0];
-    // The start, the middle, and the end, which lies beyond 2^31 elements.
+    // First, middle and last tokens; the last are beyond 2^31 elements.
     for (const int64_t begin : {int64_t{0}, tokens / 2 - 8, tokens - 16}) {
       QKNormInputs part = in;
       part.rotary.positions = positions.narrow(0, begin, 16);
       const at::Tensor from = in.rotary.q.narrow(1, begin, 16);
-      part.rotary.q = from;  // the expected values convert all of the inputs
+      part.rotary.q = from;  // the scalar loop converts the whole of q to float64
       expect_within(q.narrow(1, begin, 16), scalar_qk_norm(part, from, in.q_weight));
       const ExpectedGradients expected = scalar_qk_norm_gradients(part, from, in.q_weight, grad.narrow(1, begin, 16));
       expect_within(found.narrow(1, begin, 16), expected.input);

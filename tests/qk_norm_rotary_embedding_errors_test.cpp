@@ -11,7 +11,7 @@
 namespace posenc::test {
 namespace {
 
-/// A valid call `[2, 3, 4, 8]`, `[2, 3, 2, 8]` with tables `[6, 4]`, to be made invalid.
+/// A valid call: q `[2, 3, 4, 8]`, k `[2, 3, 2, 8]`, cos and sin `[6, 4]`.
 QKNormInputs valid_inputs(at::Device device) {
   RotaryCase c;
   c.tokens = 3;
@@ -31,7 +31,7 @@ std::ostream& operator<<(std::ostream& stream, const BadCall& call) {
 
 std::vector<BadCall> bad_calls() {
   return {
-      // What is checked for all rotary operators is checked for this one too: one of each.
+      // One case for each check that this operator shares with the other rotary operators.
       {"UndefinedQueries", {"expected q", "undefined"}, [](QKNormInputs& in) { in.rotary.q = at::Tensor(); }},
       {"QueriesOfTwoDimensions",
        {"expected q", "[B, S, H, D] or [T, H, D]", "got [4, 8]"},
@@ -154,7 +154,7 @@ INSTANTIATE_TEST_SUITE_P(
     error_name);
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The backward operator, as Python may call it
+// The backward operator, which Python can call directly
 
 std::vector<c10::IValue> call_backward(const QKNormInputs& in, const c10::IValue& grad_q, const c10::IValue& grad_k) {
   std::vector<c10::IValue> stack{

@@ -14,8 +14,8 @@ at::Tensor wide_copy(const at::Tensor& x) {
   return x.detach().to(at::kCPU, at::kDouble).contiguous();
 }
 
-/// |x1 c| + |x2 s| or |x1 s| + |x2 c|, whichever is larger, for the channels that rotate, |x| for the others: what the
-/// rounding of a rotation is relative to.
+/// Magnitude that rounding errors of a rotation are relative to: the larger of |x1 c| + |x2 s| and |x1 s| + |x2 c| for
+/// both channels of a pair, |x| for channels that are not rotated.
 at::Tensor rotation_magnitude(const RotaryInputs& in, const at::Tensor& x) {
   RotaryInputs absolute = in_float64(in);
   absolute.cos = absolute.cos.abs();
@@ -23,14 +23,14 @@ at::Tensor rotation_magnitude(const RotaryInputs& in, const at::Tensor& x) {
   return at::maximum(scalar_rotation(absolute, x.abs()), scalar_rotation(backwards(absolute), x.abs()));
 }
 
-/// What one rounding to `dtype` does to values of float64, unless they are computed in `dtype` anyhow.
+/// Error of rounding float64 `value` to `dtype`; only that of subnormals if `dtype` is the dtype of the arithmetic.
 at::Tensor narrowing(const at::Tensor& value, at::ScalarType dtype) {
   const double v = dtype == table_dtype(dtype) ? 0 : unit_roundoff(dtype);
   const double half_subnormal = dtype == at::kHalf ? 0x1p-25 : dtype == at::kDouble ? 0 : 0x1p-134;
   return value.abs() * v + half_subnormal;
 }
 
-/// The reciprocal of the root mean square of each head `[..., 1]`.
+/// Reciprocal root mean square of each head, `[..., 1]`.
 at::Tensor scalar_rstd(const at::Tensor& x, double eps) {
   const int64_t head_dim = x.size(-1);
   at::Tensor result = at::empty(x.sizes().slice(0, static_cast<size_t>(x.dim() - 1)), at::kDouble);
@@ -50,8 +50,8 @@ at::Tensor factor(const at::Tensor& weight, bool unit_offset) {
   return unit_offset ? wide_copy(weight) + 1 : wide_copy(weight);
 }
 
-/// A sum of D squares, its mean, a root and a reciprocal: the relative error of the sum is halved by the root; a root
-/// of 2 ulp, the offset of the weight and the products come to no more than 16 roundings.
+/// Relative error of `x * rstd * weight`. The sum of head_dim squares has an error of head_dim * u, which the square
+/// root halves. Mean, root (2 ulp), reciprocal, offset of the weight and products are at most 16 roundings.
 double factor_error(int64_t head_dim, double u) {
   return (static_cast<double>(head_dim) / 2 + 16) * u;
 }
@@ -96,8 +96,8 @@ std::tuple<at::Tensor, at::Tensor> qk_norm_rotate_reference(const QKNormInputs& 
       r.pair_axes);
 }
 
-// With u the unit roundoff of the arithmetic, z = x r w is off by at most `factor_error` of itself, and the rotation
-// adds 2u + u^2 of its magnitude. The expected value has the same kind of error in float64.
+// With u the unit roundoff of the arithmetic, z = x r w has a relative error of at most `factor_error`. The rotation
+// adds 2u + u^2 times `rotation_magnitude`. The expected value has the same kind of error in float64.
 Expected scalar_qk_norm(const QKNormInputs& in, const at::Tensor& x, const at::Tensor& weight) {
   const at::Tensor wide = wide_copy(x);
   const at::Tensor z = wide * scalar_rstd(wide, in.eps) * factor(weight, in.unit_offset);
@@ -107,12 +107,11 @@ Expected scalar_qk_norm(const QKNormInputs& in, const at::Tensor& x, const at::T
   return {y, computed * (1 + unit_roundoff(x.scalar_type())) + narrowing(y, x.scalar_type())};
 }
 
-// With h the gradient rotated backwards, off by 2u + u^2 of its magnitude a, and m the mean of h w x r, off by no more
-// than D + 16 roundings of that of a |w x| r and the error of r,
+//     dx = r (h w - x r m),    dw = sum of h x r,    r = rstd
 //
-//     dx = r (h w - x r m),    dw = sum of h x r.
-//
-// A sum of n terms is off by n u of the sum of their magnitudes in whatever order.
+// h is `grad` under the opposite rotation, with an error of 2u + u^2 times its magnitude a. m is the mean of h w x r
+// over the D channels, with an error of at most D + 16 roundings of the mean of a |w x| r, plus the error of r. A sum
+// of n terms in any order has an error of n u times the sum of their magnitudes.
 ExpectedGradients scalar_qk_norm_gradients(
     const QKNormInputs& in,
     const at::Tensor& x,

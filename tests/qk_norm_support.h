@@ -2,10 +2,10 @@
 
 #include "support.h"
 
-/// Random calls of `qk_norm_rotary_embedding`, and their results and gradients worked out by scalar loops.
+/// Random calls of `qk_norm_rotary_embedding`, and expected results and gradients from scalar loops.
 namespace posenc::test {
 
-/// Arguments of a call; `rotary` has those that it shares with `rotary_embedding_qk`.
+/// Arguments of `qk_norm_rotary_embedding`; `rotary` holds those that `rotary_embedding_qk` also takes.
 struct QKNormInputs {
   RotaryInputs rotary;
   at::Tensor q_weight;
@@ -14,22 +14,22 @@ struct QKNormInputs {
   bool unit_offset = false;
 };
 
-/// Arguments as `c` describes them, with normal weights around 1 (around 0 with `unit_offset`). `wide` weights have the
-/// dtype of the arithmetic, others that of the tensors.
+/// Arguments as `c` describes them. Weights are normally distributed around 1, or around 0 with `unit_offset`. Their
+/// dtype is that of q and k, or with `wide` the dtype of the arithmetic (float32, or float64 for float64).
 QKNormInputs make_qk_norm_inputs(
     const RotaryCase& c,
     const Target& target,
     bool unit_offset = false,
     bool wide = false);
 
-/// The same with leaves that require grad for all that is differentiable, or for the tensors and weights alone.
+/// The same arguments as leaves: q, k and both weights require grad, cos and sin if `tables`.
 QKNormInputs with_leaves(const QKNormInputs& in, bool tables = true);
 
 std::tuple<at::Tensor, at::Tensor> qk_norm_rotate(const QKNormInputs& in);
 std::tuple<at::Tensor, at::Tensor> qk_norm_rotate_reference(const QKNormInputs& in);
 
-/// A value by a loop over scalars in float64 on the CPU, and the largest difference from it that correct arithmetic in
-/// the dtype of a call can show; see the definitions.
+/// A value from a scalar loop in float64 on the CPU, and the bound of the rounding error of the operator in the dtype
+/// of the call; derived at the definitions.
 struct Expected {
   at::Tensor value;
   at::Tensor bound;
@@ -38,7 +38,7 @@ struct Expected {
 /// `x` normalised with `weight` and rotated.
 Expected scalar_qk_norm(const QKNormInputs& in, const at::Tensor& x, const at::Tensor& weight);
 
-/// The gradients of `sum(grad * qk_norm_rotary_embedding(x))` to `x` and to `weight`.
+/// Gradients of `sum(grad * qk_norm_rotary_embedding(x))` for `x` and `weight`.
 struct ExpectedGradients {
   Expected input;
   Expected weight;

@@ -8,7 +8,7 @@
 namespace posenc::test {
 namespace {
 
-/// The reference against the scalar loop: what all other tests stand on.
+/// The reference version against the scalar loop. Other tests rely on both.
 class Reference : public ::testing::TestWithParam<RotaryCase> {
  protected:
   RotaryInputs inputs(at::ScalarType dtype) const { return make_inputs(GetParam(), {at::kCPU, dtype}); }
@@ -79,7 +79,7 @@ std::string case_name(const ::testing::TestParamInfo<RotaryCase>& info) {
 
 INSTANTIATE_TEST_SUITE_P(Cpu, Reference, ::testing::ValuesIn(reference_cases()), case_name);
 
-/// Largest |x1 c| + |x2 s| that these arguments can show.
+/// Upper bound of |x1 c| + |x2 s| for these arguments.
 double largest_sum(const RotaryInputs& in, const at::Tensor& x) {
   const auto largest = [](const at::Tensor& tensor) { return tensor.abs().max().item<double>(); };
   return largest(x) * (largest(in.cos) + largest(in.sin));
@@ -87,7 +87,7 @@ double largest_sum(const RotaryInputs& in, const at::Tensor& x) {
 
 TEST_P(Reference, MatchesTheFormulaInFloat64) {
   const RotaryInputs in = inputs(at::kDouble);
-  // Three roundings on either side.
+  // Three roundings in each of the two computations.
   const double bound = 6 * unit_roundoff(at::kDouble) * largest_sum(in, in.q);
   expect_within(rotate_reference(in, in.q), scalar_rotation(in, in.q), at::full({}, bound, at::kDouble));
 }
@@ -153,7 +153,7 @@ TEST(ScalarLoop, ReadsTheAxisOfEachPair) {
   in.positions = at::tensor({0, 1, 2, 0}, at::kLong).view({2, 2});  // [A, S]
   in.pair_axes = {1, 0};
   const at::Tensor x = at::ones({1, 2, 1, 4}, at::kDouble);
-  // Token 0: pair 0 reads row 2 (axis 1), pair 1 row 0. Token 1: row 0 and row 1.
+  // Pair 0 reads axis 1: row 2 for token 0, row 0 for token 1. Pair 1 reads axis 0: row 0 and row 1.
   expect_same_bits(
       scalar_rotation(in, x).flatten(), at::tensor({3.0, 10.0, 3.0, 10.0, 1.0, 20.0, 1.0, 20.0}, at::kDouble));
 }

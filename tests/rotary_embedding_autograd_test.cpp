@@ -11,7 +11,7 @@
 namespace posenc::test {
 namespace {
 
-/// A small call of one kind for each way in which rows of the tables are chosen.
+/// One small call for each way to select rows of cos and sin.
 std::vector<RotaryCase> small_cases() {
   std::vector<RotaryCase> cases;
   const auto add = [&cases](const std::string& name, const std::function<void(RotaryCase&)>& change) {
@@ -35,7 +35,7 @@ std::vector<RotaryCase> small_cases() {
     c.packed = true;
     c.positions = PositionShape::per_token;
   });
-  // Five tokens and two rows: some row is read several times.
+  // Five tokens and two rows, so a row is read several times.
   add("PositionsPerTokenRepeated", [](RotaryCase& c) {
     c.tokens = 5;
     c.spare_rows = -3;
@@ -67,7 +67,7 @@ std::vector<RotaryCase> small_cases() {
   return cases;
 }
 
-/// Leaves with the values and strides of `inputs` of which those named require grad.
+/// Leaves with the values and strides of `inputs` that require grad as given.
 RotaryInputs with_grad(const RotaryInputs& inputs, bool q, bool k, bool cos, bool sin) {
   RotaryInputs in = inputs;
   in.q = inputs.q.detach().requires_grad_(q);
@@ -244,7 +244,7 @@ TEST_P(RotaryEmbeddingAutograd, TableGradientsMatchTheScalarLoop) {
   cases.push_back(larger);
   larger.positions = PositionShape::per_batch;
   cases.push_back(larger);
-  larger.spare_rows = -39;  // every token reads the one row
+  larger.spare_rows = -39;  // one row, which every token reads
   cases.push_back(larger);
   larger.axes = 4;
   larger.pair_axes = PairAxes::random;
@@ -540,7 +540,7 @@ TEST_P(RotaryEmbeddingGraph, GradientHasTheLayoutOfADenseInput) {
   EXPECT_EQ(in.k.grad().strides(), in.k.strides());
 }
 
-/// Turns deterministic algorithms on for the lifetime of the object; torch then fills new memory with NaN.
+/// Enables deterministic algorithms for the lifetime of the object. torch then fills uninitialized memory with NaN.
 class DeterministicAlgorithms {
  public:
   DeterministicAlgorithms() { at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/false); }
@@ -583,7 +583,7 @@ TEST_P(RotaryEmbeddingGraph, ForwardModeTangentIsTheDerivative) {
   const auto [q, k] = rotate_qk(dual);
   const at::Tensor q_tangent = std::get<1>(at::_unpack_dual(q, level_of));
   const at::Tensor k_tangent = std::get<1>(at::_unpack_dual(k, level_of));
-  // The rotation is bilinear: its derivative is one rotation of the tangent and one by the tangents of the tables.
+  // The rotation is bilinear: its derivative is x's tangent rotated by cos and sin, plus x rotated by their tangents.
   RotaryInputs tables = in;
   tables.cos = tangents[2];
   tables.sin = tangents[3];

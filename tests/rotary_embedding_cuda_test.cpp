@@ -21,7 +21,7 @@
 namespace posenc::test {
 namespace {
 
-/// What only a GPU has: streams, graphs, several devices, a host that must not wait.
+/// Tests of behaviour that only GPUs have: streams, graphs, several devices, asynchronous launches.
 class RotaryEmbeddingCuda : public ::testing::Test {
  protected:
   void SetUp() override { require_device(at::kCUDA); }
@@ -30,7 +30,7 @@ class RotaryEmbeddingCuda : public ::testing::Test {
 
   static RotaryInputs inputs(const RotaryCase& c = RotaryCase()) { return make_inputs(c, kTarget); }
 
-  /// Arguments of which all tensors require grad.
+  /// Arguments of which all floating-point tensors require grad.
   static RotaryInputs leaves(const RotaryCase& c = RotaryCase()) {
     RotaryInputs in = inputs(c);
     for (at::Tensor* tensor : {&in.q, &in.k, &in.cos, &in.sin}) {
@@ -40,7 +40,7 @@ class RotaryEmbeddingCuda : public ::testing::Test {
   }
 };
 
-/// What needs the caching allocator.
+/// Tests that need the caching allocator.
 class RotaryEmbeddingCudaGraph : public RotaryEmbeddingCuda {
  protected:
   void SetUp() override {
@@ -145,7 +145,7 @@ TEST_F(RotaryEmbeddingCuda, RunsOnTheCurrentStream) {
 
   const c10::cuda::CUDAStream stream = c10::cuda::getStreamFromPool();
   const c10::cuda::CUDAStreamGuard guard(stream);
-  // Any other stream would read the zeros.
+  // `late` is zeros until this stream has copied the values, so work on another stream would read zeros.
   at::cuda::sleep(kLongSleep / 10);
   late.copy_(in.q);
   const at::Tensor y = rotate(in, late);
@@ -185,7 +185,7 @@ TEST_F(RotaryEmbeddingCudaGraph, TheHostDoesNotWait) {
   stream.synchronize();
   at::cuda::sleep(kLongSleep);
   run();
-  // Had anything above waited, the stream would be idle by now.
+  // If the host had waited, the stream would be idle by now.
   EXPECT_FALSE(stream.query());
   stream.synchronize();
 }
@@ -313,7 +313,7 @@ TEST_F(RotaryEmbeddingCudaGraph, ReplayedModuleKeepsItsTablesWhileTheyGrow) {
   capture(graph, [&] { std::tie(q, k) = rope->forward(in.q, in.k); });
   const auto [expected_q, expected_k] = rope->forward(in.q, in.k);
   rope->reserve(5000, at::Device(at::kCUDA, 0));
-  // What the caching allocator would hand out had the old tables been freed.
+  // If the old tables had been freed, the caching allocator would reuse their memory here.
   const at::Tensor rubbish = at::full({64, 8}, 1e9, in.q.options());
   q.zero_();
   k.zero_();
@@ -327,7 +327,7 @@ TEST_F(RotaryEmbeddingCudaGraph, ReplayedModuleKeepsItsTablesWhileTheyGrow) {
 TEST_F(RotaryEmbeddingCudaGraph, ReplayedModuleKeepsTheTablesOfItsLengthWhileOthersCome) {
   posenc::RotaryEmbedding rope(posenc::RotaryEmbeddingOptions(16).scaling(posenc::DynamicNtkScaling{2, 2}));
   const RotaryInputs in = inputs();
-  // No reserve: the call that warms up builds the tables, and the capture makes them stay.
+  // Without reserve: the first call of `capture` builds the tables, and the captured call keeps them alive.
   const auto [expected_q, expected_k] = rope->forward(in.q, in.k);
   at::Tensor q;
   at::Tensor k;
@@ -408,7 +408,7 @@ TEST_F(RotaryEmbeddingCuda, TablesOfMoreThan65535RowsHaveGradients) {
   in.sin.requires_grad_();
   const at::Tensor grad = random_tensor(in.q.sizes(), kTarget);
   const TensorList found = gradients({rotate(in, in.q)}, {in.cos, in.sin}, {grad});
-  // One token a row: what the formula says, in tensor operations.
+  // Each row is read by one token, so the expected gradients are the formula in tensor operations.
   const auto half = [](const at::Tensor& x, int64_t i) {
     return x.detach().cpu().to(at::kDouble).view({-1, 2, 2}).select(1, i);
   };
@@ -433,7 +433,7 @@ TEST_F(RotaryEmbeddingCuda, MoreThanTwoToThe31ElementsWork) {
     at::Tensor x = head_major ? at::empty({1, heads, tokens, head_dim}, options).transpose(1, 2)
                               : at::empty({1, tokens, heads, head_dim}, options);
     ASSERT_GT(x.numel(), int64_t{1} << 31);
-    // One block of random tokens, repeated with a period that shares no factor with any size of a grid.
+    // A block of random tokens, repeated with a prime period that has no common factor with any grid size.
     constexpr int64_t period = 4099;
     const at::Tensor block = random_tensor({1, period, heads, head_dim}, target);
     for (int64_t begin = 0; begin < tokens; begin += period) {
@@ -448,7 +448,7 @@ TEST_F(RotaryEmbeddingCuda, MoreThanTwoToThe31ElementsWork) {
     x.requires_grad_();
     const at::Tensor y = rotate(in, x);
     const auto expect_rotated = [&](const at::Tensor& actual, const at::Tensor& from, bool conjugate) {
-      // The start, the middle, and the end, which lies beyond 2^31 elements.
+      // First, middle and last tokens; the last are beyond 2^31 elements.
       for (const int64_t begin : {int64_t{0}, tokens / 2 - 8, tokens - 16}) {
         RotaryInputs part = in;
         part.conjugate = conjugate;

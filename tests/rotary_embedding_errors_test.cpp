@@ -7,7 +7,7 @@
 namespace posenc::test {
 namespace {
 
-/// A valid call `[2, 3, 4, 8]`, `[2, 3, 2, 8]` with tables `[6, 4]`, to be made invalid.
+/// A valid call: q `[2, 3, 4, 8]`, k `[2, 3, 2, 8]`, cos and sin `[6, 4]`.
 RotaryInputs valid_inputs(at::Device device) {
   RotaryCase c;
   c.tokens = 3;
@@ -20,12 +20,12 @@ at::Tensor positions(at::IntArrayRef sizes, at::ScalarType dtype, at::Device dev
   return at::zeros(sizes, at::TensorOptions(dtype).device(device));
 }
 
-/// What is wrong with a call of `rotary_embedding(q, ...)` (named x there) and of `rotary_embedding_qk(q, k, ...)`, and
-/// what the messages have to name.
+/// `spoil` makes a valid call invalid. `of_one` and `of_pair` are required parts of the messages of
+/// `rotary_embedding(q, ...)`, which names it x, and of `rotary_embedding_qk(q, k, ...)`.
 struct BadCall {
   std::string name;
   std::function<void(RotaryInputs&, at::Device)> spoil;
-  std::vector<std::string> of_one;  // empty: the call of one tensor is valid
+  std::vector<std::string> of_one;  // empty: rotary_embedding(q, ...) remains valid
   std::vector<std::string> of_pair;
 };
 
@@ -80,7 +80,7 @@ std::vector<BadCall> bad_calls() {
   }
   add_input("UndefinedInput", {"undefined"}, [](RotaryInputs& in, at::Device) { in.q = at::Tensor(); });
 
-  // Queries against keys.
+  // q and k.
   add_pair("UndefinedKeys", {"expected k", "undefined"}, [](RotaryInputs& in, at::Device) { in.k = at::Tensor(); });
   add_pair("KeysOfAnotherDtype", {"expected k", "dtype of q", "Float", "Double"}, [](RotaryInputs& in, at::Device) {
     in.k = in.k.to(at::kDouble);
@@ -197,7 +197,7 @@ std::vector<BadCall> bad_calls() {
     in.pair_axes = std::vector<int64_t>(513, 0);
   });
 
-  // Devices. Meta stands for one that is always there.
+  // Devices. Meta is a second device that is always available.
   add("CosOnAnotherDevice", {"expected cos", "device", "meta"},
       [](RotaryInputs& in, at::Device) { in.cos = in.cos.to(at::kMeta); });
   add("SinOnAnotherDevice", {"expected sin", "device", "meta"},
@@ -273,7 +273,7 @@ INSTANTIATE_TEST_SUITE_P(
     error_name);
 
 // ---------------------------------------------------------------------------------------------------------------------
-// A GPU and the host mixed
+// Arguments on a GPU and on the CPU
 
 class RotaryEmbeddingMixedDevices : public DeviceTest {};
 

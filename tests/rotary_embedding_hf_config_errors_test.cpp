@@ -1,4 +1,4 @@
-// What RotaryEmbeddingOptions::from_hf_config refuses, and what it says.
+// Errors of RotaryEmbeddingOptions::from_hf_config and their messages.
 #include "support.h"
 
 #include <posenc/modules/rotary_embedding.h>
@@ -19,7 +19,7 @@ const auto from = [](const std::string& path_or_json, const std::optional<std::s
   return RotaryEmbeddingOptions::from_hf_config(path_or_json, layer_type);
 };
 
-/// A model with `rope_scaling` and further fields.
+/// A configuration with `rope_scaling` and additional fields.
 std::string with(const std::string& rope_scaling, const std::string& fields = "") {
   return R"({"model_type": "llama", "head_dim": 64, "max_position_embeddings": 8192, "rope_scaling": )" + rope_scaling +
       fields + "}";

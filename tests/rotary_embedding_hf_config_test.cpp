@@ -1,4 +1,4 @@
-// RotaryEmbeddingOptions::from_hf_config on the fields of published models that matter to it.
+// RotaryEmbeddingOptions::from_hf_config on the relevant fields of published models.
 #include "support.h"
 
 #include <posenc/modules/rotary_embedding.h>
@@ -18,7 +18,7 @@ const auto from = [](const std::string& path_or_json, const std::optional<std::s
   return RotaryEmbeddingOptions::from_hf_config(path_or_json, layer_type);
 };
 
-/// What a test expects of options; the rest has the defaults of the models' time.
+/// Expected options; fields that a test does not set have the default values of such configurations.
 struct Expected {
   int64_t head_dim = 128;
   std::optional<int64_t> rotary_dim = std::nullopt;
@@ -83,7 +83,7 @@ TEST(RotaryEmbeddingHfConfig, OfLlama4) {
       "vision_config": {"model_type": "llama4_vision_model", "hidden_size": 1408, "num_attention_heads": 16}})");
   Expected expected;
   expected.base = 500000;
-  expected.max_position_embeddings = 131072;  // not ten million rows to begin with
+  expected.max_position_embeddings = 131072;  // limited: 10485760 rows are not allocated up front
   expected.interleaved = true;
   expected.scaling = Llama3Scaling{16, 1, 1, 8192};
   expect_options(options, expected);
@@ -205,7 +205,7 @@ TEST(RotaryEmbeddingHfConfig, OfGemma2) {
 }
 
 TEST(RotaryEmbeddingHfConfig, OfGemma3AsPublished) {
-  // Nearly everything is left to the defaults of the model's type.
+  // Most fields are missing, so the defaults of the model type apply.
   const char* const file = R"({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text",
       "hidden_size": 2560, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}})";
   Expected full;
@@ -284,7 +284,7 @@ TEST(RotaryEmbeddingHfConfig, OfPixtral) {
   expected.base = 1e9;
   expected.max_position_embeddings = 131072;
   expect_options(options, expected);
-  // Its vision part is a configuration of its own.
+  // The vision part is read as a separate configuration.
   const auto vision = from(R"({"model_type": "pixtral", "hidden_size": 1024, "head_dim": 64, "image_size": 1024,
       "rope_theta": 10000.0})");
   EXPECT_EQ(vision.head_dim(), 64);
@@ -301,7 +301,7 @@ TEST(RotaryEmbeddingHfConfig, OfHunYuanWithAFixedAlpha) {
   expect_options(options, expected);
 }
 
-/// An alpha of 0 means none.
+/// An alpha of 0 means no alpha.
 TEST(RotaryEmbeddingHfConfig, OfHunYuanWithoutAlpha) {
   const auto options = from(R"({"model_type": "hunyuan_v1_dense", "head_dim": 128, "max_position_embeddings": 32768,
       "rope_theta": 10000.0, "rope_scaling": {"alpha": 0, "factor": 2.0, "type": "dynamic"}})");
@@ -314,7 +314,7 @@ TEST(RotaryEmbeddingHfConfig, OfHunYuanWithoutAlpha) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Fields
 
-/// A model with `rope_scaling` and further fields.
+/// A configuration with `rope_scaling` and additional fields.
 std::string with(const std::string& rope_scaling, const std::string& fields = "") {
   return R"({"model_type": "llama", "head_dim": 64, "max_position_embeddings": 8192, "rope_scaling": )" + rope_scaling +
       fields + "}";

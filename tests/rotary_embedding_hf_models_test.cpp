@@ -1,4 +1,4 @@
-// RotaryEmbeddingOptions::from_hf_config on every line of the table of models, and on the fields of published files.
+// RotaryEmbeddingOptions::from_hf_config on every model of hf_models.json, and on fields of published files.
 #include "data/hf_models.h"
 #include "support.h"
 
@@ -23,7 +23,7 @@ std::optional<std::string> optional(const char* text) {
   return text == nullptr ? std::nullopt : std::optional<std::string>(text);
 }
 
-/// The axis of each pair as a digit; nothing where positions have one axis.
+/// The axis of each pair as a digit; empty if positions have one axis.
 std::string axes_of(const RotaryEmbeddingOptions& options) {
   const std::vector<int64_t> axes = options.sections().empty()
       ? options.pair_axes()
@@ -79,7 +79,7 @@ TEST(RotaryEmbeddingHfModels, AreRefusedWhereTheyHaveNoOptions) {
   }
 }
 
-// Models that transformers has no rotary module for, or one that takes no positions.
+// Models without a rotary module in transformers, or with one that takes no positions.
 constexpr const char* kRefused[] = {"esmfold2", "jamba", "kimi_linear", "nemotron_h", "vjepa2"};
 
 TEST(RotaryEmbeddingHfModels, AreRefusedWithAReason) {
@@ -90,7 +90,7 @@ TEST(RotaryEmbeddingHfModels, AreRefusedWithAReason) {
   }
 }
 
-/// A file with the fields that matter, and what it means.
+/// The relevant fields of a published file, and the expected options.
 struct Published {
   const char* json;
   const char* layer_type;

@@ -120,7 +120,7 @@ TEST_P(RotaryEmbeddingInPlace, GradientsOfViewsOfOneBaseReachTheBase) {
   back.k = grad.narrow(2, 4, 2);
   const auto [grad_q, grad_k] = rotate_qk(back);
   expect_same_bits(gradients({packed}, {leaf}, {grad})[0], at::cat({grad_q, grad_k, grad.narrow(2, 6, 2)}, 2));
-  // And by the views themselves, one at a time.
+  // Backward from each view alone.
   const at::Tensor of_q = gradients({in.q}, {leaf}, {back.q})[0];
   expect_same_bits(of_q.narrow(2, 0, 4), grad_q);
   EXPECT_FALSE(of_q.narrow(2, 4, 4).any().item<bool>());
@@ -357,7 +357,7 @@ TEST_P(RotaryEmbeddingInPlaceGraph, OverlapWithTablesOrPositionsIsAnError) {
   RotaryInputs bad = in;
   bad.cos = memory.narrow(0, 0, 64).view({8, 8});
   expect_error([&] { rotate_in_place(bad, x); }, {"x and cos", "overlap"});
-  bad.cos = memory.narrow(0, kElements - 1, 64).view({8, 8});  // by one element
+  bad.cos = memory.narrow(0, kElements - 1, 64).view({8, 8});  // overlaps by one element
   expect_error([&] { rotate_in_place(bad, x); }, {"x and cos", "overlap"});
   bad.cos = memory.narrow(0, kElements, 64).view({8, 8});
   EXPECT_NO_THROW(rotate_in_place(bad, x));
@@ -387,7 +387,7 @@ TEST(RotaryEmbeddingInPlaceMeta, ChecksWithoutData) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// A GPU
+// CUDA
 
 #if POSENC_CUDA
 

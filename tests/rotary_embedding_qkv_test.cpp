@@ -15,7 +15,7 @@ namespace {
 
 using Parts = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-/// A call of `rotary_embedding_qkv`: `in` without q and k, and the projection.
+/// Arguments of `rotary_embedding_qkv`. q and k of `in` are not used.
 struct Packed {
   RotaryInputs in;
   at::Tensor qkv;
@@ -24,10 +24,10 @@ struct Packed {
   bool stacked;
 };
 
-/// `c` with its projection: `[.., 3, H, D]` where `stacked`, with the heads of q for all.
+/// Arguments for `c`. `stacked`: qkv is `[.., 3, H, D]` with H = q_heads; otherwise `[.., (Hq + 2 Hkv) * D]`.
 Packed make_packed(const RotaryCase& c, bool stacked, const Target& target, Strides strides = Strides::dense) {
   const int64_t kv_heads = stacked ? c.q_heads : c.k_heads;
-  // Heads lie behind one another in either: the random strides are those of [.., heads, channels].
+  // Both forms are consecutive heads of q, k and v, so `strides` applies to [.., heads, channels].
   const at::Tensor heads = random_tensor(c.sizes(c.q_heads + 2 * kv_heads), target, strides);
   const at::Tensor qkv = stacked  ? heads.unflatten(-2, {3, c.q_heads})
       : strides == Strides::dense ? heads.flatten(-2)
@@ -53,7 +53,7 @@ Packed backwards(const Packed& p) {
   return back;
 }
 
-/// q, k and v of a projection, by indices of heads.
+/// q, k and v as views of `qkv`, by narrowing the heads.
 Parts views(const Packed& p, const at::Tensor& qkv) {
   const at::Tensor heads = p.stacked ? qkv.flatten(-3, -2) : qkv.unflatten(-1, {p.q_heads + 2 * p.kv_heads, -1});
   return {
@@ -144,7 +144,7 @@ TEST_P(RotaryEmbeddingQkv, PackIsTheRotationOfEachPartJoined) {
     const at::Tensor packed = pack(p, q, k, v);
     EXPECT_TRUE(packed.is_contiguous());
     expect_same_bits(packed, joined(p, rotate(p.in, q), rotate(p.in, k), v));
-    // Views of any strides are read as they are.
+    // Views with any strides are accepted.
     expect_same_bits(pack(p, q_in, k_in, v_in), joined(p, rotate(p.in, q_in), rotate(p.in, k_in), v_in));
   });
 }
@@ -242,7 +242,7 @@ TEST_P(RotaryEmbeddingQkv, OutputsThatAreNotUsedHaveGradientsOfZero) {
   const at::Tensor qkv = p.qkv.detach().requires_grad_();
   const auto [q, k, v] = split(p, qkv);
   const at::Tensor grad_k = random(k.sizes());
-  // By value: a rotated zero may be negative.
+  // Compared by value, as a rotated zero may be negative.
   EXPECT_TRUE(at::equal(
       gradients({k}, {qkv}, {grad_k})[0],
       joined(p, at::zeros_like(q), rotate(backwards(p.in), grad_k), at::zeros_like(v))));
@@ -407,7 +407,7 @@ TEST(RotaryEmbeddingQkvMeta, OutputsHaveTheShapesOfTheCpu) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// A GPU
+// CUDA
 
 #if POSENC_CUDA
 
@@ -425,7 +425,7 @@ TEST_F(RotaryEmbeddingQkvCuda, ForwardAndBackwardAreOneKernelEachAndReplay) {
     const Packed p = make_packed(RotaryCase(), stacked, {at::kCUDA, at::kBFloat16});
     const at::Tensor qkv = p.qkv.detach().requires_grad_();
     EXPECT_EQ(recorded_nodes([&] { split(p, qkv); }), (NodeCounts{{cudaGraphNodeTypeKernel, 1}}));
-    const Parts shapes = split(p, p.qkv);  // without a graph, whose node of qkv would belong to another stream
+    const Parts shapes = split(p, p.qkv);  // of a tensor without grad: a graph would bind qkv to this stream
     const TensorList grads{
         at::randn_like(std::get<0>(shapes)), at::randn_like(std::get<1>(shapes)), at::randn_like(std::get<2>(shapes))};
     at::Tensor found;

@@ -8,7 +8,7 @@
 namespace posenc::test {
 namespace {
 
-/// Draws a case: any combination of what `RotaryCase` can describe.
+/// Draws random combinations of all fields of `RotaryCase`.
 class RandomCases {
  public:
   explicit RandomCases(uint64_t seed) : generator_(seed) {}
@@ -43,7 +43,7 @@ class RandomCases {
         c.axes = between(1, 4);
         c.pair_axes = any<PairAxes>(kPairAxes);
       }
-      // With positions a table may be shorter than the sequence.
+      // With positions, tables may have fewer rows than tokens.
       c.spare_rows = c.positions == PositionShape::absent ? between(0, 5) : between(1 - c.tokens, 5);
     }
     return c;
@@ -65,7 +65,7 @@ class RandomCases {
     return static_cast<Enum>(between(0, count - 1));
   }
 
-  std::mt19937_64 generator_;  // its sequence is the same with every standard library
+  std::mt19937_64 generator_;  // the same sequence in every standard library
 };
 
 class RotaryEmbeddingRandom : public DeviceTest {};
@@ -89,7 +89,7 @@ void check_case(RandomCases& random, at::DeviceType device) {
   expect_close_to_rounding(k, in, in.k);
   expect_same_bits(rotate(in, in.q), q);
 
-  // <Jx, y> = <x, J'y>, each side off by no more than the errors of its elements.
+  // <Jx, y> = <x, J'y>, within the rounding errors of the elements of Jx and J'y.
   const at::Tensor grad_q = random_tensor(q.sizes(), target, grad_q_strides);
   const at::Tensor grad_k = random_tensor(k.sizes(), target, grad_k_strides);
   const TensorList found = gradients({q, k}, {in.q, in.k, in.cos, in.sin}, {grad_q, grad_k});

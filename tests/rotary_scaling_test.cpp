@@ -1,4 +1,4 @@
-// The plans of posenc/frequencies.h against tables worked out elsewhere, and in the module.
+// Scalings of posenc/frequencies.h: frequencies against tests/data/frequencies.h, errors, and use by the module.
 #include "support.h"
 
 #include "data/frequencies.h"
@@ -38,7 +38,7 @@ YarnScaling yarn(double factor, int64_t original) {
   return scaling;
 }
 
-/// Lists of 48 as in tests/data/frequencies.py.
+/// Factor lists of 48 pairs, as in tests/data/frequencies.py.
 LongRopeScaling phi3() {
   LongRopeScaling scaling;
   for (int i = 0; i < 48; ++i) {
@@ -53,8 +53,8 @@ LongRopeScaling phi3() {
 // ---------------------------------------------------------------------------------------------------------------------
 // Values
 
-/// Expects the numbers of `expected` but for rounding. A frequency is `base^x`, off by |x ln base| < 16 roundings of x
-/// and some of its own; a blend of w and w/s divides what its weights are off by, some roundings too, by 1/s < 1/40.
+/// Expects `expected` within rounding. A frequency `base^x` has |x ln base| < 16 roundings from x, and a few more. In a
+/// blend of w and w / s, s <= 40, the errors of the weights are relative to w, which is up to s times the result.
 void expect_frequencies(const RotaryFrequencies& actual, const data::Frequencies& expected) {
   const double roundings = 16 + 40 * 16;
   const at::Tensor values = at::tensor(expected.inv_freq, at::kDouble);
@@ -108,7 +108,7 @@ TEST(RotaryScalingValues, OfYarnAreThoseOfItsModels) {
 }
 
 TEST(RotaryScalingValues, OfYarnMayRampBeyondTheLastPair) {
-  // The frequencies that turn 32 times and once in 131072 positions are those of pairs 45.03 and 69.1, of 64.
+  // In 131072 positions, pair 45.03 makes 32 turns and pair 69.1 would make one, but there are only 64 pairs.
   const at::Tensor actual = posenc::rotary_frequencies(128, 10000, yarn(4, 131072)).inv_freq;
   for (int64_t i = 0; i < 64; ++i) {
     const double ramp = std::clamp((static_cast<double>(i) - 45) / (70 - 45), 0.0, 1.0);
@@ -131,8 +131,8 @@ TEST(RotaryScalingValues, OfYarnTakeEveryOption) {
 }
 
 TEST(RotaryScalingValues, OfYarnMayHaveEqualBetas) {
-  // Kimi-K2: c(1) = 64 ln(4096 / (2 pi)) / (2 ln 50000) = 19.17, so that pair 19 is the last one left alone and pair 20
-  // the first one divided by 32.
+  // Kimi-K2: c(1) = 64 ln(4096 / (2 pi)) / (2 ln 50000) = 19.17, so pair 19 is the last one unchanged and pair 20 the
+  // first one divided by 32.
   YarnScaling scaling = yarn(32, 4096);
   scaling.beta_fast = scaling.beta_slow = 1;
   const at::Tensor plain = posenc::rotary_inv_freq(64, 50000);
@@ -224,7 +224,7 @@ TEST(RotaryScalingValues, XposScalesAreThoseOfThePaper) {
   const at::Tensor expected = at::tensor(data::kXpos.inv_freq, at::kDouble).view({5, 4});
   expect_within(posenc::rotary_xpos_scales(8, 5), expected, expected * 8 * unit_roundoff(at::kDouble));
   EXPECT_EQ(posenc::rotary_xpos_scales(8, 0).sizes(), at::IntArrayRef({0, 4}));
-  // Twice the base, half the exponent.
+  // Doubling scale_base halves the exponent.
   const at::Tensor squared = posenc::rotary_xpos_scales(8, 5, 1024).square();
   expect_within(squared, expected, expected * 16 * unit_roundoff(at::kDouble));
 }
@@ -318,7 +318,7 @@ TEST(RotaryScalingErrors, NameBadArgumentsOfXpos) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// In the module
+// RotaryEmbedding
 
 constexpr int64_t kHeadDim = 16;
 
@@ -326,7 +326,7 @@ class RotaryScalingModule : public DeviceTest {
  protected:
   at::Tensor random(int64_t tokens) const { return random_tensor({1, tokens, 2, kHeadDim}, {GetParam(), at::kFloat}); }
 
-  /// What the module has to return: the operator on tables of the plan's frequencies for this length.
+  /// Expected result of the module: the operator with cos and sin of the frequencies of `scaling` for `seq_len`.
   at::Tensor expected(
       const at::Tensor& x,
       const RotaryScaling& scaling,
@@ -355,7 +355,7 @@ LongRopeScaling short_and_long() {
   return scaling;
 }
 
-/// Counts the tables that are built while `action` runs, as the log tells.
+/// Number of tables that `action` builds, according to the log.
 int tables_built(const std::function<void()>& action) {
   const LogLevel before = log_level();
   set_log_level(LogLevel::debug);
@@ -554,9 +554,9 @@ class RotaryEmbeddingAccuracy : public TargetTest {};
 INSTANTIATE_TEST_SUITE_P(Cpu, RotaryEmbeddingAccuracy, ::testing::ValuesIn(targets(at::kCPU)), target_name);
 INSTANTIATE_TEST_SUITE_P(Cuda, RotaryEmbeddingAccuracy, ::testing::ValuesIn(targets(at::kCUDA)), target_name);
 
-/// A bfloat16 table is wrong from position 257 on, float32 angles from some ten thousands on. The bound is one rounding
-/// to the dtype of the output beyond the arithmetic in that of the tables, see `rounding_bound`; entries of the tables
-/// may be off by half a rounding more than those expected, and by the rounding of an angle of float64.
+/// bfloat16 tables are wrong from position 257 on, float32 angles from some ten thousands on. `rounding_bound` allows
+/// one rounding to the dtype of the output, and the arithmetic in the dtype of the tables. Table entries also have the
+/// errors of their rounding and of an angle in float64.
 TEST_P(RotaryEmbeddingAccuracy, IsOneRoundingAtPositionsUpToAMillion) {
   const std::vector<int64_t> rows = {255, 257, 32'768, 1'048'575};
   const auto tokens = static_cast<int64_t>(rows.size());

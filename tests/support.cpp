@@ -141,7 +141,7 @@ at::Tensor random_positions(const RotaryCase& c, int64_t length, at::DeviceType 
   switch (c.position_strides) {
     case PositionStrides::dense:
       break;
-    case PositionStrides::every_other: {  // tokens outermost
+    case PositionStrides::every_other: {  // dimensions stored in reverse order
       std::reverse(stored.begin(), stored.end());
       stored.back() *= 2;
       const at::Tensor drawn = draw(stored).slice(-1, 0, stored.back(), 2);
@@ -291,8 +291,8 @@ RotaryInputs in_float64(const RotaryInputs& in) {
 
 namespace {
 
-/// Calls `visit(first, second, row)` for every pair of channels of every head: where the two lie in a contiguous tensor
-/// of the shape of `x`, and where their cosine and sine lie in contiguous tables.
+/// Calls `visit(first, second, row)` for every pair of channels of every head: the offsets of the two channels in a
+/// contiguous tensor of the shape of `x`, and the offset of their cosine and sine in contiguous tables.
 void for_each_pair(
     const RotaryInputs& in,
     const at::Tensor& x,
@@ -394,10 +394,10 @@ double unit_roundoff(at::ScalarType dtype) {
   }
 }
 
-// With u the unit roundoff of the arithmetic (float32, or float64 for float64) and a = |x1 c| + |x2 s|, two products
-// and one sum, each rounded or fused, are off by at most a (2u + u^2). Rounding z to a narrower dtype of unit roundoff
-// v adds at most v |z|, or half the distance of subnormals, where |z| is at most |y| plus the error so far. The
-// expected value is itself computed in float64, with the same kind of error. Nothing is left for a second rounding.
+// Let u be the unit roundoff of the arithmetic (float32, or float64 for float64) and a = |x1 c| + |x2 s|. Two products
+// and one sum, rounded separately or fused, have an error of at most a (2u + u^2). Rounding the result z to a narrower
+// dtype with unit roundoff v adds at most v |z|, or half the spacing of subnormals; |z| is at most |y| plus the error
+// so far. The expected value y has the same kind of error in float64. The bound does not allow a second rounding.
 at::Tensor rounding_bound(const RotaryInputs& in, const at::Tensor& x) {
   const auto error_of = [](double u) { return 2 * u + u * u; };
   RotaryInputs wide = in_float64(in);
@@ -405,7 +405,7 @@ at::Tensor rounding_bound(const RotaryInputs& in, const at::Tensor& x) {
   const at::Tensor y = rotate_reference(wide, wide_x).abs();
   wide.cos = wide.cos.abs();
   wide.sin = wide.sin.abs();
-  // Of |x1| |c| -+ |x2| |s|, one is the sum.
+  // The two directions give |x1 c| - |x2 s| and |x1 c| + |x2 s|; `a` is the sum.
   const at::Tensor there = rotate_reference(wide, wide_x.abs());
   const at::Tensor back = rotate_reference(backwards(wide), wide_x.abs());
   const at::Tensor a = at::maximum(there, back);
@@ -420,9 +420,9 @@ at::Tensor rounding_bound(const RotaryInputs& in, const at::Tensor& x) {
 void expect_within(const at::Tensor& actual, const at::Tensor& expected, const at::Tensor& bound) {
   ASSERT_EQ(actual.sizes(), expected.sizes());
   const at::Tensor wide = actual.detach().to(at::kCPU, at::kDouble);
-  // Below its smallest normal number float64 underflows gradually, and no relative bound holds.
+  // Relative bounds do not hold for values below the smallest normal number of float64.
   const at::Tensor allowed = bound + std::numeric_limits<double>::min();
-  // Written so that NaN on either side fails.
+  // not(<=) rather than >, so that NaN on either side fails.
   const at::Tensor wrong = ((wide - expected).abs() <= allowed).logical_not();
   const int64_t count = wrong.sum().item<int64_t>();
   if (count == 0) {
@@ -456,8 +456,8 @@ void expect_close_to_rounding(const at::Tensor& actual, const RotaryInputs& in, 
   expect_same_bits(tail(actual), tail(x));
 }
 
-// A sum of n rounded products in any order is off by at most n u / (1 - n u) times the sum of their absolute values
-// (Higham, Accuracy and Stability of Numerical Algorithms, section 4.2); the expected value is summed in float64.
+// A sum of n rounded products in any order has an error of at most n u / (1 - n u) times the sum of their magnitudes
+// (Higham, Accuracy and Stability of Numerical Algorithms, section 4.2). The expected value is summed in float64.
 void expect_table_gradients(const at::Tensor& dcos, const at::Tensor& dsin, const TableGradients& expected) {
   const auto error_of = [&expected](double u) { return expected.terms * u / (1 - expected.terms * u); };
   const auto check = [&](const char* name, const at::Tensor& actual, const at::Tensor& value, const at::Tensor& sum) {

@@ -14,8 +14,8 @@
 #include <utility>
 #include <vector>
 
-/// What the test executables share: where tests run, random calls of the operators, their results worked out by a
-/// scalar loop, and comparisons with derived tolerances.
+/// Shared by the test executables: devices and seeds, random calls of the operators, expected results from scalar
+/// loops, and comparisons with derived tolerances.
 namespace posenc::test {
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -28,21 +28,21 @@ constexpr bool kBuiltWithCuda = true;
 constexpr bool kBuiltWithCuda = false;
 #endif
 
-/// Seed of all random numbers: `POSENC_TEST_SEED`, or a fixed one. It is set anew before each test.
+/// Seed of all random numbers: `POSENC_TEST_SEED`, or a fixed default. torch is seeded with it before each test.
 uint64_t seed();
 
-/// Integer value of an environment variable, or `otherwise` when it is not set.
+/// Integer value of an environment variable, or `otherwise` when it is unset or empty.
 int64_t env_int(const char* name, int64_t otherwise);
 
-/// Calls `check` with one seed after the other from `seed()` on, until one fails: as many as `POSENC_TEST_CASES` asks
-/// for, or `otherwise`. A failing one is printed: POSENC_TEST_SEED=<seed> POSENC_TEST_CASES=1 repeats it alone.
+/// Calls `check` with `POSENC_TEST_CASES` (default `otherwise`) seeds from `seed()` on, until one fails. A failure
+/// prints the settings that repeat it alone: POSENC_TEST_SEED=<seed> POSENC_TEST_CASES=1.
 void for_each_seed(int64_t otherwise, const std::function<void(uint64_t)>& check);
 
-/// Why nothing can run on `device` here; empty when it can.
+/// Reason why `device` cannot be used in this build or on this machine; empty if it can.
 std::string unavailable(at::DeviceType device);
 
-/// Skips the running test, with the reason, when nothing can run on `device`. With `POSENC_REQUIRE_CUDA=1` in the
-/// environment the test fails instead. To be called from `SetUp`.
+/// Skips the running test, with the reason, if `device` is unavailable. With `POSENC_REQUIRE_CUDA=1` in the
+/// environment the test fails instead. Call it from `SetUp`.
 void require_device(at::DeviceType device);
 
 /// Sets the environment variable `name` for the lifetime of the object; nullptr unsets it.
@@ -69,10 +69,10 @@ std::ostream& operator<<(std::ostream& stream, const Target& target);
 /// All dtypes of the operators on `device`.
 std::vector<Target> targets(at::DeviceType device);
 
-/// float32 for narrow dtypes and float32, float64 for float64.
+/// Dtype of cos and sin for inputs of `dtype`: float64 for float64, float32 for every other dtype.
 at::ScalarType table_dtype(at::ScalarType dtype);
 
-/// Test of every dtype on one device. Suites are instantiated as `Cpu` and `Cuda`: test filters go by these names.
+/// Fixture of tests that run with every dtype. ctest filters by the names of the instances: `Cpu` and `Cuda`.
 class TargetTest : public ::testing::TestWithParam<Target> {
  protected:
   void SetUp() override { require_device(GetParam().device); }
@@ -80,7 +80,7 @@ class TargetTest : public ::testing::TestWithParam<Target> {
   at::ScalarType dtype() const { return GetParam().dtype; }
 };
 
-/// Test of one device.
+/// Fixture of tests that run once per device.
 class DeviceTest : public ::testing::TestWithParam<at::DeviceType> {
  protected:
   void SetUp() override { require_device(GetParam()); }
@@ -93,20 +93,20 @@ std::string device_name(const ::testing::TestParamInfo<at::DeviceType>& info);
 // ---------------------------------------------------------------------------------------------------------------------
 // Random calls of the operators
 
-/// How an input of shape `[.., token, head, channel]` lies in memory.
+/// Memory layout of an input of shape `[.., token, head, channel]`.
 enum class Strides {
   dense,
   head_major,   // a view of [B, H, S, D]
   token_major,  // a view of [S, B, H, D]
-  head_slice,   // some of the heads of a packed projection
+  head_slice,   // a range of the heads of a packed projection
   odd_offset,   // storage offset of one element
-  every_other,  // channels two elements apart
-  reversed,     // channels outermost
+  every_other,  // channels have stride 2
+  reversed,     // dimensions stored in reverse order
   one_batch,    // stride 0 over the batch
   one_token,    // stride 0 over the tokens
   one_head,     // stride 0 over the heads
   one_channel,  // stride 0 over the channels
-  one_value,    // stride 0 everywhere, as the gradient of sum()
+  one_value,    // stride 0 in every dimension, like the gradient of sum()
 };
 constexpr int kStrides = static_cast<int>(Strides::one_value) + 1;
 const char* strides_name(Strides strides);
@@ -117,10 +117,10 @@ constexpr int kPositionShapes = static_cast<int>(PositionShape::per_batch) + 1;
 enum class PositionStrides { dense, every_other, expanded };
 constexpr int kPositionStrides = static_cast<int>(PositionStrides::expanded) + 1;
 
-/// Which axis of the positions each pair reads, where positions have several.
+/// Axis of the positions that each pair of channels reads, if the positions have several axes.
 enum class PairAxes {
-  chunked,  // the first pairs read axis 0, the next axis 1, ...
-  cycled,   // one after the other
+  chunked,  // consecutive pairs share an axis: 0, 0, .., 1, 1, ..
+  cycled,   // pair i reads axis i % axes
   random
 };
 constexpr int kPairAxes = static_cast<int>(PairAxes::random) + 1;
@@ -131,7 +131,7 @@ constexpr int kTableShapes = static_cast<int>(TableShape::per_token_shared) + 1;
 enum class TableStrides { dense, slice, transposed, one_row };
 constexpr int kTableStrides = static_cast<int>(TableStrides::one_row) + 1;
 
-/// One call of `rotary_embedding_qk`, described so that it can be printed and made again.
+/// Printable description of one call of `rotary_embedding_qk`, from which `make_inputs` makes the arguments.
 struct RotaryCase {
   std::string name = "Default";
   bool packed = false;  // [T, H, D] with T = tokens
@@ -141,7 +141,7 @@ struct RotaryCase {
   int64_t k_heads = 2;
   int64_t head_dim = 16;
   int64_t rotary_dim = 16;
-  int64_t spare_rows = 3;  // rows of a table by position beyond the number of tokens
+  int64_t spare_rows = 3;  // rows of by_position tables in excess of `tokens`
   bool interleaved = false;
   bool conjugate = false;
   Strides q_strides = Strides::dense;
@@ -149,7 +149,7 @@ struct RotaryCase {
   PositionShape positions = PositionShape::absent;
   PositionStrides position_strides = PositionStrides::dense;
   at::ScalarType position_dtype = at::kLong;
-  int64_t axes = 0;  // of positions that are there; 0: one, and no pair_axes
+  int64_t axes = 0;  // position axes; 0: positions without an axis dimension, no pair_axes
   PairAxes pair_axes = PairAxes::chunked;
   TableShape tables = TableShape::by_position;
   TableStrides table_strides = TableStrides::dense;
@@ -159,7 +159,7 @@ struct RotaryCase {
 
 std::ostream& operator<<(std::ostream& stream, const RotaryCase& c);
 
-/// Arguments of a call.
+/// Arguments of `rotary_embedding_qk`.
 struct RotaryInputs {
   at::Tensor q;
   at::Tensor k;
@@ -171,35 +171,35 @@ struct RotaryInputs {
   std::vector<int64_t> pair_axes = {};
 };
 
-/// Arguments as `c` describes them. Values are normal, those of the tables too (the operator is linear in
-/// them and must not rely on `cos^2 + sin^2 = 1`), drawn on the CPU and so the same for every device.
+/// Arguments as `c` describes them. All values are normally distributed, also those of cos and sin: the operator is
+/// linear in them and must not rely on `cos^2 + sin^2 = 1`. They are drawn on the CPU, so every device gets the same.
 RotaryInputs make_inputs(const RotaryCase& c, const Target& target);
 
-/// A normal tensor `[.., token, head, channel]` with the strides asked for.
+/// A normally distributed tensor `[.., token, head, channel]` with the given memory layout.
 at::Tensor random_tensor(at::IntArrayRef sizes, const Target& target, Strides strides = Strides::dense);
 
-/// Calls of `posenc::rotary_embedding` and `_qk` and of their references on these arguments.
+/// `rotary_embedding`, `rotary_embedding_qk` and `reference::rotary_embedding` on these arguments.
 at::Tensor rotate(const RotaryInputs& in, const at::Tensor& x);
 std::tuple<at::Tensor, at::Tensor> rotate_qk(const RotaryInputs& in);
 at::Tensor rotate_reference(const RotaryInputs& in, const at::Tensor& x);
 
-/// The same arguments for the rotation the other way round.
+/// The same arguments with `conjugate` inverted: the opposite rotation.
 RotaryInputs backwards(const RotaryInputs& in);
 
-/// The same values on the CPU in float64 (positions in int64), detached.
+/// Detached copies on the CPU in float64; positions in int64.
 RotaryInputs in_float64(const RotaryInputs& in);
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Expected values
 
-/// Positions, int64, that tables of `rows` rows do not have: just outside, far outside, and those that are a row of the
-/// tables when they are cut to 32 bits.
+/// int64 positions outside of tables with `rows` rows: just outside, far outside, and ones that would be valid rows
+/// after truncation to 32 bits.
 std::vector<int64_t> positions_outside(int64_t rows);
 
-/// `rotary_embedding(x, ...)` by a loop over scalars, in float64 on the CPU, from the formula alone.
+/// `rotary_embedding(x, ...)` by a scalar loop over the formula, in float64 on the CPU.
 at::Tensor scalar_rotation(const RotaryInputs& in, const at::Tensor& x);
 
-/// Gradients to cos and sin, and for each of their elements the sum of the absolute terms and how many there are.
+/// Gradients of cos and sin. For each element also the sum of the absolute terms, and the number of terms.
 struct TableGradients {
   at::Tensor dcos;
   at::Tensor dsin;
@@ -208,8 +208,8 @@ struct TableGradients {
   at::Tensor terms;
 };
 
-/// The gradients to the tables of `sum(grad * rotary_embedding(x, ...))` over all pairs `(grad, x)`, by a loop over
-/// scalars, in float64 on the CPU.
+/// Gradients of cos and sin of `sum(grad * rotary_embedding(x, ...))` over all pairs `(grad, x)`, by a scalar loop in
+/// float64 on the CPU.
 TableGradients scalar_table_gradients(
     const RotaryInputs& in,
     const std::vector<std::pair<at::Tensor, at::Tensor>>& grads_and_inputs);
@@ -220,23 +220,23 @@ TableGradients scalar_table_gradients(
 /// Largest relative error of one rounding to `dtype`.
 double unit_roundoff(at::ScalarType dtype);
 
-/// Largest difference that correct arithmetic can show between `rotary_embedding(x, ...)` in the dtype of `x` and the
-/// reference in float64 on the same values; float64 on the CPU, of the shape of `x`. See the definition.
+/// Bound of the difference by rounding between `rotary_embedding(x, ...)` in the dtype of `x` and the reference in
+/// float64 on the same values. float64 on the CPU, shape of `x`; derived at the definition.
 at::Tensor rounding_bound(const RotaryInputs& in, const at::Tensor& x);
 
-/// Expects `|actual - expected| <= bound` of every element, and the same shape.
+/// Expects the same shape, and `|actual - expected| <= bound` for every element.
 void expect_within(const at::Tensor& actual, const at::Tensor& expected, const at::Tensor& bound);
 
-/// Expects `actual`, computed by the operator from `in` and `x`, to be the reference in float64 but for rounding.
+/// Expects `actual` to be `rotary_embedding(x, ...)` within `rounding_bound`; channels from rotary_dim on exactly.
 void expect_close_to_rounding(const at::Tensor& actual, const RotaryInputs& in, const at::Tensor& x);
 
-/// Expects gradients to the tables, computed in the dtype of the tables, to be `expected` but for rounding.
+/// Expects gradients of cos and sin, computed in their dtype, to equal `expected` within rounding.
 void expect_table_gradients(const at::Tensor& dcos, const at::Tensor& dsin, const TableGradients& expected);
 
 /// Expects the same shape, dtype and bits.
 void expect_same_bits(const at::Tensor& actual, const at::Tensor& expected);
 
-/// Expects `call` to throw `c10::Error` with a message that contains each of `parts`.
+/// Expects `call` to throw `c10::Error` with a message that contains all of `parts`.
 void expect_error(const std::function<void()>& call, const std::vector<std::string>& parts);
 
 /// Sum of the products of all elements, in float64.

@@ -12,14 +12,14 @@ namespace posenc::detail {
 
 namespace {
 
-/// Where the text model of a model with several parts is.
+/// Fields that hold the text model of a model with several parts.
 const std::vector<std::string>& text_keys() {
   static const std::vector<std::string> keys = {"text_config", "thinker_config", "language_config",
                                                 "llm_config",  "vlm_config",     "decoder"};
   return keys;
 }
 
-/// Fields that only a model with rotary embedding has.
+/// Fields that only models with rotary embedding have.
 const std::vector<std::string>& rotary_fields() {
   static const std::vector<std::string> fields = {
       "rope_theta",          "rope_parameters",  "rope_scaling",     "partial_rotary_factor",
@@ -29,7 +29,7 @@ const std::vector<std::string>& rotary_fields() {
   return fields;
 }
 
-/// Other names of a field, that of this library first.
+/// Names of a field; the first one is the name in this library.
 const std::vector<std::vector<std::string>>& field_names() {
   static const std::vector<std::vector<std::string>> names = {
       {"hidden_size", "n_embd", "d_model"},
@@ -67,7 +67,7 @@ Json parsed(const std::string& text) {
   }
 }
 
-/// Copies what a file has under another name to the name of this library, where that is free.
+/// Copies fields with another name to their name in this library, unless that exists.
 void rename_fields(Json& file, const Fields& row) {
   for (const std::vector<std::string>& names : field_names()) {
     const auto given = std::find_if(
@@ -91,7 +91,7 @@ void rename_fields(Json& file, const Fields& row) {
   }
 }
 
-/// Names of layer types that `parameters` is nested by; empty where it is not.
+/// The names of the layer types that `parameters` is nested by; empty if it is not nested.
 std::vector<std::string> nested_types(const Json& parameters) {
   std::vector<std::string> types;
   for (const auto& [key, value] : parameters.items()) {
@@ -113,7 +113,7 @@ void check_layer_type(const std::optional<std::string>& layer_type, const std::v
   }
 }
 
-/// The values of a list with one for each layer that are those of `layer`, without repetitions.
+/// The distinct values of a list with one entry for each layer, of the layers that `layer` means.
 std::set<double> values_of(const std::vector<double>& values, const HfLayer& layer, const Fields& model) {
   const std::vector<std::string> types = model.strings("layer_types").value_or(std::vector<std::string>());
   std::set<double> found;
@@ -142,7 +142,7 @@ HfModelConfig::HfModelConfig(const std::string& path_or_json) : name_("config.js
   const Json file = parsed(text_of(path_or_json));
   const Json* model = &Fields(file, name_).json();
   type_ = Fields(*model, name_).string("model_type").value_or("");
-  // Down to the text model, whose type may be left to the model around it.
+  // The text model may leave out its model_type; the model around it implies it.
   for (bool inside = true; inside;) {
     inside = false;
     for (const std::string& key : text_keys()) {
@@ -167,7 +167,7 @@ HfModelConfig::HfModelConfig(const std::string& path_or_json) : name_("config.js
   Json given = *model;
   rename_fields(given, row());
   fields_.merge_patch(given);
-  for (const char* key : {"rope_scaling", "rope_parameters"}) {  // whose null is a kind of layers without rotation
+  for (const char* key : {"rope_scaling", "rope_parameters"}) {  // null in them means layers without rotation
     if (given.contains(key)) {
       fields_[key] = given[key];
     }
@@ -352,7 +352,7 @@ Json HfModelConfig::overrides_of(const HfLayer& layer) const {
     return Json::object();
   }
   const auto types = fields().strings("layer_types").value_or(std::vector<std::string>());
-  // Without a list of types, the layers with fields of their own are those that the defaults set apart.
+  // Without a list of layer types, the defaults say which layers have their own fields.
   const std::string apart = row().string("per_layer_type").value_or(kFullAttention);
   for (const auto& [key, value] : by_index->json().items()) {
     if (key.empty() || key.size() > 9 || key.find_first_not_of("0123456789") != std::string::npos) {

@@ -6,38 +6,38 @@
 #include <string>
 #include <vector>
 
-/// A Hugging Face configuration file together with what its model_type implies.
+/// A Hugging Face configuration file together with the defaults of its model_type.
 namespace posenc::detail {
 
 inline constexpr const char* kFullAttention = "full_attention";
 inline constexpr const char* kSlidingAttention = "sliding_attention";
 
-/// The layers that are asked for, all of which rotate alike.
+/// The selected layers, which all rotate in the same way.
 struct HfLayer {
   std::optional<std::string> type;
-  std::optional<size_t> index;  // of a single layer
-  Json parameters;              // rope_parameters or rope_scaling, that of these layers
+  std::optional<size_t> index;  // set if it is a single layer
+  Json parameters;              // rope_parameters or rope_scaling of these layers
   std::string parameters_name;
 
   Fields plan() const { return {parameters, parameters_name}; }
 };
 
-/// The text model of a file, or the only one.
+/// The text model of a file, or its only model.
 class HfModelConfig {
  public:
-  /// @param path_or_json  a path, or the text of the file: what begins with `{`.
+  /// @param path_or_json  a path, or the text of the file, which begins with `{`.
   explicit HfModelConfig(const std::string& path_or_json);
 
   const std::string& type() const { return type_; }
 
-  /// The line of the table.
+  /// The entry of the model_type in hf_models.json.
   Fields row() const { return {row_, "the table of models"}; }
 
-  /// The fields of the file by the names that this library uses, and the defaults of those left out.
+  /// The fields of the file by their names in this library, with defaults for fields that are left out.
   Fields fields() const { return {fields_, name_}; }
 
-  /// What `layer_type` of `from_hf_config` means. An error where layers differ and it is not given, where there is no
-  /// such layer, or where it is not rotated.
+  /// The layers that `layer_type` of `from_hf_config` selects.
+  /// @throws c10::Error  if layers differ and it is not given, if there is no such layer, or if it is not rotated.
   HfLayer layer(const std::optional<std::string>& layer_type) const;
 
   /// `rope_theta` of these layers.
@@ -46,7 +46,7 @@ class HfModelConfig {
   /// `partial_rotary_factor` of these layers.
   double part(const HfLayer& layer) const;
 
-  /// Fields that `per_layer_config` sets for these layers alone.
+  /// The fields that `per_layer_config` sets for these layers only.
   Json overrides_of(const HfLayer& layer) const;
 
  private:
@@ -57,7 +57,7 @@ class HfModelConfig {
   std::optional<double> number_of_row(const std::string& key, const HfLayer& layer) const;
 
   std::string type_;
-  std::string name_;  // of the object in the file
+  std::string name_;  // name of the object in the file
   Json row_;
   Json fields_;
 };

@@ -1,6 +1,6 @@
 #include "hf_models.h"
 
-#include "hf_models_text.h"  // made of hf_models.json by CMake
+#include "hf_models_text.h"  // generated from hf_models.json by CMake
 
 namespace posenc::detail {
 

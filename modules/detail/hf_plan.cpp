@@ -8,7 +8,7 @@ namespace posenc::detail {
 
 namespace {
 
-/// The plans and the fields that each of them reads.
+/// The plans and the fields that each plan reads.
 struct Plan {
   const char* type;
   std::vector<std::string> fields;
@@ -32,8 +32,7 @@ const std::vector<Plan>& plans() {
   return plans;
 }
 
-/// Types that are written in other ways. mrope and axial say which axis of the positions a pair reads, not what its
-/// frequency is.
+/// Other names of plans. mrope and axial describe the axis of the positions that a pair reads, not its frequency.
 std::string usual_name(const std::string& type) {
   static const std::vector<std::pair<std::string, std::string>> names = {
       {"mrope", "default"}, {"axial", "default"}, {"su", "longrope"}, {"xdrope", "dynamic"}, {"deepseek_yarn", "yarn"}};
@@ -47,7 +46,7 @@ void warn_of_other_fields(const Plan& plan, const Fields& parameters) {
       const auto in = [&field](const Plan& one) {
         return std::find(one.fields.begin(), one.fields.end(), field) != one.fields.end();
       };
-      // Named once, where its first plan is.
+      // A field of several plans is listed once, at its first plan.
       const bool first = &*std::find_if(plans().begin(), plans().end(), in) == &other;
       if (first && !in(plan) && parameters.has(field)) {
         log(LogLevel::warning,
@@ -58,7 +57,7 @@ void warn_of_other_fields(const Plan& plan, const Fields& parameters) {
   }
 }
 
-/// The length that a model was trained with before it was extended. Beside the plan it comes first: Phi-3.
+/// The length that a model was trained with before it was extended. A field beside the plan has precedence (Phi-3).
 int64_t original_positions(const Fields& model, const Fields& parameters, const std::string& type) {
   const char* const key = "original_max_position_embeddings";
   return parameters.required(

@@ -6,7 +6,7 @@
 
 namespace posenc::detail {
 
-/// How the frequencies of a layer are stretched. Logs a warning for fields that its plan does not read.
+/// The plan that scales the frequencies of a layer. Logs a warning for fields that the plan does not read.
 ///
 /// @param part  `partial_rotary_factor` of the layer.
 RotaryScaling hf_plan(const HfModelConfig& model, const HfLayer& layer, double part);

@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-/// Typed access to the fields of a configuration file, with errors that say what was expected and what came.
+/// Typed access to the fields of a configuration file. Errors name the field, what was expected and what came.
 namespace posenc::detail {
 
 using Json = nlohmann::json;
@@ -30,18 +30,18 @@ inline std::string joined(const std::vector<std::string>& words) {
   return text;
 }
 
-/// The first of `values` that is there.
+/// The first of `values` that has a value.
 template <typename T>
 std::optional<T> first_of(std::initializer_list<std::optional<T>> values) {
   const auto found = std::find_if(values.begin(), values.end(), [](const auto& value) { return value.has_value(); });
   return found == values.end() ? std::nullopt : *found;
 }
 
-/// An object whose fields are absent, null (which is the same here) or of the type asked for. The object must outlive
-/// this.
+/// An object whose fields are absent, null (treated as absent) or of the requested type. The JSON object must outlive
+/// this one.
 class Fields {
  public:
-  /// @param name  of the object, for messages.
+  /// @param name  name of the object in messages.
   Fields(const Json& object, std::string name) : object_(&object), name_(std::move(name)) {
     if (!object.is_object()) {
       fail_hf_config("expected ", name_, " to be an object, got ", object.type_name());
@@ -53,7 +53,7 @@ class Fields {
 
   bool has(const std::string& key) const { return find(key) != nullptr; }
 
-  /// The value of `key`, nullptr where it is absent or null.
+  /// The value of `key`, or nullptr if it is absent or null.
   const Json* find(const std::string& key) const {
     const auto found = object_->find(key);
     return found == object_->end() || found->is_null() ? nullptr : &*found;
@@ -61,7 +61,7 @@ class Fields {
 
   std::optional<double> number(const std::string& key) const { return get<double>(key, "a number", is_number); }
 
-  /// 16384.0 is an integer too: some files hold such lengths.
+  /// Accepts 16384.0 as an integer, which some files contain.
   std::optional<int64_t> integer(const std::string& key) const { return get<int64_t>(key, "an integer", is_integer); }
 
   std::optional<bool> boolean(const std::string& key) const {
@@ -89,7 +89,7 @@ class Fields {
     return value == nullptr ? std::nullopt : std::optional(Fields(*value, key));
   }
 
-  /// What `get(key)` of this class gave, or an error that names `key` and `purpose`, which needs it.
+  /// The value that `get(key)` returned. @throws c10::Error  naming `key` and `purpose` if there is none.
   template <typename T>
   T required(const std::optional<T>& value, const std::string& key, const std::string& purpose) const {
     if (!value) {
@@ -102,7 +102,7 @@ class Fields {
   static bool is_number(const Json& value) { return value.is_number(); }
 
   static bool is_integer(const Json& value) {
-    constexpr double kMost = 9007199254740992.0;  // 2^53: every integer up to it is a double
+    constexpr double kMost = 9007199254740992.0;  // 2^53: all integers up to it are exact in a double
     return value.is_number_integer() ||
         (value.is_number() && std::abs(value.get<double>()) <= kMost &&
          std::floor(value.get<double>()) == value.get<double>());

@@ -4,7 +4,7 @@
 
 #include <torch/types.h>
 
-// What the modules that rotate heads have in common: the order of dimensions of their inputs.
+// The order of dimensions of the inputs of modules that rotate heads.
 namespace posenc::detail {
 
 inline const char* name_of(Layout layout) {

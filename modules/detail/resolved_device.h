@@ -4,7 +4,7 @@
 
 namespace posenc::detail {
 
-/// A device as tensors report it: `cuda` is the current one.
+/// The device that a tensor would report: `cuda` becomes the current device.
 inline torch::Device resolved(const torch::Device& device) {
   return device.has_index() || device.is_cpu() ? device : torch::empty({0}, device).device();
 }

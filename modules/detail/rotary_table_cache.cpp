@@ -19,7 +19,7 @@ Tensor frequencies_of_pairs(const Tensor& inv_freq, const std::vector<int64_t>& 
 
 RotaryTableCache::RotaryTableCache(RotaryTableSource source, int64_t initial_length)
     : source_(std::move(source)), initial_length_(initial_length) {
-  find_or_add_set(0);  // so that bad options are an error now
+  find_or_add_set(0);  // reports bad options in the constructor
 }
 
 bool RotaryTableCache::serves(const RotaryTableSource& source, int64_t initial_length) const {
@@ -68,7 +68,7 @@ RotaryTableCache::Set& RotaryTableCache::find_or_add_set(int64_t seq_len) {
     sets_.splice(sets_.begin(), sets_, found);
     return sets_.front();
   }
-  // Frequencies of one length serve no longer sequence: their tables need not have rows to spare.
+  // Frequencies that depend on the length are used for no longer sequence, so their tables need no spare rows.
   const auto* dynamic = std::get_if<DynamicNtkScaling>(&source_.scaling);
   const bool of_one_length = dynamic != nullptr && frequency_length > dynamic->max_position_embeddings;
   const torch::InferenceMode no_inference(false);
@@ -95,8 +95,8 @@ const RotaryTableCache::Table* RotaryTableCache::find(const Set& set, const torc
   return found == set.built.rend() ? nullptr : &*found;
 }
 
-/// Built on the CPU, so that every device has the same bits, and copied with a wait, so that no other stream
-/// reads a table before it is there. Not under the caller's inference mode: a training step may use it next.
+/// Builds tables on the CPU, so that every device has the same bits. The copy is synchronous, so that no other stream
+/// reads a table before it is complete. Tables are no inference tensors, because a training step may use them later.
 const RotaryTableCache::Table& RotaryTableCache::find_or_build(
     Set& set,
     int64_t length,

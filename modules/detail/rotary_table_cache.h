@@ -12,7 +12,7 @@
 
 namespace posenc::detail {
 
-/// What tables are computed from.
+/// The parameters of tables.
 struct RotaryTableSource {
   int64_t rotary_dim;
   double base;
@@ -25,32 +25,32 @@ struct RotaryTableSource {
   }
 };
 
-/// The frequency of each pair: `inv_freq[pair_frequencies[j]]`, or `inv_freq` where `pair_frequencies` is empty.
+/// The frequency of each pair j: `inv_freq[pair_frequencies[j]]`, or `inv_freq[j]` if `pair_frequencies` is empty.
 torch::Tensor frequencies_of_pairs(const torch::Tensor& inv_freq, const std::vector<int64_t>& pair_frequencies);
 
-/// The tables of one plan, by set of frequencies, device and dtype. Safe to use from several threads.
+/// The tables of one plan for each set of frequencies, device and dtype. Safe to use from several threads.
 ///
-/// Tables are never replaced in place nor freed while kernels in flight or captured graphs may read them. Where a plan
-/// has one set of frequencies or two, no table is freed before this object is; as its length at least doubles, those of
-/// one set hold less than two of the last together. Dynamic NTK has a set for every length beyond its own: of those
-/// that neither `reserve` nor a captured graph holds on to, the ones last used are kept, `kRecentSets` of them. A freed
-/// table has been recorded on every stream that read it, so that the allocator hands its memory out again only after
-/// that.
+/// Tables are neither modified nor freed while kernels in flight or captured graphs may read them. For a plan with one
+/// or two sets of frequencies no table is freed during the lifetime of this object. Each new table of a set is at least
+/// twice as long as the one before, so all of them take less than twice the memory of the last one. Dynamic NTK has a
+/// set for every length beyond `max_position_embeddings`. Of the sets that neither `reserve` nor a captured graph
+/// holds, `kRecentSets` are kept, the ones last used. A freed table has been recorded on every stream that read it, so
+/// the allocator reuses its memory only after these reads.
 class RotaryTableCache {
  public:
-  /// @param initial_length  rows of tables when they are first built, if no more are needed.
+  /// @param initial_length  number of rows of the first tables, if no more are needed.
   RotaryTableCache(RotaryTableSource source, int64_t initial_length);
 
-  /// Whether these are the tables that the constructor would start with the same arguments.
+  /// Whether the constructor was called with these arguments.
   bool serves(const RotaryTableSource& source, int64_t initial_length) const;
 
-  /// `cos` and `sin` for a sequence of `seq_len` positions, and of at least as many rows.
+  /// `cos` and `sin` for a sequence of `seq_len` positions, with at least `seq_len` rows.
   std::tuple<torch::Tensor, torch::Tensor> get(int64_t seq_len, const torch::Device& device, torch::Dtype dtype);
 
-  /// Makes sure that `get` finds its tables built, and that they stay.
+  /// Builds the tables that `get` will return, and keeps them.
   void reserve(int64_t seq_len, const torch::Device& device, torch::Dtype dtype);
 
-  /// Rows of the longest tables, 0 where there are none.
+  /// The number of rows of the longest tables, 0 if there are none.
   int64_t length(const torch::Device& device, torch::Dtype dtype) const;
 
  private:
@@ -70,7 +70,7 @@ class RotaryTableCache {
     RotaryFrequencies frequencies;
     int64_t initial_length;
     bool kept;
-    std::vector<Table> built;  // of one device and dtype the last is the longest
+    std::vector<Table> built;  // for each device and dtype the last one is the longest
   };
 
   Set& find_or_add_set(int64_t seq_len);
@@ -81,7 +81,7 @@ class RotaryTableCache {
   RotaryTableSource source_;
   int64_t initial_length_;
   mutable std::mutex mutex_;
-  std::list<Set> sets_;  // the one last used first
+  std::list<Set> sets_;  // most recently used first
 };
 
 }  // namespace posenc::detail

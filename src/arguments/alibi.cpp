@@ -43,7 +43,7 @@ AlibiShape alibi_shape(const AlibiOptions& a, int64_t batch, int64_t num_heads, 
       num_heads == 0 || batch <= kMax / num_heads, a.op, ": expected at most ", kMax, " heads of all batches, got ",
       num_heads, " heads and ", batch, " batches");
   const int64_t offset = a.query_offset.value_or(k_len - q_len);
-  // Written without sums of what the user gave, which may overflow.
+  // Without sums of the user's numbers, which may overflow.
   TORCH_CHECK(
       offset >= k_len - kMax && offset <= kMax - q_len, a.op,
       ": expected a query_offset for which all distances are below 2^31, ", k_len - kMax, " to ", kMax - q_len, " for ",

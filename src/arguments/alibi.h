@@ -8,9 +8,8 @@
 #include <tuple>
 #include <utility>
 
-// What the operators of the ALiBi family accept. Every implementation passes through here before it launches
-// anything, so a bad argument meets the same message whether the call came from the free function, from Python
-// or from a backward pass.
+// Arguments of the ALiBi operators and their checks. Every implementation calls the checks before it launches anything,
+// so the message for a bad argument is the same for calls of the free function, from Python and in a backward pass.
 namespace posenc::arguments {
 
 // The arguments of each operator, in the order of its schema. They refer to the tensors of the call. `Int` is int64_t,
@@ -27,7 +26,7 @@ struct AlibiBiasArguments {
   auto flat() const { return std::tie(slopes, q_len, k_len, causal, dtype, query_offset); }
 };
 
-/// Of `alibi_add` and `alibi_add_`, which overwrites the scores.
+/// For `alibi_add` and `alibi_add_`, which overwrites the scores.
 template <typename Int>
 struct AlibiAddArguments {
   const at::Tensor& scores;
@@ -79,24 +78,24 @@ struct AlibiSoftmaxBackwardArguments {
   auto flat() const { return std::tie(grad, probs, scale, causal, query_offset, slopes_grad); }
 };
 
-/// What the shape of a call depends on, beside its tensors.
+/// Arguments of `alibi_shape` beside the sizes.
 struct AlibiOptions {
   const char* op;
   bool causal;
   std::optional<int64_t> query_offset;
 };
 
-/// The dtype in which gradients of slopes are returned for gradients of `dtype`.
+/// The dtype of sums, of lse and of gradients of slopes for tensors of `dtype`: float64 for float64, else float32.
 at::ScalarType alibi_slopes_dtype(at::ScalarType dtype);
 
-/// Checks a tensor of the shape of scores, called `name` in the schema.
+/// Checks a tensor of the shape of scores; `name` is its name in the schema.
 /// @throws c10::Error  naming the argument, what was expected and what came; as all functions here.
 AlibiShape alibi_shape(const AlibiOptions& options, const char* name, const at::Tensor& scores);
 
-/// The same of sizes alone: that all distances are below 2^31.
+/// The same for sizes without a tensor: checks that all distances are below 2^31.
 AlibiShape alibi_shape(const AlibiOptions& options, int64_t batch, int64_t num_heads, int64_t q_len, int64_t k_len);
 
-/// Checks the slopes of scores of `dtype`, or of another tensor that has a device and is called `beside`.
+/// Checks slopes that belong to a tensor of `dtype` on `device`, whose name in messages is `beside`.
 SlopesView alibi_slopes_view(
     const char* op,
     const at::Tensor& slopes,
@@ -105,7 +104,7 @@ SlopesView alibi_slopes_view(
     c10::Device device,
     const char* beside = "scores");
 
-// Each checks all arguments and describes the call. Outputs are entered by the `allocate` functions below.
+// Each function checks all arguments and describes the call. The `allocate` functions below enter the outputs.
 AlibiAddProblem alibi_bias_problem(const AlibiBiasArguments<int64_t>& arguments);
 AlibiAddProblem alibi_add_problem(const AlibiAddArguments<int64_t>& arguments);
 AlibiAddProblem alibi_add_in_place_problem(const AlibiAddArguments<int64_t>& arguments);
@@ -114,21 +113,21 @@ AlibiShape alibi_slopes_backward_shape(const AlibiSlopesBackwardArguments<int64_
 AlibiSoftmaxProblem alibi_softmax_problem(const AlibiSoftmaxArguments<int64_t>& arguments);
 AlibiSoftmaxBackwardProblem alibi_softmax_backward_problem(const AlibiSoftmaxBackwardArguments<int64_t>& arguments);
 
-/// A tensor to read, as `[B, H, Sq, Sk]`.
+/// Describes a tensor that is read as `[B, H, Sq, Sk]`.
 ScoresIn scores_in(const at::Tensor& tensor);
 
-/// Allocates the output that goes with `input`, in its memory layout where that is dense, and enters it into `out`.
+/// Allocates the output for `input`, in its memory layout if that is dense, and enters it into `out`.
 at::Tensor allocate_output(const at::Tensor& input, ScoresOut& out);
 
 /// Allocates the bias of `slopes` and enters it into `problem`.
 at::Tensor allocate_bias(const at::Tensor& slopes, at::ScalarType dtype, AlibiAddProblem& problem);
 
-/// The gradient of slopes, and the sums of rows that it is made from.
+/// The gradient of slopes, and the row sums that it is computed from.
 struct AlibiSlopesGradient {
   at::Tensor result, row_sums;
 };
 
-/// Allocates what the gradient of slopes needs and enters it into `problem`.
+/// Allocates the gradient of slopes and its row sums and enters them into `problem`.
 AlibiSlopesGradient allocate_slopes_gradient(const at::Tensor& probs, AlibiSoftmaxBackwardProblem& problem);
 
 /// A kernel of one dispatch key. It fills the output of `problem`, whose dtype and device are those of `like`.

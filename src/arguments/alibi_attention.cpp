@@ -12,7 +12,7 @@ namespace {
 
 using at::Tensor;
 
-/// Integers `[size]` beside q.
+/// Checks int32 or int64 `[size]` on the device of q; a negative size means `[N + 1]`.
 void check_lengths(const char* op, const char* name, const Tensor& lengths, int64_t size, const Tensor& q) {
   check_defined(op, name, lengths);
   TORCH_CHECK(
@@ -26,7 +26,7 @@ void check_lengths(const char* op, const char* name, const Tensor& lengths, int6
       " of shape ", size < 0 ? std::string("[N + 1]") : c10::str("[B] = [", size, "]"), ", got ", lengths.sizes());
 }
 
-/// What the host can read without waiting.
+/// The values of a tensor on the CPU.
 std::vector<int64_t> values_on_cpu(const Tensor& tensor) {
   const Tensor wide = tensor.to(at::kLong).contiguous();
   return {wide.const_data_ptr<int64_t>(), wide.const_data_ptr<int64_t>() + wide.numel()};
@@ -51,7 +51,7 @@ Tensor sequence_lengths(
   return *lengths;
 }
 
-/// The length that no packed sequence exceeds.
+/// `max_seqlen` of the call: the given one, or on a CPU the length of the longest packed sequence.
 int64_t longest(
     const char* op,
     const std::string& which,
@@ -62,7 +62,7 @@ int64_t longest(
       !given.has_value() || *given >= 0, op, ": expected max_seqlen_", which, " that is not negative, got ",
       given.value_or(0));
   if (!cu_seqlens.is_cpu()) {
-    // On Meta nothing depends on it.
+    // On Meta no result depends on it.
     TORCH_CHECK(
         given.has_value() || cu_seqlens.is_meta(), op, ": expected max_seqlen_", which,
         " with packed sequences on a GPU: the host cannot see cu_seqlens_", which, " there without waiting");
@@ -161,7 +161,7 @@ void check_like(
       tensor.device());
 }
 
-/// A tensor of the shape of lse.
+/// Checks a tensor of the shape of lse.
 void check_rows(const char* op, const char* name, const Tensor& tensor, const AlibiAttention& call, const Tensor& q) {
   const std::vector<int64_t> sizes = call.packed() ? std::vector<int64_t>{call.q_heads, q.size(0)}
                                                    : std::vector<int64_t>{call.batch, call.q_heads, call.q_len};

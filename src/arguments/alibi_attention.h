@@ -9,7 +9,7 @@
 #include <optional>
 #include <tuple>
 
-// What `alibi_attention` and its backward pass accept, as arguments/alibi.h for the rest of the family.
+// Arguments of `alibi_attention` and its derivatives and their checks.
 namespace posenc::arguments {
 
 /// The options of a call as they pass through the dispatcher.
@@ -93,8 +93,8 @@ struct AttentionSlopeSumsArguments {
   auto flat() const { return std::tie(grad_out, q, k, v, slopes, lse); }
 };
 
-/// A checked call. Sequences are counted as in a padded batch: of a packed one, `batch` is their number, and `q_len`
-/// and `k_len` are the lengths that none exceeds.
+/// A checked call. For packed tensors `batch` is the number of sequences, and `q_len` and `k_len` are at least the
+/// length of the longest sequence.
 struct AlibiAttention {
   int64_t batch, q_len, k_len;
   int64_t q_heads, k_heads, head_dim;

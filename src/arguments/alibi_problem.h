@@ -1,7 +1,6 @@
 #pragma once
 
-// What a checked call of an operator of the ALiBi family looks like to a kernel. No torch, so that the CPU and the
-// CUDA kernels can share it.
+// Arguments of the ALiBi kernels on CPU and CUDA: pointers, sizes and strides, checked beforehand. No torch.
 
 #include <arguments/host_device.h>
 
@@ -16,7 +15,7 @@ struct ScoreStrides {
   POSENC_HOST_DEVICE int64_t row(int64_t b, int64_t h, int64_t i) const { return b * batch + h * head + i * query; }
 };
 
-/// Scores, or anything of their shape, to read or to write.
+/// A tensor of the shape of scores that is read or written.
 struct ScoresIn {
   const void* data;
   ScoreStrides strides;
@@ -26,7 +25,7 @@ struct ScoresOut {
   ScoreStrides strides;
 };
 
-/// One float32 or float64 a head.
+/// One slope for each head, float32 or float64.
 struct SlopesView {
   const void* data;
   int64_t stride;
@@ -41,8 +40,7 @@ struct SlopesView {
   }
 };
 
-/// Which keys queries see and how far away they are. All positions and distances fit into int32: the checks hold
-/// only calls for which they do.
+/// Visibility of keys and distances. All positions and distances fit into int32, which the checks ensure.
 struct AlibiShape {
   int64_t batch, num_heads;
   int32_t q_len, k_len;
@@ -51,7 +49,7 @@ struct AlibiShape {
 
   POSENC_HOST_DEVICE int32_t position(int32_t query) const { return query_offset + query; }
 
-  /// Keys that a query at `position` sees: the first so many.
+  /// The number of keys that a query at `position` sees; it sees the first ones.
   POSENC_HOST_DEVICE int32_t visible(int32_t position) const {
     if (!causal || position >= k_len) {
       return k_len;
@@ -59,8 +57,8 @@ struct AlibiShape {
     return position < 0 ? 0 : position + 1;
   }
 
-  /// The key that is nearest to `position`. Measured from there, all distances of a row are shorter by the same number,
-  /// to which its softmax is blind, and exact in float32 for any row below 2^24 keys.
+  /// The key that is nearest to `position`. Distances relative to this key differ from the true ones by a constant,
+  /// which does not change the softmax, and are exact in float32 for rows of fewer than 2^24 keys.
   POSENC_HOST_DEVICE int32_t nearest_key(int32_t position) const {
     return position < 0 ? 0 : (position < k_len ? position : k_len - 1);
   }
@@ -81,7 +79,7 @@ struct AlibiShape {
   }
 };
 
-/// `alibi_bias` (without `in`), `alibi_add` and `alibi_mask` (without `slopes`).
+/// A call of `alibi_bias` (without `in`), `alibi_add` or `alibi_mask` (without `slopes`).
 struct AlibiAddProblem {
   AlibiShape shape;
   SlopesView slopes;
@@ -89,7 +87,7 @@ struct AlibiAddProblem {
   ScoresOut out;
 };
 
-/// True where a key is hidden; `data` is null where there is no mask.
+/// Key padding mask, true where a key is hidden; `data` is null if there is no mask.
 struct PaddingView {
   const bool* data;
   int64_t stride_batch, stride_key;
@@ -104,8 +102,8 @@ struct AlibiSoftmaxProblem {
   double scale;
 };
 
-/// `row_sums` has one entry for each row, in the order `[H, B, Sq]`, to be summed for each head into `slopes`, `[H]`
-/// in the arithmetic of the dtype; both are null where slopes need no gradient.
+/// `row_sums` has one float64 entry for each row, `[H, B, Sq]`. Their sums over each head are written to `slopes`,
+/// `[H]` in the arithmetic type. Both are null if the gradient of the slopes is not computed.
 struct AlibiSoftmaxBackwardProblem {
   AlibiShape shape;
   ScoresIn grad, probs;

@@ -8,7 +8,7 @@ namespace {
 
 using at::Tensor;
 
-/// `check` of the call on this rank alone, then what the other ranks require of it.
+/// `check` of the call on this rank alone, then the requirements of the other ranks.
 template <typename Check, typename Arguments>
 AlibiAttention check_rank(
     const Check& check,

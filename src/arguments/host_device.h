@@ -1,6 +1,6 @@
 #pragma once
 
-/// Marks what both the CPU and the CUDA kernels call. No torch.
+/// Marks functions that are called by CPU code and by CUDA kernels. No torch.
 #if defined(__CUDACC__)
 #define POSENC_HOST_DEVICE __host__ __device__
 #else

@@ -9,7 +9,7 @@ namespace {
 
 using at::Tensor;
 
-/// Bytes from the first element to behind the last one.
+/// Number of bytes from the first element to the end of the last one.
 int64_t extent_in_bytes(const Tensor& tensor) {
   int64_t last = 0;
   for (int64_t d = 0; d < tensor.dim(); ++d) {
@@ -28,15 +28,15 @@ bool reaches(const std::vector<Difference>& dims, size_t next, int64_t target) {
   if (next == dims.size()) {
     return target == 0;
   }
-  int64_t below = 0;  // what the dimensions after this one can add up to
+  int64_t below = 0;  // range of the sums of the dimensions after this one
   int64_t above = 0;
   for (size_t d = next + 1; d < dims.size(); ++d) {
     below += dims[d].stride * dims[d].below;
     above += dims[d].stride * dims[d].above;
   }
   const auto& [stride, least, most] = dims[next];
-  // stride * index is within [target - above, target + below]: where no two elements of a tensor are the same
-  // memory, these are two or three indices.
+  // stride * index is in [target - above, target + below]. If no two elements of a tensor share memory, these are two
+  // or three indices.
   const int64_t first = std::max(-least, (target - above) / stride - 1);
   const int64_t last = std::min(most, (target + below) / stride + 1);
   for (int64_t index = first; index <= last; ++index) {

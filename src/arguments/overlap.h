@@ -2,15 +2,14 @@
 
 #include <ATen/core/Tensor.h>
 
-// What operators that write in place ask about memory.
+// Checks of memory overlap for operators that write in place.
 namespace posenc::arguments {
 
-/// Whether two elements of `tensor` may be the same memory. Exact for slices and permutations of dense tensors.
+/// Whether two elements of `tensor` may share memory. Exact for slices and permutations of dense tensors.
 bool may_overlap(const at::Tensor& tensor);
 
-/// Whether an element of `a`, of which no two are the same memory, may be memory of `b`. Exact for tensors with the
-/// same strides, as the slices of a packed projection are; else true where the first and last bytes interleave. False
-/// for tensors without data.
+/// Whether `a` and `b` may share memory; no two elements of `a` do. Exact for tensors with the same strides, such as
+/// slices of a packed projection; otherwise true if their ranges of bytes intersect. False for tensors without data.
 bool may_overlap(const at::Tensor& a, const at::Tensor& b);
 
 }  // namespace posenc::arguments

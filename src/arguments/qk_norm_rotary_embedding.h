@@ -8,7 +8,7 @@
 
 #include <tuple>
 
-// What `qk_norm_rotary_embedding` and its backward accept.
+// Checks of `qk_norm_rotary_embedding` and its backward, and their kernels' problems.
 namespace posenc::arguments {
 
 /// Check shapes, dtypes and devices of all arguments; `op` is the name of the operator in messages.
@@ -16,7 +16,7 @@ namespace posenc::arguments {
 void check_qk_norm_rotary(const char* op, const QKNormRotation& rotation, const at::Tensor& q, const at::Tensor& k);
 void check_qk_norm_rotary_backward(const QKNormRotation& rotation, const QKNormRotaryGradInputs& inputs);
 
-/// Checks all arguments and describes the call; the outputs are still missing.
+/// Checks all arguments and describes the call, without its outputs.
 QKNormRotaryProblem qk_norm_rotary_problem(const QKNormRotation& rotation, const at::Tensor& q, const at::Tensor& k);
 
 /// Allocates the gradients that `inputs` ask for; the others are undefined.
@@ -25,8 +25,8 @@ QKNormRotaryGradients allocate_qk_norm_rotary_gradients(
     const QKNormRotaryGradInputs& inputs,
     const QKNormRotation& rotation);
 
-/// Checks all arguments, allocates `gradients` and describes the call. q or k is left out where its gradient is absent;
-/// `rotary.num_operands` is 0 where both are.
+/// Checks all arguments, allocates `gradients` and describes the call. The problem has no operand for q or k if its
+/// incoming gradient is absent; `rotary.num_operands` is 0 if both are.
 QKNormRotaryBackwardProblem qk_norm_rotary_backward_problem(
     const QKNormRotaryGradMask& mask,
     const QKNormRotaryGradInputs& inputs,

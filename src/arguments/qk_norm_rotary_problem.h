@@ -1,6 +1,6 @@
 #pragma once
 
-// What a kernel of query-key normalisation with rotary embedding is given, checked beforehand. No torch.
+// Arguments of the kernels of query-key normalisation with rotary embedding, checked beforehand. No torch.
 
 #include <arguments/rotary_problem.h>
 
@@ -8,7 +8,7 @@
 
 namespace posenc {
 
-/// One call of `qk_norm_rotary_embedding`; `rotary` says what is read, rotated and written.
+/// One call of `qk_norm_rotary_embedding`. `rotary` describes inputs, rotation and outputs.
 struct QKNormRotaryProblem {
   struct Weight {
     const void* data;
@@ -17,13 +17,13 @@ struct QKNormRotaryProblem {
 
   RotaryProblem rotary;
   Weight weights[2];      // of each operand
-  bool weights_are_wide;  // of the dtype of the arithmetic, not of the operands
+  bool weights_are_wide;  // dtype of the weights: the arithmetic type, else the dtype of the operands
   bool unit_offset;       // weights are 1 + w
   double eps;
 };
 
-/// One call of `qk_norm_rotary_embedding_backward`. `rotary` is the rotation backwards, of the gradient of an output
-/// (`in`) on its way to that of an input (`out`).
+/// One call of `qk_norm_rotary_embedding_backward`. `rotary` describes the inverse rotation; its operands are the
+/// gradients of the outputs (`in`) and of the inputs (`out`).
 struct QKNormRotaryBackwardProblem {
   struct Input {
     const void* data;
@@ -32,7 +32,7 @@ struct QKNormRotaryBackwardProblem {
 
   QKNormRotaryProblem call;
   Input inputs[2];
-  void* weight_grads[2];  // `[D]`, contiguous, of the dtype of the weights; null where they are not wanted
+  void* weight_grads[2];  // `[D]`, contiguous, of the dtype of the weights; null if they are not computed
 };
 
 }  // namespace posenc

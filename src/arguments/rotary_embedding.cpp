@@ -83,7 +83,7 @@ void check_positions(const char* op, const Rotation& a, const Rotated& q) {
   const int64_t batch = batch_of(q.tensor);
   const int64_t seq_len = seq_len_of(q.tensor);
   const bool packed = is_packed(q.tensor);
-  const int64_t of_axes = a.pair_axes.empty() ? 0 : 1;  // dimensions before those of the tokens
+  const int64_t of_axes = a.pair_axes.empty() ? 0 : 1;  // number of dimensions before those of the tokens
   const bool per_token = positions.dim() == of_axes + 1 && positions.size(of_axes) == seq_len;
   const bool per_batch = !packed && positions.dim() == of_axes + 2 && positions.size(of_axes) == batch &&
       positions.size(of_axes + 1) == seq_len;
@@ -174,7 +174,7 @@ void check_tables(const char* op, const Rotation& a, const Rotated& q) {
   }
 }
 
-/// Waits for the device: `position_check` is what a user turns on to find the bad position.
+/// Waits for the device. Called only if the user has turned `position_check` on.
 void check_position_range(const char* op, const Tensor& positions, int64_t rows) {
   if (positions.numel() == 0) {
     return;
@@ -193,8 +193,8 @@ bool has_equal_halves(const Tensor& table) {
   return table.size(-1) == 2 * half && at::equal(table.narrow(-1, 0, half), table.narrow(-1, half, half));
 }
 
-/// Refuses what looks like tables of transformers, which have a column for each channel. Tables without any rotation,
-/// those of position 0, have equal halves too. Waits for the device.
+/// Refuses tables with a column for each channel and equal halves, as transformers makes them. The row of position 0
+/// has equal halves in correct tables too. Waits for the device.
 void check_table_width(const char* op, const Rotation& a, int64_t head_dim) {
   const int64_t rotary_dim = 2 * a.cos.size(-1);
   TORCH_CHECK_VALUE(

@@ -8,9 +8,8 @@
 #include <tuple>
 #include <utility>
 
-// What the operators of the rotary family accept. Every implementation passes through here before it launches
-// anything, so a bad argument meets the same message whether the call came from the free function, from Python
-// or from a backward pass.
+// Checks of the rotary operators. Every implementation calls them before it launches anything, so the message for a bad
+// argument is the same for calls of the free function, from Python and in a backward pass.
 namespace posenc::arguments {
 
 /// A tensor to rotate and the name it has in the schema.
@@ -31,8 +30,8 @@ void check_rotary(const char* op, const Rotation& rotation, RotatedList inputs);
 ///   or the positions.
 void check_rotary_in_place(const char* op, const Rotation& rotation, RotatedList inputs);
 
-/// Describes a call whose arguments have been checked; the outputs are still missing.
-/// @throws c10::Error  where `position_check()` is on and finds what the shapes do not show.
+/// Describes a call whose arguments have been checked, without its outputs.
+/// @throws c10::Error  if `position_check()` is on and a position is outside the tables.
 RotaryProblem describe_rotary(const char* op, const Rotation& rotation, RotatedList inputs);
 
 /// `check_rotary`, then `describe_rotary`.
@@ -41,18 +40,17 @@ RotaryProblem rotary_problem(const char* op, const Rotation& rotation, RotatedLi
 /// `check_rotary_in_place`, then `describe_rotary` with the inputs as outputs.
 RotaryProblem rotary_in_place_problem(const char* op, const Rotation& rotation, RotatedList inputs);
 
-/// Allocates the output that goes with `input`, in its memory layout where that is dense, and enters it into
-/// `operand`.
+/// Allocates the output for `input`, in its memory layout if that is dense, and enters it into `operand`.
 at::Tensor allocate_output(const at::Tensor& input, RotaryProblem::Operand& operand);
 
-/// An operand that is read from `input`, and the output of one.
+/// An operand that reads `input`, and the entry of its output.
 RotaryProblem::Operand operand_of(const at::Tensor& input);
 void set_output(const at::Tensor& output, RotaryProblem::Operand& operand);
 
-/// The packed form of `pair_axes`, which have been checked; zeros where there are none.
+/// `pair_axes`, which have been checked, in packed form; all zeros if there are none.
 PairAxes packed_pair_axes(at::IntArrayRef pair_axes);
 
-/// B and S of a tensor `[B, S, H, D]` or `[T, H, D]`, and its strides as the former.
+/// B and S of a tensor `[B, S, H, D]` or `[T, H, D]`, and its strides as `[B, S, H, D]`.
 int64_t batch_of(const at::Tensor& tensor);
 int64_t seq_len_of(const at::Tensor& tensor);
 Strides strides_of(const at::Tensor& tensor);

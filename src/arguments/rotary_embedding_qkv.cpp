@@ -40,14 +40,14 @@ PackedViews packed_views(
         num_q_heads, " and ", num_kv_heads);
     return {packed.select(-3, 0), packed.select(-3, 1), packed.select(-3, 2)};
   }
-  // Not as a sum of what the user gave, which may overflow: no number of heads is above that of channels.
+  // The sum of the numbers of heads that the user gave may overflow. Each is at most the number of channels.
   const c10::SymInt channels = packed.sym_size(-1);
   TORCH_CHECK(
       channels >= num_q_heads && channels >= num_kv_heads && channels % (num_q_heads + 2 * num_kv_heads) == 0, op,
       ": expected ", name, " with a multiple of num_q_heads + 2 num_kv_heads channels, Hq = ", num_q_heads,
       " and Hk = ", num_kv_heads, ", got ", packed.sizes());
   const int64_t num_heads = num_q_heads + 2 * num_kv_heads;
-  // A view, not unflatten, which has no rule for batched gradients.
+  // `view`, because `unflatten` has no rule for batched gradients.
   std::vector<c10::SymInt> sizes = packed.sym_sizes().slice(0, packed.dim() - 1).vec();
   sizes.emplace_back(num_heads);
   sizes.push_back(channels / num_heads);

@@ -9,16 +9,16 @@
 
 namespace posenc::arguments {
 
-/// Refuses numbers of heads that no projection has.
+/// Refuses numbers of heads below 1.
 void check_head_counts(const char* op, int64_t num_q_heads, int64_t num_kv_heads);
 
-/// q, k and v of a packed projection, views of it.
+/// q, k and v of a packed projection as views.
 struct PackedViews {
   at::Tensor q, k, v;
 };
 
 /// The views of `packed`, `[B, S, (Hq + 2Hk) D]`, `[T, (Hq + 2Hk) D]`, `[B, S, 3, H, D]` or `[T, 3, H, D]`.
-/// @throws c10::Error  where its sizes do not go with the numbers of heads.
+/// @throws c10::Error  if its sizes do not match the numbers of heads.
 PackedViews packed_views(
     const char* op,
     const char* name,
@@ -26,7 +26,7 @@ PackedViews packed_views(
     int64_t num_q_heads,
     int64_t num_kv_heads);
 
-/// Whether a projection of that many dimensions holds q, k and v as `[.., 3, H, D]`.
+/// Whether a packed projection with `dims` dimensions is `[.., 3, H, D]`.
 inline bool is_stacked(int64_t dims) {
   return dims >= 4;
 }
@@ -34,7 +34,7 @@ inline bool is_stacked(int64_t dims) {
 /// The checks of `rotary_embedding_pack`.
 void check_rotary_pack(const char* op, const PackRotation& rotation, const PackedViews& from);
 
-/// A checked call of `rotary_embedding_qkv`: `to` are the outputs.
+/// A checked call of `rotary_embedding_qkv`; `to` are its outputs.
 struct RotaryQkvCall {
   RotaryProblem problem;
   PackedViews to;

@@ -57,7 +57,7 @@ RotaryTablesCall describe_rotary_tables(const Rotation& rotation, at::TensorList
     const Tensor flat = rotation.positions->reshape({problem.num_axes, per_token ? 1 : batch, problem.seq_len})
                             .expand({problem.num_axes, batch, problem.seq_len})
                             .reshape({problem.num_axes, problem.tokens});
-    // Stable, so that the order of the sum, and with it its last bit, is the same every time.
+    // A stable sort, so that the order of the sum, and therefore its last bit, is the same every time.
     const auto [sorted, order] = at::sort(flat, /*stable=*/true, /*dim=*/1, /*descending=*/false);
     call.order = order.contiguous();
     const Tensor rows = at::arange(problem.table_rows + 1, sorted.options()).repeat({problem.num_axes, 1});

@@ -7,22 +7,22 @@
 
 #include <vector>
 
-// What `rotary_embedding_tables_backward` and `rotary_embedding_backward` accept.
+// Checks of `rotary_embedding_tables_backward` and `rotary_embedding_backward`, and their kernels' problems.
 namespace posenc::arguments {
 
-/// A checked call, with everything that its kernel needs and what keeps that alive.
+/// A checked call: the problem of its kernel and the tensors that the problem points to.
 struct RotaryTablesCall {
   RotaryTablesProblem problem;
   at::Tensor grad_cos, grad_sin;
   at::Tensor order, row_starts;  // undefined without positions
 };
 
-/// Checks the arguments of `rotary_embedding_tables_backward` and allocates dcos and dsin. Where positions choose the
-/// rows of the tables, sorts the tokens by row on the device of the tensors; the host does not wait for it.
-/// @throws c10::Error  where an argument is wrong, before anything is launched.
+/// Checks the arguments of `rotary_embedding_tables_backward` and allocates dcos and dsin. With positions it sorts the
+/// tokens by the row that they read, on the device of the tensors; the host does not wait.
+/// @throws c10::Error  naming the argument, what was expected and what came, before anything is launched.
 RotaryTablesCall rotary_tables_call(const Rotation& rotation, at::TensorList grads, at::TensorList inputs);
 
-/// A checked call of `rotary_embedding_backward`, where positions have one axis.
+/// A checked call of `rotary_embedding_backward` with positions of one axis.
 struct RotaryBackwardCall {
   RotaryBackwardProblem problem;
   std::vector<at::Tensor> input_grads;

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <tuple>
 
-// What `rotary_tables` and its backward accept.
+// Arguments of `rotary_tables` and its backward and their checks.
 namespace posenc::arguments {
 
 /// The arguments of `rotary_tables`. `Int` is int64_t, or c10::SymInt where a graph with dynamic shapes may be traced.
@@ -21,6 +21,7 @@ struct FrequenciesArguments {
   auto flat() const { return std::tie(inv_freq, length, dtype, attention_factor); }
 };
 
+/// Checks all arguments.
 /// @throws c10::Error  naming the argument, what was expected and what came.
 void check_frequencies(const FrequenciesArguments<int64_t>& arguments);
 
@@ -43,6 +44,7 @@ struct FrequenciesBackwardArguments {
   auto flat() const { return std::tie(grad_cos, grad_sin, cos, sin, dtype); }
 };
 
+/// Checks all arguments.
 /// @throws c10::Error  naming the argument, what was expected and what came.
 void check_frequencies_backward(const FrequenciesBackwardArguments& arguments);
 

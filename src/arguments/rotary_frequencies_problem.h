@@ -2,10 +2,10 @@
 
 #include <cstdint>
 
-// What the kernels of `rotary_tables` and its backward are given. No torch.
+// Arguments of the kernels of `rotary_tables` and its backward. No torch.
 namespace posenc {
 
-/// `[length, num_pairs]`, any strides.
+/// A table `[length, num_pairs]` of any strides.
 struct TableView {
   const void* data;
   int64_t stride_row, stride_pair;
@@ -17,7 +17,7 @@ struct FrequenciesProblem {
   int64_t inv_freq_stride;
   int64_t length, num_pairs;
   double attention_factor;
-  void* cos;  // [length, num_pairs], contiguous, as is sin
+  void* cos;  // [length, num_pairs], contiguous; so is sin
   void* sin;
 };
 

@@ -1,7 +1,6 @@
 #pragma once
 
-// What a rotary kernel is given: pointers, extents and strides, checked beforehand. No torch in here, so that
-// the CPU and the CUDA kernels can share it.
+// Arguments of the rotary kernels on CPU and CUDA: pointers, sizes and strides, checked beforehand. No torch.
 
 #include <arguments/host_device.h>
 
@@ -14,13 +13,13 @@ struct Strides {
   int64_t batch, seq, head, channel;
 };
 
-/// `cos` or `sin`: row (b, s) of a table given per token, row `position` of one that is looked up.
+/// `cos` or `sin`. Token (b, s) reads row (b, s) of the table, or with positions the row of its position.
 struct RotaryTable {
   const void* data;
   int64_t stride_batch, stride_row, stride_pair;
 };
 
-/// Positions `[B, S]`, or `[A, B, S]` where `num_axes` is not 0; `data` is null where there are none.
+/// Positions `[B, S]`, or `[A, B, S]` if `num_axes` is not 0; `data` is null if there are none.
 struct PositionsView {
   const void* data;
   int64_t stride_axis, stride_batch, stride_seq;
@@ -28,12 +27,12 @@ struct PositionsView {
   bool is_int64;
 };
 
-/// Most axes that positions may have, and most pairs that may choose among them.
+/// The largest number of axes that positions may have, and of pairs that choose among them.
 constexpr int64_t kMaxAxes = 4;
 constexpr int64_t kMaxPairsWithAxes = 512;
 
-/// Which axis of the positions each pair reads, two bits a pair: small enough to travel with the launch, and so in
-/// constant memory when a kernel reads it. All zeros where positions have one axis.
+/// The axis of the positions that each pair reads, two bits for each pair. It is small enough to be a kernel argument,
+/// which kernels read from constant memory. All zeros if positions have one axis.
 struct PairAxes {
   static constexpr int64_t kPairsPerWord = 16;
 
@@ -43,14 +42,13 @@ struct PairAxes {
     return static_cast<int32_t>(words[pair / kPairsPerWord] >> (2 * (pair % kPairsPerWord)) & 3U);
   }
 
-  /// `pair` must still be at axis 0.
+  /// The axis of `pair` must be 0 before.
   void set(int64_t pair, int64_t axis) {
     words[pair / kPairsPerWord] |= static_cast<uint32_t>(axis) << (2 * (pair % kPairsPerWord));
   }
 };
 
-/// One call of an operator that rotates: one tensor, q and k, or q, k and the v that is copied beside them. In place
-/// where `out` is `in`.
+/// One call of an operator that rotates one tensor, q and k, or q and k and copies v. It is in place if `out` is `in`.
 struct RotaryProblem {
   struct Operand {
     const void* in;
@@ -62,7 +60,7 @@ struct RotaryProblem {
   int64_t batch, seq_len, head_dim;
   int64_t num_pairs;  // R / 2
   int64_t
-      table_rows;  // positions outside [0, table_rows) give NaN: for the token, with axes for the pairs that read it
+      table_rows;  // a position outside [0, table_rows) gives NaN: in the token, with axes in the pairs that read it
   static constexpr int32_t kCopied = 2;  // the operand that is copied and not rotated, v
   Operand operands[3];
   int32_t num_operands;
@@ -75,10 +73,10 @@ struct RotaryProblem {
   int64_t num_heads() const { return operands[0].num_heads + operands[1].num_heads + operands[2].num_heads; }
 };
 
-/// One call of `rotary_embedding_tables_backward`. Row r of the tables was read by `tokens_per_row` tokens
-/// r, r + S, r + 2S, ... while r < `rows_read`, or, where positions chose the row, by the tokens
-/// `order[row_starts[r]]` to `order[row_starts[r + 1] - 1]`. Both are one after the other for each axis of the
-/// positions, and a pair goes by those of its axis.
+/// One call of `rotary_embedding_tables_backward`. Without positions, row r < `rows_read` of the tables is read by the
+/// `tokens_per_row` tokens r, r + S, r + 2S, .... With positions it is read by the tokens `order[row_starts[r]]` to
+/// `order[row_starts[r + 1] - 1]`. `order` and `row_starts` have one part for each axis of the positions, and a pair
+/// uses the part of its axis.
 struct RotaryTablesProblem {
   struct Operand {
     const void* grad;
@@ -89,7 +87,7 @@ struct RotaryTablesProblem {
 
   int64_t seq_len;
   int64_t num_pairs;
-  int64_t table_rows;  // of all batches, where the tables are [B, S, R/2]
+  int64_t table_rows;  // over all batches if the tables are [B, S, R/2]
   Operand operands[2];
   int32_t num_operands;
   int64_t tokens_per_row;
@@ -97,14 +95,14 @@ struct RotaryTablesProblem {
   int64_t num_axes;
   const int64_t* order;       // [num_axes, tokens]
   const int64_t* row_starts;  // [num_axes, table_rows + 1]
-  void* grad_cos;             // [table_rows, num_pairs], contiguous, as is grad_sin
+  void* grad_cos;             // [table_rows, num_pairs], contiguous; so is grad_sin
   void* grad_sin;
   bool interleaved;
   bool conjugate;
   PairAxes pair_axes;
-  int64_t tokens;  // of all batches
+  int64_t tokens;  // over all batches
 
-  /// The tokens that read one row of the tables by one axis.
+  /// The tokens that read one row of the tables along one axis.
   struct Readers {
     const int64_t* order;  // null: tokens first, first + step, ...
     int64_t first, step, count;
@@ -122,11 +120,11 @@ struct RotaryTablesProblem {
   }
 };
 
-/// One call of `rotary_embedding_backward`, or of `rotary_embedding_tables_backward`, which reads `num_pairs` of the
-/// rotation alone.
+/// One call of `rotary_embedding_backward`, or of `rotary_embedding_tables_backward`, which reads only `num_pairs` of
+/// `rotation`.
 struct RotaryBackwardProblem {
   RotaryTablesProblem tables;
-  RotaryProblem rotation;  // of the gradients, inverse
+  RotaryProblem rotation;  // the inverse rotation of the gradients
 };
 
 }  // namespace posenc

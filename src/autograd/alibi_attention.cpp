@@ -19,8 +19,8 @@ using autograd::or_undefined;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-/// The options of a call, with its tensors as saved variables: lengths that are refilled before the backward pass are
-/// noticed.
+/// The options of a call, with its tensors as saved variables: autograd notices if lengths are modified before the
+/// backward pass.
 class SavedOptions {
  public:
   SavedOptions() = default;
@@ -51,7 +51,7 @@ class SavedOptions {
     return {&o.seqlens_q, &o.seqlens_k, &o.cu_seqlens_q, &o.cu_seqlens_k};
   }
 
-  SymbolicAttentionOptions options_;  // without tensors
+  SymbolicAttentionOptions options_;  // without their tensors
   std::array<SavedVariable, 4> lengths_;
 };
 
@@ -92,10 +92,10 @@ std::tuple<Tensor, Tensor> alibi_attention_autograd(
 // ---------------------------------------------------------------------------------------------------------------------
 // Second and third derivative
 
-/// grad_out, grad_lse, q, k, v and slopes.
+/// The inputs of the backward pass: grad_out, grad_lse, q, k, v and slopes.
 using BackwardInputs = std::array<Tensor, 6>;
 
-/// Tensors that are saved together.
+/// The tensors as saved variables.
 template <size_t N>
 std::array<SavedVariable, N> saved(const std::array<Tensor, N>& tensors) {
   std::array<SavedVariable, N> result;
@@ -133,10 +133,10 @@ class AlibiAttentionDoubleBackward final : public autograd::Node<AlibiAttentionD
   SavedOptions options_;
 };
 
-/// The gradients of dq, dk, dv and dslopes, then the inputs of the backward pass.
+/// The inputs of the second derivative: the gradients of dq, dk, dv and dslopes, then the inputs of the backward pass.
 using DoubleBackwardInputs = std::array<Tensor, 10>;
 
-/// The third derivative and those after it: of the reference version, with the scores in memory.
+/// The third and higher derivatives, those of the reference version, with the scores in memory.
 class AlibiAttentionTripleBackward final : public autograd::Node<AlibiAttentionTripleBackward> {
  public:
   AlibiAttentionTripleBackward() = default;
@@ -153,7 +153,8 @@ class AlibiAttentionTripleBackward final : public autograd::Node<AlibiAttentionT
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const bool create_graph = at::GradMode::is_enabled();
     const at::AutoGradMode record(true);
-    // Aliases, or else an input that depends on another one, or is the same tensor, would get the gradient of both.
+    // Aliases: without them an input that is the same tensor as another one, or depends on it, would get both
+    // gradients.
     variable_list inputs;
     for (const SavedVariable& input : inputs_) {
       Tensor x = unpack(input);
@@ -168,7 +169,7 @@ class AlibiAttentionTripleBackward final : public autograd::Node<AlibiAttentionT
   }
 
  private:
-  /// The gradients of the inputs of the backward pass, in tensor operations.
+  /// The second derivative in differentiable tensor operations.
   variable_list double_backward(const variable_list& inputs) {
     const variable_list arguments(inputs.begin() + 6, inputs.end());
     const SymbolicAttentionOptions o = options_.unpack();
@@ -184,7 +185,7 @@ class AlibiAttentionTripleBackward final : public autograd::Node<AlibiAttentionT
     return defined_gradients(first, of, variable_list(inputs.begin(), inputs.begin() + 4), /*create_graph=*/true);
   }
 
-  /// `torch::autograd::grad`, of which undefined gradients and arguments mean zero.
+  /// `torch::autograd::grad`, with zero for undefined gradients and arguments.
   static variable_list defined_gradients(
       const variable_list& results,
       const variable_list& arguments,

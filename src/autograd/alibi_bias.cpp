@@ -17,7 +17,7 @@ namespace {
 using at::Tensor;
 using torch::autograd::variable_list;
 
-/// The bias is linear in the slopes, and its distances follow from its shape: nothing is saved.
+/// The bias is linear in the slopes, and its distances depend on its shape only: no tensor is saved.
 class AlibiBiasBackward final : public autograd::Node<AlibiBiasBackward> {
  public:
   AlibiBiasBackward() = default;
@@ -49,8 +49,8 @@ Tensor alibi_bias_autograd(const AlibiBiasArguments<c10::SymInt>& a) {
   return output;
 }
 
-/// The gradient of scores is that of the sum, and the gradient of slopes is computed from it and the distances: no
-/// tensor is saved.
+/// The gradient of the scores is the gradient of the sum. The gradient of the slopes is computed from it and from the
+/// distances. No tensor is saved.
 class AlibiAddBackward final : public autograd::Node<AlibiAddBackward> {
  public:
   AlibiAddBackward() = default;

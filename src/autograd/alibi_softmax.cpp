@@ -27,13 +27,13 @@ struct Settings {
   auto state() { return std::tie(scale, causal, query_offset); }
 };
 
-/// Saves the probabilities alone: what the masks hid has probability zero.
+/// Saves the probabilities only. The masks are not needed: hidden keys have probability zero.
 class AlibiSoftmaxBackward final : public autograd::Node<AlibiSoftmaxBackward> {
  public:
   AlibiSoftmaxBackward() = default;
   explicit AlibiSoftmaxBackward(Settings settings) : settings_(std::move(settings)) {}
 
-  /// After the node has become the history of `probs`.
+  /// To be called after the node has become the history of `probs`.
   void save(const Tensor& probs) { probs_ = SavedVariable(probs, /*is_output=*/true); }
 
   auto state() { return std::tuple_cat(settings_.state(), std::tie(probs_)); }
@@ -55,13 +55,13 @@ class AlibiSoftmaxBackward final : public autograd::Node<AlibiSoftmaxBackward> {
   SavedVariable probs_;
 };
 
-/// With what arrives for `(dscores, dslopes)`, u and w, the inner product of both with the results is
+/// Let u and w be the incoming gradients of dscores and dslopes. Their inner product with dscores and dslopes is
 ///
 ///     F = sum of P (g - r) v,    r = sum over keys of g P,    v = scale u - w d,
 ///
 /// whose derivatives are dF/dg = P (v - sum of P v) and dF/dP = (g - r) v - g (sum of P v). With fixed slopes P are the
-/// saved probabilities p. With a gradient of slopes P = p / (sum of p), and dF/dp is dF/dP less the sum of P dF/dP,
-/// divided by the sum of p. In tensor operations, so that they can be differentiated further.
+/// saved probabilities p. With a gradient of slopes P = p / (sum of p) and
+/// dF/dp = (dF/dP - sum of P dF/dP) / (sum of p). Computed in tensor operations, which can be differentiated again.
 class AlibiSoftmaxBackwardBackward final : public autograd::Node<AlibiSoftmaxBackwardBackward> {
  public:
   AlibiSoftmaxBackwardBackward() = default;

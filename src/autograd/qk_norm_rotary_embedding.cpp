@@ -22,8 +22,8 @@ using autograd::Differentiable;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-/// The normalised input, in the dtype of the arithmetic, and what it is made with, in tensor operations: for what the
-/// kernels do not compute.
+/// The normalised input and its factors in the arithmetic dtype, in tensor operations, for derivatives that the kernels
+/// do not compute.
 struct Normalised {
   Tensor rstd, x_hat, weight, z;
 
@@ -37,7 +37,7 @@ struct Normalised {
   }
 };
 
-/// `(dx, dweight)` of one tensor in differentiable operations: its own derivatives are the second ones of the operator.
+/// `(dx, dweight)` of one tensor in differentiable operations, for second derivatives.
 std::tuple<Tensor, Tensor> differentiable_gradients(
     const QKNormRotation& a,
     const Tensor& grad,
@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor> differentiable_gradients(
   return {dx.to(x.scalar_type()), dweight.to(weight.scalar_type())};
 }
 
-/// Saves the arguments alone: what the forward pass computes on the way is cheaper to compute again than to store.
+/// Saves the arguments only: the intermediate results of the forward pass are cheaper to compute again than to store.
 class QKNormRotaryEmbeddingBackward final : public autograd::Node<QKNormRotaryEmbeddingBackward> {
  public:
   QKNormRotaryEmbeddingBackward() = default;
@@ -81,7 +81,7 @@ class QKNormRotaryEmbeddingBackward final : public autograd::Node<QKNormRotaryEm
     const QKNormRotation a(
         q_weight, k_weight, tables.cos, tables.sin, tables.positions, eps_, unit_offset_, tables.interleaved,
         tables.conjugate, tables.pair_axes);
-    // A gradient that nobody asks for is not computed.
+    // Gradients that are not needed are not computed.
     const auto wanted = [&](size_t i) {
       return wants(i) || wants(i + 2) ? autograd::optional_tensor(grads[i]) : std::nullopt;
     };
@@ -134,7 +134,7 @@ std::tuple<Tensor, Tensor> qk_norm_rotary_embedding_autograd(
   return outputs;
 }
 
-/// Where the gradients are to be differentiated, they are made of operations that can be.
+/// Gradients that are themselves differentiated are computed in differentiable operations.
 QKNormRotaryGradients qk_norm_rotary_embedding_backward_autograd(
     const QKNormRotaryGradMask& mask,
     const QKNormRotaryGradInputs& inputs,

@@ -27,7 +27,7 @@ using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
 /// The gradient of q and k is the gradient of the outputs rotated by the negative angles. It is computed by the same
-/// operator, so that it can be differentiated again. q and k are saved only where cos or sin requires a gradient.
+/// operator, so that it can be differentiated again. q and k are saved only if cos or sin requires a gradient.
 class RotaryEmbeddingBackward final : public autograd::Node<RotaryEmbeddingBackward> {
  public:
   RotaryEmbeddingBackward() = default;
@@ -48,7 +48,7 @@ class RotaryEmbeddingBackward final : public autograd::Node<RotaryEmbeddingBackw
     const auto num_inputs = static_cast<size_t>(num_inputs_);
     variable_list result(num_inputs + 2);
     const bool tables_wanted = wants(num_inputs, num_inputs + 2);
-    // Of the outputs that have a gradient:
+    // For the outputs that have a gradient:
     variable_list inputs;
     variable_list output_grads;
     bool all_wanted = tables_wanted;
@@ -64,7 +64,7 @@ class RotaryEmbeddingBackward final : public autograd::Node<RotaryEmbeddingBackw
         return result;
       }
     }
-    // In one pass over memory, unless it is recorded: then by the operators that are differentiable.
+    // One pass over memory, unless a graph is recorded: then two operators that are differentiable.
     if (all_wanted && !at::GradMode::is_enabled()) {
       auto [input_grads, grad_cos, grad_sin] = dispatch::rotary_embedding_backward(rotation, output_grads, inputs);
       size_t next = 0;
@@ -88,7 +88,7 @@ class RotaryEmbeddingBackward final : public autograd::Node<RotaryEmbeddingBackw
   std::string name() const override { return "RotaryEmbeddingBackward"; }
 
  private:
-  /// The gradients of the inputs: in one launch where there are two.
+  /// The gradients of the inputs, of two in one launch.
   void rotate_back(const Rotation& rotation, const variable_list& grads, variable_list& result) {
     const auto wanted = [&](size_t i) { return grads[i].defined() && wants(i); };
     const Rotation inverse = rotation.inverse();
@@ -160,7 +160,8 @@ std::tuple<Tensor, Tensor> rotary_embedding_qk_autograd(const Rotation& rotation
 
 // --- In place ---------------------------------------------------------------------------------------------------
 
-/// What rotation in place expects of a call. @return whether it is recorded.
+/// Checks of rotations in place.
+/// @return whether a graph is recorded.
 bool check_in_place(
     const char* op,
     const Rotation& rotation,
@@ -184,12 +185,12 @@ bool check_in_place(
         !(x->is_leaf() && x->requires_grad()), op, ": expected ", name,
         " that is no leaf of the graph, got a leaf that requires grad: its value cannot change in place; rotate out of "
         "place");
-    torch::autograd::check_inplace(*x, x->requires_grad());  // views that cannot be tracked
+    torch::autograd::check_inplace(*x, x->requires_grad());  // refuses views that cannot be tracked
   }
   return true;
 }
 
-/// The node of inputs that are rotated in place, whose gradients take one launch.
+/// The node of inputs that are rotated in place; one launch computes the gradients of all of them.
 NodePtr node_in_place(const Rotation& rotation, Differentiable inputs) {
   std::vector<std::reference_wrapper<const Tensor>> differentiable(inputs);
   differentiable.insert(differentiable.end(), {std::cref(rotation.cos), std::cref(rotation.sin)});
@@ -202,7 +203,7 @@ void rotary_embedding_autograd_(const Rotation& rotation, Tensor& x) {
     node = node_in_place(rotation, {x});
   }
   {
-    const at::AutoDispatchBelowAutograd below_autograd;  // to the kernel below that counts versions
+    const at::AutoDispatchBelowAutograd below_autograd;  // to the kernel below, which counts versions
     dispatch::rotary_embedding_(rotation, x);
   }
   if (node != nullptr) {
@@ -212,7 +213,7 @@ void rotary_embedding_autograd_(const Rotation& rotation, Tensor& x) {
 
 void rotary_embedding_qk_autograd_(const Rotation& rotation, Tensor& q, Tensor& k) {
   const bool records = check_in_place("posenc::rotary_embedding_qk_", rotation, {{"q", &q}, {"k", &k}});
-  // One node for both. But a view has a history of its own, which needs a node of one output.
+  // One node for both, unless one is a view: the history of a view needs a node with one output.
   const bool shared = records && q.requires_grad() && k.requires_grad() && !q.is_view() && !k.is_view();
   NodePtr q_node;
   NodePtr k_node;
@@ -257,7 +258,7 @@ TORCH_LIBRARY_IMPL(posenc, Autograd, m) {
   m.impl("rotary_embedding_qk_", kernel<rotary_embedding_qk_autograd_>);
 }
 
-// Increments the version of each tensor that was overwritten, so that autograd refuses values of it that were saved.
+// Increments the version of each overwritten tensor, so that autograd refuses values of it that were saved before.
 TORCH_LIBRARY_IMPL(posenc, ADInplaceOrView, m) {
   m.impl("rotary_embedding_", kernel<rotary_embedding_version_>);
   m.impl("rotary_embedding_qk_", kernel<rotary_embedding_qk_version_>);

@@ -22,8 +22,8 @@ using autograd::UnpackedRotation;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-/// The gradients of the tables are bilinear in output gradients g and inputs x, and both derivatives are rotations
-/// by the gradients (c, s) that arrive for (dcos, dsin):
+/// The gradients of the tables are bilinear in output gradients g and inputs x. Both derivatives are rotations by the
+/// incoming gradients (c, s) of (dcos, dsin):
 ///
 ///     <dcos, c> + <dsin, s> = <g, rotate(x; c, s)> = <x, rotate_inverse(g; c, s)>
 class RotaryEmbeddingTablesBackwardBackward final : public autograd::Node<RotaryEmbeddingTablesBackwardBackward> {
@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor> rotary_embedding_tables_backward_autograd(
   return table_grads;
 }
 
-/// Where the gradients are themselves differentiated, in either mode, they are those of two operators that can be.
+/// Gradients that are themselves differentiated, in either mode, are computed by two operators that are differentiable.
 std::tuple<std::vector<Tensor>, Tensor, Tensor> rotary_embedding_backward_autograd(
     const Rotation& rotation,
     at::TensorList grads,

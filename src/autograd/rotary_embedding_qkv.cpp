@@ -37,7 +37,7 @@ struct Saved {
   bool stacked = false;
 };
 
-/// The gradients of cos and sin from those of q and k that are defined.
+/// The gradients of cos and sin from the gradients of q and k, which may be undefined.
 std::tuple<Tensor, Tensor> table_gradients(
     const Rotation& rotation,
     const std::array<Tensor, 2>& output_grads,
@@ -54,8 +54,8 @@ std::tuple<Tensor, Tensor> table_gradients(
                        : dispatch::rotary_embedding_tables_backward(rotation, grads, rotated);
 }
 
-/// The gradient of the packed projection is those of its parts, q and k rotated backwards, packed again. Saves the
-/// projection only where the tables need a gradient.
+/// The gradient of the packed projection is the packed gradients of q, k and v, those of q and k rotated by the
+/// negative angles. The projection is saved only if the tables require a gradient.
 class RotaryEmbeddingQkvBackward final : public autograd::Node<RotaryEmbeddingQkvBackward> {
  public:
   RotaryEmbeddingQkvBackward() = default;

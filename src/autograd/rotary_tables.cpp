@@ -19,8 +19,8 @@ using at::Tensor;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-/// The derivatives of `cos` and `sin` are made of `sin` and `cos`: the two outputs are all that is saved. As outputs
-/// they carry second derivatives back to the frequencies.
+/// The derivatives of `cos` and `sin` are functions of `sin` and `cos`, so only the two outputs are saved. Saved as
+/// outputs, they carry second derivatives back to the frequencies.
 class RotaryTablesBackward final : public autograd::Node<RotaryTablesBackward> {
  public:
   RotaryTablesBackward() = default;
@@ -48,7 +48,7 @@ class RotaryTablesBackward final : public autograd::Node<RotaryTablesBackward> {
   std::string name() const override { return "RotaryTablesBackward"; }
 
  private:
-  at::ScalarType dtype_ = at::kFloat;  // of the frequencies
+  at::ScalarType dtype_ = at::kFloat;  // dtype of the frequencies
   SavedVariable cos_, sin_;
 };
 

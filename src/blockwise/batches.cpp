@@ -39,7 +39,7 @@ int64_t log2_ceil(int64_t length) {
   return n;
 }
 
-/// `x` or up to a quarter more, so that few numbers of entries occur: cuDNN makes a plan for each.
+/// Rounds `x` up by at most a quarter. cuDNN builds a plan for each number of entries, so few numbers should occur.
 int64_t round_up(int64_t x) {
   int64_t unit = 1;
   while (x / unit >= 8) {
@@ -48,7 +48,7 @@ int64_t round_up(int64_t x) {
   return (x + unit - 1) / unit * unit;
 }
 
-/// Padded length of the shortest sequences on a GPU: a single token would not be fused.
+/// Padded length of the shortest sequences on a GPU: fused attention does not accept sequences of one token.
 constexpr int64_t kShortest = 2;
 
 }  // namespace
@@ -157,7 +157,7 @@ void PackedBatches::divide_on_cpu() {
   }
   const auto integers = of_q_.lengths.options();
   std::vector<int64_t> order;
-  std::vector<int64_t> rank(count, count);  // beyond all batches
+  std::vector<int64_t> rank(count, count);  // `count`: in no batch
   for (const auto& [lengths, members] : batches) {
     const auto first = static_cast<int64_t>(order.size());
     const auto entries = static_cast<int64_t>(members.sequences.size());
@@ -193,7 +193,7 @@ void PackedBatches::divide_by_capacity(int64_t q_len, int64_t k_len) {
   Tensor first = at::zeros({1}, integers);
   for (int64_t c = 0; c < classes; ++c) {
     const int64_t shortest = c == 0 ? 1 : bounds[c - 1] + 1;
-    // The longer of queries and keys of each of its sequences has at least so many tokens.
+    // Each sequence of the batch has at least this many tokens in its queries or in its keys.
     const bool alike = of_q_.begins.is_same(of_k_.begins);
     const int64_t most = std::min(count, (alike ? q_tokens_ : q_tokens_ + k_tokens_) / shortest);
     const Tensor members = (class_of == c).sum(0, /*keepdim=*/true);

@@ -10,8 +10,8 @@
 // Packed sequences as padded batches.
 namespace posenc::blockwise {
 
-/// Where the tokens of packed tensors `[T, ...]` are in a padded batch `[n, max_len, ...]` of some of their sequences.
-/// Indices beyond the tensors are never formed, whatever `cu_seqlens` holds.
+/// Maps tokens of packed tensors `[T, ...]` to a padded batch `[n, max_len, ...]` of some of their sequences. It forms
+/// no index beyond the tensors, whatever `cu_seqlens` contains.
 class Packing {
  public:
   /// @param begins,lengths  int64 `[n]`: first token and length of each sequence of the batch.
@@ -19,10 +19,10 @@ class Packing {
   ///   are not in the batch.
   Packing(const at::Tensor& begins, const at::Tensor& lengths, const at::Tensor& rows, int64_t max_len);
 
-  /// Lengths, int64 `[n]`.
+  /// The lengths of the sequences of the batch, int64 `[n]`.
   const at::Tensor& seqlens() const { return seqlens_; }
 
-  /// `packed` as `[n, max_len, ...]`, zeros behind the lengths.
+  /// Copies `packed` to `[n, max_len, ...]`, with zeros behind the lengths.
   at::Tensor pad(const at::Tensor& packed) const;
 
   /// Copies the rows of `padded` to their tokens in `packed`. Other tokens keep their values.
@@ -31,20 +31,21 @@ class Packing {
  private:
   int64_t max_len_;
   at::Tensor seqlens_;
-  at::Tensor sources_;  // token of each row, [n * max_len]
+  at::Tensor sources_;  // int64 [n * max_len]: the token of each row
   at::Tensor behind_;   // bool [n, max_len]: rows behind the lengths
-  at::Tensor rows_;     // row of each token in `tokens_`; where that is undefined, of all tokens
-  at::Tensor tokens_;   // tokens of the batch, on a CPU
-  at::Tensor others_;   // bool [T]: tokens that are not in the batch, on other devices
+  at::Tensor rows_;     // the row of each token of `tokens_`, or of all tokens if `tokens_` is undefined
+  at::Tensor tokens_;   // the tokens of the batch; defined on a CPU only
+  at::Tensor others_;   // bool [T]: tokens that are not in the batch; defined on other devices only
 };
 
-/// The sequences of a packed call, divided into padded batches so that memory grows with the number of tokens and not
-/// with that of sequences: lengths above L / 2 and up to L = 1, 2, 4, ... make a batch.
+/// Divides the sequences of a packed call into padded batches of similar length. A batch has the lengths above L / 2
+/// and up to L, for L = 1, 2, 4, .... Memory therefore grows with the number of tokens, not with the number of
+/// sequences times the longest of them.
 ///
-/// On a CPU the host reads the lengths, and a batch is as large as its sequences. On other devices the host does not
-/// wait for them. Of T tokens there are at most `2 T / L` sequences of that batch, so it has as many entries, some of
-/// them empty. Where padding every sequence to the longest takes at most twice the tokens, all sequences are one
-/// batch.
+/// On a CPU the host reads the lengths, and a batch has one entry for each of its sequences. On other devices the host
+/// does not wait for the lengths. T tokens contain at most `2 T / L` sequences of the batch for L, so this batch has
+/// that many entries, some of them empty. If padding all sequences to the longest takes at most twice the tokens, all
+/// sequences are one batch.
 ///
 /// Sequences without queries or without keys are in no batch.
 class PackedBatches {
@@ -58,8 +59,8 @@ class PackedBatches {
   size_t size() const { return extents_.size(); }
   Batch batch(size_t i) const;
 
-  /// Bool `[Tq]` and `[Tk]`: tokens of sequences that are longer than `max_seqlen` or not within the tensors. Undefined
-  /// on a CPU, where such lengths are errors.
+  /// Bool `[Tq]` and `[Tk]`: the tokens of sequences that are longer than `max_seqlen` or not within the tensors.
+  /// Undefined on a CPU, where such lengths are errors.
   const at::Tensor& invalid_q() const { return broken_q_; }
   const at::Tensor& invalid_k() const { return broken_k_; }
 
@@ -67,8 +68,8 @@ class PackedBatches {
   /// All sequences of queries or of keys.
   struct Sequences {
     at::Tensor begins, lengths;   // int64 [N]
-    at::Tensor sequence, offset;  // int64 [T]: of each token; the offset is -1 for tokens of no sequence
-    at::Tensor broken;            // bool [N]; undefined on a CPU
+    at::Tensor sequence, offset;  // int64 [T]: of each token; offset is -1 for a token in no sequence
+    at::Tensor broken;            // bool [N]: longer than `max_seqlen` or not within the tensor; undefined on a CPU
 
     Sequences(const at::Tensor& cu_seqlens, int64_t tokens, int64_t max_len);
   };
@@ -87,8 +88,8 @@ class PackedBatches {
   int64_t q_tokens_, k_tokens_;
   Sequences of_q_, of_k_;
   at::Tensor broken_q_, broken_k_;
-  at::Tensor order_;  // int64 [N]: sequences in the order of batches; undefined: one batch in their own order
-  at::Tensor rank_;   // int64 [N]: the place of each sequence in `order_`
+  at::Tensor order_;  // int64 [N]: sequences in the order of the batches; undefined: one batch, unchanged order
+  at::Tensor rank_;   // int64 [N]: the index of each sequence in `order_`
   std::vector<Extent> extents_;
 };
 

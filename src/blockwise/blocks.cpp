@@ -17,12 +17,12 @@ namespace {
 
 using at::Tensor;
 
-/// Scores of a block of rows, 32 MiB in float32: enough rows for matrix products to be efficient, and little beside q,
-/// k and v of a length at which memory matters. A single row is never divided.
+/// Number of scores in a block of rows, 32 MiB in float32. The block has enough rows for efficient matrix products, and
+/// is small beside q, k and v of sequences that are long enough for memory to matter. A row is never divided.
 constexpr int64_t kBlockElements = int64_t{1} << 23;
 
-/// On a CPU what caches hold, 2 MiB, unless that is too few rows: 9 to 12 ms for both passes instead of 13 to 17,
-/// measured on two cores with four heads of 64 and 512 causal tokens.
+/// On a CPU a block fits the caches, 2 MiB, unless that would be too few rows: 9 to 12 ms for both passes instead of 13
+/// to 17, measured on two cores with four heads of 64 channels and 512 causal tokens.
 constexpr int64_t kCachedElements = int64_t{1} << 19;
 constexpr int64_t kFewRows = 64;
 
@@ -44,7 +44,8 @@ Blocks::Blocks(const Padded& call)
   rows_ = at::arange(call.q_len(), integers).unsqueeze(0);
   positions_ = call.query_offset.has_value() ? rows_ + *call.query_offset
                                              : rows_ + (call.seqlens_k - call.seqlens_q).unsqueeze(1);
-  // The causal mask of a single row hides no key of its block, unless sequences have offsets of their own.
+  // A block ends at the last key that its rows see. In a block of one row the causal mask therefore hides no key,
+  // unless the offset differs between sequences.
   const bool hides_keys = call.causal && (call.q_len() > 1 || !call.query_offset.has_value());
   if (call.k_len() > 0 && (hides_keys || call.seqlens_q.defined())) {
     const auto finite = [](const Tensor& x) { return x.masked_fill(at::isfinite(x).logical_not_(), 0); };
@@ -58,7 +59,7 @@ Tensor Blocks::infinities() const {
   if (!hides_values_) {
     return {};
   }
-  // Zeros where v is finite, so sums are 0, infinity or NaN.
+  // Finite values become 0, so each sum is 0, infinity or NaN.
   const Tensor v = key_matrices(call_.v);
   const Tensor others = v.masked_fill(at::isfinite(v), 0);
   return call_.causal ? others.cumsum(1) : others.sum(1, /*keepdim=*/true);

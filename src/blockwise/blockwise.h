@@ -6,7 +6,7 @@
 
 #include <tuple>
 
-// Attention in LibTorch's matrix products, a block of query rows at a time: for every device, dtype and head size.
+// Attention in LibTorch's matrix products, one block of query rows at a time, for every device, dtype and head size.
 namespace posenc::blockwise {
 
 /// @return `(out, lse)`: like q, and `[B, Hq, Sq]` in the dtype of sums.

@@ -23,7 +23,7 @@ using at::Tensor;
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
-/// The arguments of the checked call, without tensors.
+/// The options of the checked call, without its tensors.
 Padded scalars_of(const AlibiAttention& call, const Tensor& slopes) {
   Padded result;
   result.slopes = slopes;
@@ -33,7 +33,7 @@ Padded scalars_of(const AlibiAttention& call, const Tensor& slopes) {
   return result;
 }
 
-/// A batch of packed tensors.
+/// One padded batch of a packed call.
 Padded padded_batch(const AlibiAttention& call, const PackedBatches::Batch& batch, const AttentionTensors& inputs) {
   Padded result = scalars_of(call, inputs.slopes);
   result.q = batch.of_q.pad(inputs.q);
@@ -44,7 +44,7 @@ Padded padded_batch(const AlibiAttention& call, const PackedBatches::Batch& batc
   return result;
 }
 
-/// Tensors like lse, `[Hq, T]`, as a padded batch `[B, Hq, S]`, and its gradient back.
+/// Copies a tensor of the shape of lse, `[Hq, T]`, to a padded batch `[B, Hq, S]`, and back.
 Tensor pad_lse(const Packing& packing, const Tensor& lse) {
   return lse.defined() ? packing.pad(lse.t()).transpose(1, 2) : lse;
 }
@@ -58,7 +58,7 @@ Tensor filled_lse(const AlibiAttention& call, const Tensor& q, double value) {
   return at::full({q.size(0), call.q_heads}, value, wide).t();
 }
 
-/// NaN in the tokens of sequences whose lengths are not as promised.
+/// Fills tokens with NaN whose sequence is longer than `max_seqlen` or not within the tensor.
 void set_nan(const Tensor& x, const Tensor& invalid_tokens) {
   if (invalid_tokens.defined()) {
     x.masked_fill_(invalid_tokens.view({-1, 1, 1}), kNaN);
@@ -81,7 +81,7 @@ Tensor zeros_of_slopes(const AlibiAttention& call, const Tensor& q) {
   return at::zeros({call.q_heads}, q.options().dtype(arguments::alibi_slopes_dtype(q.scalar_type())));
 }
 
-/// `x` with zeros behind the lengths of its sequences, whose tokens are in dimension `dim`; `x` itself without lengths.
+/// `x` with zeros behind `seqlens`, in dimension `dim` of the tokens; `x` itself if `seqlens` is undefined.
 Tensor zeros_behind(const Tensor& x, const Tensor& seqlens, int64_t dim) {
   if (!seqlens.defined() || !x.defined()) {
     return x;
@@ -93,7 +93,7 @@ Tensor zeros_behind(const Tensor& x, const Tensor& seqlens, int64_t dim) {
   return x.clone().masked_fill_(behind.view(sizes), 0);  // clone() keeps the memory layout, masked_fill() would not
 }
 
-/// A call of padded tensors, with zeros behind the lengths: NaN there would reach other rows as 0 * NaN.
+/// A call of padded tensors, with zeros behind the lengths. A NaN there would reach other rows as 0 * NaN.
 Padded padded_call(const AlibiAttention& call, const AttentionTensors& inputs) {
   const auto& [q, k, v, slopes] = inputs;
   Padded result = scalars_of(call, slopes);
@@ -112,7 +112,7 @@ Padded padded_call(const AlibiAttention& call, const AttentionTensors& inputs) {
   result.q = zeros_behind(q, result.seqlens_q, 1);
   result.k = zeros_behind(k, result.seqlens_k, 1);
   result.v = zeros_behind(v, result.seqlens_k, 1);
-  // On a CPU such lengths are errors.
+  // On a CPU a length beyond its tensor is an error.
   if (broken.defined() && !broken.is_cpu()) {
     const auto wide = q.options().dtype(arguments::alibi_slopes_dtype(q.scalar_type()));
     result.nan_if_too_long = at::zeros({call.batch}, wide).masked_fill_(broken, kNaN);

@@ -9,14 +9,14 @@
 
 #include <tuple>
 
-// Calls of attention, padded or packed, as those of padded batches. What computes a batch is what the dispatch keys
-// differ in.
+// Computes calls of attention, padded or packed, as calls on padded batches. The functions that compute a batch differ
+// between the dispatch keys.
 namespace posenc::blockwise {
 
-/// `(out, lse)` of a batch: like q, and `[B, Hq, Sq]` in the dtype of sums.
+/// Computes `(out, lse)` of a batch: of the shape and dtype of q, and `[B, Hq, Sq]` in the dtype of sums.
 using Forward = c10::function_ref<std::tuple<at::Tensor, at::Tensor>(const Padded&)>;
 
-/// The gradients of q, k, v, and of the slopes where `slopes_grad`.
+/// Computes the gradients of q, k, v, and with `slopes_grad` those of the slopes, of a batch.
 /// @param grad_lse  undefined means zero.
 using Backward = c10::function_ref<std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
     const Padded& batch,
@@ -26,7 +26,7 @@ using Backward = c10::function_ref<std::tuple<at::Tensor, at::Tensor, at::Tensor
     const at::Tensor& lse,
     bool slopes_grad)>;
 
-/// The sums of `alibi_attention_slope_sums` of a batch.
+/// Computes the sums of `alibi_attention_slope_sums` of a batch.
 using SlopeSums = c10::function_ref<at::Tensor(const Padded& batch, const at::Tensor& grad_out, const at::Tensor& lse)>;
 
 std::tuple<at::Tensor, at::Tensor> forward(
@@ -40,13 +40,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
     bool slopes_grad,
     Backward compute);
 
-/// Of padded tensors alone.
+/// Accepts padded tensors only.
 at::Tensor slope_sums(
     const arguments::AlibiAttention& call,
     const arguments::AttentionSlopeSumsArguments& arguments,
     SlopeSums compute);
 
-/// The same on all devices.
+/// Computed in the same way on all devices.
 /// @param grad_lse  undefined means zero.
 SecondOrderResult double_backward(
     const arguments::AlibiAttention& call,

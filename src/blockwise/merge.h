@@ -2,22 +2,22 @@
 
 #include <ATen/core/Tensor.h>
 
-// Outputs of attention over parts of the keys, brought together by their log-sum-exp.
+// Merges outputs of attention over parts of the keys by their log-sum-exp.
 namespace posenc::blockwise {
 
-/// `lse`, with 0 for rows that see nothing, so that exp(-inf - lse) is 0 and not NaN.
+/// `lse` with 0 in the place of -inf, which rows without visible keys have: exp(-inf - lse) is then 0 and not NaN.
 at::Tensor finite(const at::Tensor& lse);
 
-/// Rows whose keys come in parts. Of what is there and what comes,
+/// Rows whose keys are added part by part. Two parts are merged as
 ///
 ///     lse = log(exp(lse_1) + exp(lse_2)),   out = exp(lse_1 - lse) out_1 + exp(lse_2 - lse) out_2.
 class MergedRows {
  public:
-  /// @param out  `[B, S, H, D]`, of a tensor of its own: it may be written to.
+  /// @param out  `[B, S, H, D]`; it is overwritten by later calls.
   /// @param lse  `[B, H, S]` in the dtype of sums.
   void add(const at::Tensor& out, const at::Tensor& lse);
 
-  /// After the first part: in the dtype of that while it is the only one, else in the dtype of sums.
+  /// Defined after the first part. The dtype is that of the first part until a second one is added, then that of sums.
   const at::Tensor& out() const { return out_; }
   const at::Tensor& lse() const { return lse_; }
 

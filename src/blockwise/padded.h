@@ -10,7 +10,8 @@ namespace posenc::blockwise {
 
 inline constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-/// `softmax(scale q k^T + bias + mask) v` of tensors `[B, S, H, D]`: the one form of a call that is computed.
+/// A call of `softmax(scale q k^T + bias + mask) v` on tensors `[B, S, H, D]`. All calls of attention, padded or
+/// packed, are computed in this form.
 struct Padded {
   at::Tensor q, k, v;                   // zeros behind the lengths
   at::Tensor slopes;                    // [Hq]

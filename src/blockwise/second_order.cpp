@@ -38,7 +38,7 @@ SecondOrderResult blockwise_double_backward(
     const SecondOrderGrads& grads) {
   const Blocks blocks(call);
   const double scale = call.scale;
-  // Keys and values of the directions b and c.
+  // b and c of the header as matrices of keys.
   const Tensor b = grads.k.defined() ? blocks.key_matrices(grads.k) : Tensor();
   const Tensor c = grads.v.defined() ? blocks.key_matrices(grads.v) : Tensor();
   SecondOrderResult result;

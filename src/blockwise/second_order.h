@@ -30,8 +30,8 @@ struct SecondOrderResult {
 ///     dq = scale (dS B + T K),               dk = scale (dS^T A + T^T Q),
 ///     dv = (P (U - mu))^T G,                 dslopes = -sum over b, i, j of T |distance|.
 ///
-/// Probabilities are computed again, with their own sums: output and log-sum-exp of the forward pass are functions of
-/// the other arguments and are not read.
+/// Probabilities and their sums are computed again. Output and log-sum-exp of the forward pass are functions of the
+/// other arguments and are not read.
 ///
 /// @param grad_out  `[B, Sq, Hq, D]`.
 /// @param grad_lse  `[B, Hq, Sq]`; undefined means zero.

@@ -13,7 +13,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> rotary_embedding_backward_by_par
     const Rotation& rotation,
     at::TensorList grads,
     at::TensorList inputs) {
-  // First, as it checks the lengths of both lists.
+  // Called first because it checks the lengths of both lists.
   auto [grad_cos, grad_sin] = dispatch::rotary_embedding_tables_backward(rotation, grads, inputs);
   std::vector<Tensor> input_grads(grads.size());
   if (grads.size() == 2) {
@@ -24,7 +24,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> rotary_embedding_backward_by_par
   return {std::move(input_grads), std::move(grad_cos), std::move(grad_sin)};
 }
 
-// For the CPU, where the sums in float64, not the memory, bound the gradients of tables, and for tensors without data.
+// For Meta and for the CPU, where the float64 sums of the table gradients take longer than the memory accesses.
 TORCH_LIBRARY_IMPL(posenc, CompositeExplicitAutograd, m) {
   m.impl("rotary_embedding_backward", kernel<rotary_embedding_backward_by_parts>);
 }

@@ -55,8 +55,8 @@ struct Pair {
   int64_t q_half, k_half;
   SymbolicAttentionOptions options;
   // Tokens to add to every distance: true distance minus the distance that the kernel computes. Chunks that are not
-  // neighbours are computed as neighbours, and the scores of each row are then too large by slope * beyond. The fused
-  // kernels are built for one offset: this way there are three of them, not one for each pair of ranks.
+  // adjacent are computed as if they were, so the scores of each row are too large by slope * beyond. A fused kernel is
+  // built for one query offset, and this way there are three offsets, not one for each pair of ranks.
   int64_t beyond;
 };
 

@@ -16,7 +16,7 @@
 namespace posenc {
 namespace {
 
-/// One row, which may be the same memory for both.
+/// One row. `in` and `out` may be the same memory.
 template <typename T>
 struct Row {
   const T* in;
@@ -24,8 +24,8 @@ struct Row {
   int64_t in_stride, out_stride;
 };
 
-/// Rounds to nearest, ties to even, as the conversion does, which however looks at each number for NaN: a tenth of the
-/// time of a sum in bfloat16. A NaN whose lower half is zero, as all that were bfloat16, rounds to itself.
+/// Rounds to nearest, ties to even. The conversion of LibTorch also tests each number for NaN, which takes a tenth of
+/// the time of a sum in bfloat16. A NaN whose lower half is zero, as every NaN that was bfloat16, rounds to itself.
 template <typename T>
 POSENC_ALWAYS_INLINE T narrow(cpu::arithmetic_t<T> value) {
   if constexpr (std::is_same_v<T, at::BFloat16>) {
@@ -38,7 +38,7 @@ POSENC_ALWAYS_INLINE T narrow(cpu::arithmetic_t<T> value) {
   }
 }
 
-/// The first `count` keys. Strides are 1 where `Dense`.
+/// Adds to the first `count` keys. With `Dense` all strides are 1.
 template <typename T, bool Dense>
 POSENC_CPU_CLONES void add_row(const Row<T>& row, cpu::arithmetic_t<T> slope, int32_t position, int32_t count) {
   using Real = cpu::arithmetic_t<T>;
@@ -60,7 +60,7 @@ void copy_row(const Row<T>& row, int32_t count) {
   }
 }
 
-/// Where the queries of a call find their rows, and what is written beyond the keys that they see.
+/// The rows of a call, and the value for keys that a query does not see.
 template <typename T>
 struct Rows {
   const AlibiAddProblem& problem;
@@ -73,7 +73,7 @@ struct Rows {
         problem.in.strides.key, problem.out.strides.key};
   }
 
-  /// Adds the bias to the first `visible` keys, or where there are no slopes copies them; hides the others of `count`.
+  /// Adds the bias to the first `visible` keys, or copies them without slopes. Sets the others of `count` to `hidden`.
   template <bool Dense>
   void write(const Row<T>& row, int64_t head, int32_t position, int32_t visible, int32_t count) const {
     if (problem.slopes.data != nullptr) {
@@ -93,7 +93,7 @@ template <typename T>
 void run(const AlibiAddProblem& problem, cpu::arithmetic_t<T> hidden) {
   const Rows<T> rows{problem, static_cast<T>(hidden)};
   const AlibiShape& shape = problem.shape;
-  // In place the line that is written has just been read.
+  // In place, the cache line that is written has just been read, and bypassing the caches saves nothing.
   const bool in_place = problem.in.data == problem.out.data;
   if (!in_place && problem.in.strides.key == 1 && cpu::is_streamed<T>(shape, problem.out)) {
     cpu::stream_rows<T>(

@@ -14,7 +14,7 @@ namespace {
 
 using at::Tensor;
 
-/// The sum of `grad * distance` over the first `count` keys. The stride is 1 where `Dense`.
+/// The sum of `grad * distance` over the first `count` keys. With `Dense` the stride is 1.
 template <typename T, bool Dense>
 POSENC_CPU_CLONES double sum_row(const T* grad, int64_t stride, int32_t position, int32_t count) {
   using Real = cpu::arithmetic_t<T>;
@@ -22,7 +22,7 @@ POSENC_CPU_CLONES double sum_row(const T* grad, int64_t stride, int32_t position
   return cpu::moment_of_row<Real>(position, count, [&](int32_t j) { return static_cast<Real>(grad[j * step]); });
 }
 
-/// Rows are summed by themselves, and then one after the other for each head, in one order.
+/// Sums each row, then the rows of each head in a fixed order.
 template <typename T>
 void run(const AlibiShape& shape, const ScoresIn& grad, cpu::arithmetic_t<T>* result) {
   std::vector<double> row_sums(shape.num_heads * shape.batch * shape.q_len);
@@ -32,7 +32,7 @@ void run(const AlibiShape& shape, const ScoresIn& grad, cpu::arithmetic_t<T>* re
     const int32_t position = shape.position(row.query);
     const int32_t visible = shape.visible(position);
     if (visible > 0) {
-      row_sums[row.index] = grad.strides.key == 0  // one gradient for the whole row, as from sum()
+      row_sums[row.index] = grad.strides.key == 0  // one gradient for the whole row, as after sum()
           ? static_cast<double>(data[0]) * AlibiShape::sum_of_distances(position, visible)
           : sum(data, grad.strides.key, position, visible);
     }

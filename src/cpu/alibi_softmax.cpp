@@ -16,11 +16,11 @@ namespace {
 
 using cpu::kLanes;
 
-/// exp(x) for x at most 0, to 2 units in the last place, in steps that the compiler can vectorise (Cody and Waite's
-/// reduction by ln 2, then the polynomial of Cephes' expf); zero where float32 has no normal number. NaN stays NaN.
+/// exp(x) for x <= 0 with an error of 2 units in the last place, in operations that the compiler can vectorise (Cody
+/// and Waite's reduction by ln 2, then the polynomial of Cephes' expf). Zero below the normal range; NaN stays NaN.
 inline float exp_of_negative(float x) {
   constexpr float kLog2E = 1.44269504088896341F;
-  constexpr float kRound = 12582912.0F;  // 1.5 * 2^23: its sum with a small number has that number's integer below
+  constexpr float kRound = 12582912.0F;  // 1.5 * 2^23: adding it rounds a small number to an integer
   const float n = (x * kLog2E + kRound) - kRound;
   const float r = (x - n * 0.693359375F) - n * -2.12194440e-4F;
   float p = 1.9875691500e-4F;
@@ -42,7 +42,7 @@ inline double exp_of_negative(double x) {
   return std::exp(x);
 }
 
-/// The logits of the first `count` keys into `logits`. The stride is 1 where `Dense`.
+/// Writes the logits of the first `count` keys to `logits`. With `Dense` the stride is 1.
 template <typename T, bool Dense>
 POSENC_CPU_CLONES void logits_row(
     const T* in,
@@ -75,7 +75,7 @@ POSENC_CPU_CLONES Real maximum(const Real* logits, int32_t count) {
   return *std::max_element(lanes.values, lanes.values + kLanes);
 }
 
-/// Replaces logits with their exponentials and returns their sum.
+/// Replaces logits with `exp(logit - shift)` and returns the sum.
 template <typename Real>
 POSENC_CPU_CLONES Real exponentials(Real* logits, Real shift, int32_t count) {
   for (int32_t j = 0; j < count; ++j) {
@@ -147,22 +147,22 @@ void run_typed(const AlibiSoftmaxProblem& problem) {
   });
 }
 
-/// One row of a backward pass. Strides are 1 where `Dense`.
+/// One row of a backward pass. With `Dense` all strides are 1.
 template <typename T>
 struct BackwardRow {
   const T* grad;
   const T* probs;
   T* out;
   int64_t grad_stride, probs_stride, out_stride;
-  int32_t nearest, count;  // the key that distances are counted from, and the number of visible keys
+  int32_t nearest, count;  // the key that distances are relative to, and the number of visible keys
 };
 
 /// Writes the gradient of the scores of one row, `scale * P * (grad - r)`, with `P` the saved probabilities and `r` the
-/// sum of `P * grad`. Returns the sum of `P * (grad - r) * distance` where `SlopesGrad`.
+/// sum of `P * grad`. With `SlopesGrad` it returns the sum of `P * (grad - r) * distance`.
 ///
-/// With `SlopesGrad`, `P` are the saved probabilities divided by their sum, and distances are counted from their mean
-/// under `P`. Saved probabilities of half and bfloat16 are rounded: their sum differs from 1 by up to 2^-8, which would
-/// multiply the mean of `grad`, and distances of thousands. Both leave the exact sum unchanged.
+/// With `SlopesGrad`, `P` are the saved probabilities divided by their sum, and distances are relative to their mean
+/// under `P`. Saved probabilities in 16 bits are rounded: their sum differs from 1 by up to 2^-8, and this error would
+/// be multiplied by the mean of `grad` and by distances of thousands. Both changes leave the exact sum unchanged.
 template <typename T, bool Dense, bool SlopesGrad>
 POSENC_CPU_CLONES double backward_row(const BackwardRow<T>& row, double scale) {
   using Real = cpu::arithmetic_t<T>;

@@ -13,22 +13,22 @@
 #include <limits>
 #include <vector>
 
-// A head is widened into a buffer, worked on there by loops over dense arrays of the arithmetic type, and narrowed on
-// its way out. So every combination of strides and dtypes runs the same vectorised loops.
+// A head is converted to the arithmetic type in a dense buffer, processed there, and converted back when it is stored.
+// All combinations of strides and dtypes therefore use the same vectorised loops.
 namespace posenc {
 namespace {
 
 using cpu::arithmetic_t;
 using cpu::TokenHeads;
 
-/// Sums are formed side by side in so many parts, one order for all instruction sets.
+/// The number of partial sums of a reduction, whose order is the same for all instruction sets.
 constexpr int kSumLanes = 16;
 
-/// Parts of the tokens whose sums for the weights are formed apart, at most: a number of its own and not that of the
-/// threads, so that the gradients do not depend on these.
+/// The tokens are divided into at most this many parts, each with its own sums for the gradients of the weights. The
+/// number does not depend on the number of threads, so neither do the gradients.
 constexpr int64_t kMaxParts = 256;
 
-/// What all heads of one tensor and token share. `sin` has the sign of the rotation.
+/// The parameters of all heads of one token in one tensor. `sin` has the sign of the rotation.
 template <typename Real>
 struct HeadParameters {
   const Real* cos;
@@ -80,7 +80,7 @@ inline void rotate_head(Real* x, const Real* cos, const Real* sin, int64_t pairs
   }
 }
 
-/// The sum of `a[i] b[i] c[i]` where `Weighted`, otherwise of `a[i] b[i]`.
+/// The sum of `a[i] b[i] c[i]` with `Weighted`, otherwise of `a[i] b[i]`.
 template <bool Weighted, typename Real>
 inline Real sum_of_products(const Real* a, const Real* b, const Real* c, int64_t count) {
   cpu::Lanes<Real, kSumLanes> lanes(0);
@@ -123,8 +123,8 @@ POSENC_CPU_CLONES void normalise_and_rotate(
   }
 }
 
-/// Stores the gradients of one token, and adds to those of the weight unless `weight_grad` is null. `g` and `x` are
-/// buffers of a head.
+/// Stores the gradients of one token, and adds its terms to `weight_grad` unless that is null. `g` and `x` are buffers
+/// of a head.
 template <typename T, bool Interleaved>
 POSENC_CPU_CLONES void gradients_of_token(
     const TokenHeads<const T>& grad,
@@ -159,7 +159,7 @@ POSENC_CPU_CLONES void gradients_of_token(
   }
 }
 
-/// The weights of both operands, dense and in the arithmetic type, with what is added to them.
+/// The weights of both operands, dense and in the arithmetic type, plus 1 with `unit_offset`.
 template <typename T>
 std::vector<arithmetic_t<T>> widened_weights(const QKNormRotaryProblem& problem) {
   using Real = arithmetic_t<T>;
@@ -184,7 +184,7 @@ class DenseTokenTables {
   explicit DenseTokenTables(const RotaryProblem& problem)
       : tables_(problem), cos_(static_cast<size_t>(problem.num_pairs)), sin_(static_cast<size_t>(problem.num_pairs)) {}
 
-  /// Whether token (batch, seq) has a row in the tables; with several axes, whether some pair may have one.
+  /// Whether the position of token (batch, seq) is in the tables; always true with several axes.
   bool read(int64_t batch, int64_t seq) {
     const auto row = tables_.row(batch, seq);
     if (!row.has_value()) {
@@ -214,7 +214,7 @@ void run_typed(const QKNormRotaryProblem& problem) {
   using Real = arithmetic_t<T>;
   const RotaryProblem& rotary = problem.rotary;
   const std::vector<Real> weights = widened_weights<T>(problem);
-  // A token without rows in the tables is normalised by NaN.
+  // The eps of a token without a row in the tables is NaN, which makes its heads NaN.
   const auto rotate = rotary.interleaved ? normalise_and_rotate<T, true> : normalise_and_rotate<T, false>;
   const int64_t grain = std::max<int64_t>(1, cpu::kGrainElements / std::max<int64_t>(1, elements_of_token(rotary)));
   at::parallel_for(0, rotary.batch * rotary.seq_len, grain, [&](int64_t begin, int64_t end) {
@@ -252,7 +252,7 @@ void run_backward_typed(const QKNormRotaryBackwardProblem& problem) {
   const auto differentiate = rotary.interleaved ? gradients_of_token<T, true> : gradients_of_token<T, false>;
   const int64_t num_parts =
       std::clamp<int64_t>(num_tokens * elements_of_token(rotary) / cpu::kGrainElements, 1, kMaxParts);
-  // Part after part, of each operand.
+  // [parts, operands, D]
   std::vector<double> sums(2 * num_parts * head_dim, 0.0);
   at::parallel_for(0, num_parts, /*grain_size=*/1, [&](int64_t begin, int64_t end) {
     DenseTokenTables<Real> tables(rotary);

@@ -25,8 +25,8 @@ struct Token {
   int64_t num_heads, head_dim, num_pairs;
 };
 
-/// Rotates all heads of one token. The channel stride of the input is `InStride`, and all others are 1; or, where
-/// `InStride` is -1, all are whatever they are.
+/// Rotates all heads of one token. The channel stride of the input is `InStride`, and those of output and tables are 1.
+/// With `InStride` -1 all strides are arbitrary.
 template <typename T, bool Interleaved, int InStride>
 POSENC_CPU_CLONES void rotate_token(const Token<T>& token, const cpu::TokenRow<arithmetic_t<T>>& row) {
   using Real = arithmetic_t<T>;

@@ -13,7 +13,7 @@ namespace {
 
 using at::Tensor;
 
-/// Adds what one token contributes to these pairs of its row of the tables, over all heads of one operand.
+/// Adds the terms of one token, over all heads of one operand, to the sums of some pairs of its row of the tables.
 template <typename T>
 void add_token(
     const RotaryTablesProblem& problem,
@@ -42,7 +42,7 @@ void add_token(
   }
 }
 
-/// The pairs that read each axis of the positions; all of them, once, where there is one axis or none.
+/// The pairs that read each axis of the positions; all pairs in one list if there is one axis or none.
 std::vector<std::vector<int64_t>> pairs_of_axes(const RotaryTablesProblem& problem) {
   const int64_t num_axes = std::max<int64_t>(1, problem.num_axes);
   std::vector<std::vector<int64_t>> pairs(static_cast<size_t>(num_axes));
@@ -52,7 +52,7 @@ std::vector<std::vector<int64_t>> pairs_of_axes(const RotaryTablesProblem& probl
   return pairs;
 }
 
-/// Every row of the tables is summed by one thread, in one order.
+/// Every row of the tables is summed by one thread, in a fixed order.
 template <typename T>
 void run(const RotaryTablesProblem& problem) {
   using Real = cpu::arithmetic_t<T>;

@@ -17,8 +17,8 @@ namespace {
 
 using at::Tensor;
 
-/// In tensor operations: LibTorch's cosine of float64 is vectorised for each instruction set, which a loop over the
-/// standard library's is not.
+/// Computed in tensor operations: LibTorch's float64 cosine is vectorised for each instruction set, and that of the
+/// standard library is not.
 std::tuple<Tensor, Tensor> rotary_tables_cpu(const arguments::FrequenciesArguments<int64_t>& a) {
   arguments::check_frequencies(a);
   const Tensor wide = a.inv_freq.to(at::kDouble);
@@ -26,14 +26,14 @@ std::tuple<Tensor, Tensor> rotary_tables_cpu(const arguments::FrequenciesArgumen
   return {angles.cos().mul_(a.attention_factor).to(a.dtype), angles.sin().mul_(a.attention_factor).to(a.dtype)};
 }
 
-/// One row of the gradients and of the tables, [R/2], from the first pair of a thread on; strides in elements.
+/// One row of the gradients and of the tables, from the first pair of a thread on; strides in elements.
 template <typename T>
 struct Row {
   const T *grad_cos, *grad_sin, *cos, *sin;
   int64_t grad_cos_stride, grad_sin_stride, cos_stride, sin_stride;
 };
 
-/// Adds the terms of one row to `sums`, float64 [count]. All strides are 1 where `Dense`.
+/// Adds the terms of one row to `sums`, float64 [count]. With `Dense` all strides are 1.
 template <typename T, bool Dense>
 POSENC_CPU_CLONES void add_row(const Row<T>& row, double position, int64_t count, double* sums) {
   const int64_t gc = Dense ? 1 : row.grad_cos_stride;

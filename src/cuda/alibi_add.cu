@@ -3,7 +3,7 @@
 #include <cuda/kernels.h>
 #include <cuda/alibi_add_kernel.cuh>
 
-// The bias alone, added to scores, and the gradient of that sum, which a causal mask sets to zero.
+// Launches of alibi_bias, alibi_add and alibi_mask, which are passes of one kernel.
 namespace posenc::cuda {
 namespace {
 
@@ -15,7 +15,8 @@ void launch_alibi_add(const AlibiAddProblem& problem) {
   const int64_t along_keys = threads_along_keys(num_vectors, U);
   const int64_t along_queries = kMaxThreads / along_keys;
   const int64_t key_groups = ceil_div(num_vectors, along_keys * U);
-  // Below 2^31, the limit of a grid: 2^31 blocks for one [Sq, Sk] matrix would be 2^40 elements, more than any memory.
+  // A grid has at most 2^31 - 1 blocks. 2^31 blocks for one matrix [Sq, Sk] would be 2^40 elements, which fit no
+  // memory.
   const int64_t blocks = key_groups * ceil_div(shape.q_len, along_queries);
   const Matrices matrices(shape);
   const dim3 block(along_keys, along_queries);

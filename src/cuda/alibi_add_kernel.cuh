@@ -4,14 +4,14 @@
 #include <cuda/detail/score_grid.h>
 #include <cuda/detail/score_vectors.cuh>
 
-// alibi_bias, alibi_add and alibi_mask: one kernel that writes every score once, and reads it at most once. A thread
-// owns some vectors of one row, a block's width apart.
+// alibi_bias, alibi_add and alibi_mask in one kernel that writes every score once and reads it at most once. A thread
+// processes several vectors of one row; consecutive ones are a block's width apart.
 namespace posenc::cuda {
 
 enum class AlibiPass {
   bias,  // writes the bias
-  add,   // reads scores, writes their sum with the bias
-  mask,  // reads gradients, writes them where the query sees the key, else zero
+  add,   // reads scores and writes scores + bias
+  mask,  // reads gradients and writes them, zero where the query does not see the key
 };
 
 template <int VectorWidth, AlibiPass Pass, bool IsCausal>
@@ -19,8 +19,8 @@ struct AlibiPolicy {
   static constexpr int kVectorWidth = VectorWidth;
   static constexpr AlibiPass kPass = Pass;
   static constexpr bool kCausal = IsCausal;
-  /// Two 16-byte loads before the first use, as in the rotary kernel; without loads, enough work for a block to be
-  /// worth its launch.
+  /// Two 16-byte loads before the first use, as in the rotary kernel. The bias reads nothing: there the number gives a
+  /// block enough work to amortise its launch.
   static constexpr int kVectorsPerThread = Pass == AlibiPass::bias || VectorWidth == 1 ? 4 : 2;
 };
 
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) alibi_add_kernel(
     const T* in = static_cast<const T*>(problem.in.data) + problem.in.strides.row(batch, head, query);
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      if (first + u * step < visible) {  // what is hidden is not even read
+      if (first + u * step < visible) {  // hidden scores are not read
         values[u] = load_strided<V>(in, first + u * step, problem.in.strides.key);
       }
     }

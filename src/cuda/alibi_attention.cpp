@@ -27,7 +27,7 @@ std::string why_not_cudnn(const blockwise::Padded& /*call*/) {
 }
 #endif
 
-/// Whether cuDNN computes a call; where it does not, says so, and once as a warning.
+/// Whether cuDNN computes a call. If not, logs the reason, the first time as a warning.
 bool takes_cudnn(const blockwise::Padded& call) {
   const std::string reason = why_not_cudnn(call);
   if (reason.empty()) {
@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> compute_backward(
     const Tensor& lse,
     bool slopes_grad) {
 #if POSENC_CUDNN
-  // cuDNN forms the sums of rows of dout * out itself: there is no place for the gradient of lse.
+  // cuDNN computes rowsum(dout * out) itself and has no input for the gradient of lse.
   if (!grad_lse.defined() && takes_cudnn(batch)) {
     const Tensor grad = cuda::readable_rows(batch, grad_out);
     const Tensor result = cuda::readable_rows(batch, out);

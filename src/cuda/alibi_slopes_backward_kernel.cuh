@@ -6,14 +6,14 @@
 #include <cuda/detail/score_vectors.cuh>
 
 // The sum of gradient times distance for each head, in two stages: a block sums some rows of one head, and a second
-// kernel the blocks of a head (reduce.cuh). Vectors are summed in the arithmetic of their dtype, everything else in
-// float64, all in one order: the same bits every time, without atomics.
+// kernel sums the blocks of a head (reduce.cuh). Vectors are summed in the arithmetic type, everything else in float64.
+// The order is fixed, without atomics, so the result has the same bits every time.
 namespace posenc::cuda {
 
-/// 16-byte loads in flight of one thread.
+/// 16-byte loads that a thread has in flight.
 constexpr int kSumVectors = 4;
 
-/// Blocks that an SM holds at least: the vectors in flight spill at the 40 registers of kMinBlocks.
+/// Blocks that an SM holds at least. With the 40 registers of `kMinBlocks` the vectors in flight would spill.
 constexpr int kMinSumBlocks = 10;
 
 /// `sums` is `[H, B, row groups]`.
@@ -68,7 +68,8 @@ __global__ void __launch_bounds__(kMaxThreads, kMinSumBlocks) alibi_slopes_backw
   }
 }
 
-/// The same where all keys of a row share one gradient, as from a sum: a thread a row, and its sum in closed form.
+/// The same if all keys of a row share one gradient, as after sum(): one thread for each row, which is summed in closed
+/// form.
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads) alibi_slopes_backward_of_expanded_kernel(
     const __grid_constant__ AlibiShape shape,

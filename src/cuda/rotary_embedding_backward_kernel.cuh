@@ -4,30 +4,30 @@
 #include <cuda/detail/launch.h>
 #include <cuda/detail/rotary_chunk.cuh>
 
-// Gradients of cos and sin, and of what was rotated by them if wanted, in one pass: outgoing gradients and inputs are
-// read once, and the gradients of the inputs written.
+// Gradients of cos and sin, and optionally of the inputs, in one pass: gradients of the outputs and inputs are read
+// once, and the gradients of the inputs are written.
 //
-// A block owns one row of the tables; where pairs choose their row by several axes, a chunk has one axis, and only the
-// gradients of the tables are computed. Its *items* are the heads (all of q, then all of k) of all tokens that read the
-// row. Threads along x are the chunks of a head (rotary_chunk.cuh), threads along y share the items. A thread keeps its
-// part of the row and of both sums in registers; the sums of a block meet in shared memory in a fixed order, so that
-// the result is the same to the last bit every time, without atomics.
+// A block processes one row of the tables. Its *items* are the heads (all of q, then all of k) of all tokens that read
+// the row. Threads along x are the chunks of a head (rotary_chunk.cuh), threads along y share the items. A thread keeps
+// its part of the row and of both sums in registers. The sums of a block are added in shared memory in a fixed order,
+// without atomics, so the result has the same bits every time. With positions of several axes all pairs of a chunk have
+// one axis, and only the gradients of the tables are computed.
 namespace posenc::cuda {
 
-/// Items that a thread has in flight, four loads of one vector each, and blocks that an SM holds at least, which caps
-/// registers at 128.
+/// Items that a thread has in flight, with four loads of a vector each, and blocks that an SM holds at least, which
+/// limits registers to 128.
 constexpr int kItemsInFlight = 2;
 constexpr int kMinBackwardBlocks = 4;
 
-/// Blocks that fill with NaN what tokens without a row get. There should be none.
+/// Blocks that write NaN for tokens whose position is outside the tables. There should be no such tokens.
 constexpr int kStrayBlocks = 32;
 
-/// What a launch knows beforehand. Each removes code, and registers with it, from the kernel.
+/// Constants of a launch. Each removes code, and with it registers, from the kernel.
 template <int VectorWidth, bool IsInterleaved, bool IsSplat, bool WritesInputGrads>
 struct RotaryBackwardPolicy {
   static constexpr int kVectorWidth = VectorWidth;
   static constexpr bool kInterleaved = IsInterleaved;
-  static constexpr bool kSplat = IsSplat;  // outgoing gradients have one value for all channels of a head
+  static constexpr bool kSplat = IsSplat;  // gradients of outputs have one value for all channels of a head
   static constexpr bool kWritesInputGrads = WritesInputGrads;
   static constexpr bool kTail = WritesInputGrads;  // else only the rotary width is read
   static constexpr bool kAxes = false;             // a block reads one row of the tables
@@ -79,7 +79,7 @@ __device__ BackwardPlace<T> place_of_item(
   return place;
 }
 
-/// The items of a block that one thread takes: every blockDim.y-th, without a division each.
+/// Iterates over the items of a thread, every blockDim.y-th of the block, without a division for each.
 struct ItemWalk {
   uint32_t token, head;
   uint32_t num_heads, token_step, head_step;
@@ -101,7 +101,7 @@ struct ItemWalk {
   }
 };
 
-/// Gradients of channels behind the rotary width pass through.
+/// Copies the gradients of channels in the tail.
 template <typename Policy, typename T>
 __device__ void pass_tail(
     const RotaryBackwardProblem& problem,
@@ -118,7 +118,8 @@ __device__ void pass_tail(
   }
 }
 
-/// Tokens whose position is outside the tables belong to no row: they are sorted before the first and behind the last.
+/// Writes NaN for tokens whose position is outside the tables. In `order` they are before the first row and behind the
+/// last one.
 template <typename Policy, typename T>
 __device__ void fill_strays(
     const RotaryBackwardProblem& problem,
@@ -173,7 +174,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBackwardBlocks) rotary_embedd
   Real sum_cos[V] = {};
   Real sum_sin[V] = {};
   if (exists && channels.rotates) {
-    // Tables given per token have one set of rows for each batch.
+    // Tables `[B, S, R/2]` have one set of rows for each batch.
     const uint32_t set = grid.table_rows.quotient(blockIdx.x);
     const uint32_t row_of_set = blockIdx.x - set * grid.table_rows.divisor;
     const auto offset = [&](const RotaryTable& table) {
@@ -190,8 +191,8 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBackwardBlocks) rotary_embedd
       T* input_grads[U];
       int64_t strides[U];  // of their channels
       bool has[U];
-      // Behind the last item the first one is read again: around a branch the compiler would unpack the vectors, and so
-      // wait for them, before the next ones are asked for.
+      // Behind the last item the first one is read again. With a branch the compiler would unpack the vectors, and so
+      // wait for them, before it issues the next loads.
 #pragma unroll
       for (int u = 0; u < U; ++u) {
         has[u] = item.token < num_tokens;

@@ -9,8 +9,8 @@
 namespace posenc::cuda {
 namespace {
 
-/// Rows of a block at least, and blocks that share a pair at most: work for every SM, and not so many sums that the
-/// second kernel takes long.
+/// Rows of a block at least, and blocks that share a pair at most: enough blocks for every SM, and few enough sums for
+/// the second kernel.
 constexpr int64_t kRowsPerBlock = 32;
 constexpr int64_t kMaxRowGroups = 2048;
 

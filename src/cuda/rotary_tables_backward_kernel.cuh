@@ -3,9 +3,9 @@
 #include <arguments/rotary_frequencies_problem.h>
 #include <cuda/detail/launch.h>
 
-// The gradient to the frequencies, in two stages: a block sums some rows of some pairs, and a second kernel the blocks
-// of a pair (reduce.cuh). Threads along x are pairs, along y rows; everything is summed in float64, in one order: the
-// same bits every time, without atomics.
+// The gradient of the frequencies, in two stages: a block sums some rows of some pairs, and a second kernel sums the
+// blocks of a pair (reduce.cuh). Threads along x are pairs, along y rows. Sums are float64 in a fixed order, without
+// atomics, so the result has the same bits every time.
 namespace posenc::cuda {
 
 template <typename Real>
@@ -13,7 +13,7 @@ __device__ double table_entry(const TableView& table, int64_t row, int64_t pair)
   return static_cast<double>(static_cast<const Real*>(table.data)[row * table.stride_row + pair * table.stride_pair]);
 }
 
-/// `sums` is `[num_pairs, row groups]`, of the gradient with its sign changed: the second stage changes it back.
+/// @param sums  `[num_pairs, row groups]`, the negative gradient: the second kernel changes the sign.
 template <typename Real>
 __global__ void __launch_bounds__(kMaxThreads) rotary_tables_backward_kernel(
     const __grid_constant__ FrequenciesBackwardProblem problem,

@@ -3,11 +3,11 @@
 #include <arguments/rotary_frequencies_problem.h>
 #include <cuda/detail/launch.h>
 
-// Cosines and sines of position times frequency. Threads along x are pairs, along y positions; the angle and its sine
-// and cosine are formed in float64 (a float32 angle is wrong by 0.03 at position 1,000,000) and rounded once.
+// Cosines and sines of position times frequency. Threads along x are pairs, along y positions. Angle, sine and cosine
+// are computed in float64 (a float32 angle has an error of 0.03 at position 1,000,000) and rounded once.
 namespace posenc::cuda {
 
-/// `Freq` is the dtype of the frequencies, `Real` that of the tables.
+/// @tparam Freq,Real  the dtypes of the frequencies and of the tables.
 template <typename Freq, typename Real>
 __global__ void __launch_bounds__(kMaxThreads)
     rotary_tables_kernel(const __grid_constant__ FrequenciesProblem problem) {

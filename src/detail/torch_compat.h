@@ -9,14 +9,14 @@
 #include <utility>
 #include <vector>
 
-// The differences between the releases of LibTorch that posenc is built with, 2.8 to 2.15: all of them are here.
+// All differences between the supported releases of LibTorch, 2.8 to 2.15.
 namespace posenc {
 
 #define POSENC_TORCH_AT_LEAST(major, minor) \
   (TORCH_VERSION_MAJOR > (major) || (TORCH_VERSION_MAJOR == (major) && TORCH_VERSION_MINOR >= (minor)))
 
-// Nodes of the graph: 2.13 counts their references in themselves, earlier releases hold them by std::shared_ptr, and
-// delete those that may be deeply linked with a function of their own.
+// Nodes of the autograd graph: since 2.13 they are intrusively reference counted. Earlier releases hold them by
+// std::shared_ptr, with a deleter for deep graphs.
 #if POSENC_TORCH_AT_LEAST(2, 13)
 using NodePtr = c10::intrusive_ptr<torch::autograd::Node>;
 
@@ -34,8 +34,8 @@ NodePtr new_node(Args&&... args) {
 #endif
 
 /// The collective of c10d that sends `sent[r]` elements of `input` to rank r and receives `received[r]` from it. 2.13
-/// gave it the name that Python has, and deprecates the old one. `Group` is `c10d::ProcessGroup`, which not every
-/// build of LibTorch has.
+/// renamed it as in Python and deprecates the old name. `Group` is `c10d::ProcessGroup`, a template parameter because
+/// not every build of LibTorch has it.
 template <typename Group>
 auto all_to_all_single(
     Group& group,

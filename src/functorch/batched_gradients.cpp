@@ -4,15 +4,14 @@
 #include <ATen/ops/_add_batch_dim.h>
 #include <ATen/ops/_remove_batch_dim.h>
 
-// In a file of its own: its header and those of torch.func.vmap cannot be included together.
+// Not in vmap.cpp, because the headers of both kinds of vmap cannot be included together.
 namespace posenc {
 namespace {
 
 using at::IValue;
 using at::Tensor;
 
-/// One level of the older vmap, which torch.autograd.grad(is_grads_batched=True) is made of: the highest of the
-/// arguments.
+/// The highest level of the older vmap among the arguments. torch.autograd.grad(is_grads_batched=True) uses this vmap.
 class LegacyLevel {
  public:
   explicit LegacyLevel(c10::ArrayRef<IValue> arguments) {

@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-// vmap as a loop over the batch. LibTorch's own fallbacks take neither lists of tensors nor undefined results.
+// vmap as a loop over the batch. LibTorch's fallbacks accept neither lists of tensors nor undefined results.
 //
 // `Level` is one level of a vmap: `Level(arguments)` finds it, `unwrapped(tensor)` is the tensor with its batch
 // dimension first, nullopt if it has none at this level, and `wrapped` undoes that.
@@ -46,7 +46,7 @@ class BatchedArguments {
     return std::any_of(tensors.begin(), tensors.end(), [](const BatchFirst& tensor) { return tensor.batched; });
   }
 
-  /// What the operator gets for element `index` of the batch: views. Of an empty batch, zeros in their place.
+  /// The arguments of the operator for element `index` of the batch, as views; zeros if the batch is empty.
   torch::jit::Stack element(int64_t index) const {
     const auto of = [&](const BatchFirst& tensor) {
       if (!tensor.batched) {
@@ -96,7 +96,7 @@ class BatchedArguments {
   std::optional<int64_t> batch_size_;
 };
 
-/// One result of the operator, of all elements of the batch in one tensor; undefined where the operator returns none.
+/// One result of the operator for all elements of the batch in one tensor; undefined if the operator returns none.
 template <typename Level>
 Tensor joined(const std::vector<Tensor>& elements, int64_t batch_size, const Level& level) {
   if (!elements[0].defined()) {
@@ -137,13 +137,13 @@ void loop_over_batch(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 
   const int64_t batch_size = *arguments.batch_size();
   const size_t num_results = op.schema().returns().size();
-  std::vector<torch::jit::Stack> results;  // of each element
+  std::vector<torch::jit::Stack> results;  // one for each element
   for (int64_t i = 0; i < std::max<int64_t>(batch_size, 1); ++i) {
     results.push_back(arguments.element(i));
     op.callBoxed(&results.back());
   }
   for (size_t r = 0; r < num_results; ++r) {
-    // A list of one for a tensor.
+    // A tensor is treated as a list of one.
     std::vector<std::vector<Tensor>> elements;
     for (const torch::jit::Stack& result : results) {
       const std::vector<Tensor> tensors =

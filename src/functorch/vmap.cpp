@@ -11,7 +11,7 @@ namespace {
 using at::IValue;
 using at::Tensor;
 
-/// One level of torch.func.vmap, the innermost.
+/// The innermost level of torch.func.vmap.
 class FunctorchLevel {
  public:
   explicit FunctorchLevel(c10::ArrayRef<IValue> /*arguments*/)

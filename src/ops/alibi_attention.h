@@ -8,8 +8,8 @@
 
 #include <tuple>
 
-// The operators of attention below the public function. All take their options first, as one struct, in which integers
-// may be symbols of a graph that is being traced.
+// The operators of attention below the public function. The integers of their options may be symbols of a graph that is
+// being traced.
 namespace posenc {
 
 using arguments::AttentionBackwardArguments;
@@ -41,7 +41,8 @@ std::tuple<at::Tensor, at::Tensor> alibi_attention(
 /// Deterministic. Can be differentiated with respect to grad_out, grad_lse, q, k, v and slopes. `out` and `lse` are
 /// functions of these: no gradient flows to them.
 ///
-/// @param grad_lse  of the shape of `lse`, or nothing for zeros.
+/// @param arguments  `grad_lse` has the shape of `lse`; nullopt means zero.
+/// @param slopes_grad  whether dslopes is computed.
 /// @return `(dq, dk, dv, dslopes)`; the last is `[Hq]`, float64 for float64, float32 for all others, and undefined
 ///   unless `slopes_grad`.
 AttentionGradients alibi_attention_backward(
@@ -50,25 +51,25 @@ AttentionGradients alibi_attention_backward(
     bool slopes_grad);
 
 /// The gradients of `alibi_attention_backward` from gradients of its results, by the formulas of
-/// attention/second_order.h: in memory that grows with Sq + Sk.
+/// blockwise/second_order.h, in memory that grows with Sq + Sk.
 ///
-/// @param grad_grad_q,grad_grad_k,grad_grad_v  gradients of dq, dk and dv, in their shapes; nothing for zeros.
-/// @param grad_grad_slopes  the gradient of dslopes, `[Hq]`, float64 for float64, float32 for all others.
+/// @param arguments  `grad_grad_q`, `grad_grad_k`, `grad_grad_v` and `grad_grad_slopes` are the gradients of dq, dk, dv
+///   and dslopes, of their shapes and dtypes; nullopt means zero.
 /// @return the gradients of grad_out, grad_lse, q, k, v and slopes.
 AttentionSecondGradients alibi_attention_double_backward(
     const SymbolicAttentionOptions& options,
     const AttentionDoubleBackwardArguments& arguments);
 
-/// What a call contributes to the gradient of the slopes, where it is of some of the keys of each row: of four
-/// quantities x, the sums of P x over the keys of the call, with P = exp(S - lse) and the lse of all keys:
+/// The contribution of a part of the keys to the gradient of the slopes: for each row, the sums of P x over the keys of
+/// the call, with P = exp(S - lse) and the lse over all keys, for four quantities x:
 ///
 ///     1,   |distance|,   dP,   dP |distance|,        dP = dout V^T.
 ///
 /// Sums over all keys give the gradient: dslopes[h] = -sum over b, i of E[dP d] - E[dP] E[d], with E[x] the sum of P x
-/// over that of P. The mean of dP is known from `out` only as far as that is not rounded, and times a distance of
-/// thousands the rounding is larger than the gradient.
+/// over the sum of P. E[dP] is also rowsum(dout out), but `out` is rounded, and this error times a distance of
+/// thousands is larger than the gradient.
 ///
-/// @param lse  `[B, Hq, Sq]`, as for `alibi_attention_backward`.
+/// @param arguments  padded tensors; `lse` is `[B, Hq, Sq]`.
 /// @return float64 `[4, B, Hq, Sq]`.
 at::Tensor alibi_attention_slope_sums(
     const SymbolicAttentionOptions& options,

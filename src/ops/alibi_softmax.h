@@ -25,9 +25,9 @@ at::Tensor alibi_softmax(const AlibiSoftmaxArguments<c10::SymInt>& arguments);
 ///     dscores = scale * P * (grad - r),
 ///     dslopes[h] = -sum over b, i, j of P * (grad - r) * |query_offset + i - j|.
 ///
-/// The division takes out what the rounding of `probs` to half or bfloat16 does to their sum. What it does to each of
-/// them remains: an error of dslopes of about 0.2 % (bfloat16) or 0.03 % (half) of the root of the sum of the squared
-/// terms. Deterministic. Padding needs no mask: hidden keys have probability zero.
+/// In 16 bits `probs` are rounded. The division removes the error of their sum. The errors of the single probabilities
+/// remain, and cause an error of dslopes of about 0.2 % (bfloat16) or 0.03 % (float16) of the root of the sum of its
+/// squared terms. Deterministic. No key padding mask is needed: hidden keys have probability zero.
 ///
 /// @return `(dscores, dslopes)`; the second is `[H]`, float64 for float64, float32 for all others, and undefined
 ///   unless `slopes_grad`.

@@ -39,7 +39,7 @@ using Parameter = std::conditional_t<
     const T&,
     T>;
 
-/// The parameters that an argument of type `T` takes in a schema, as a tuple.
+/// The parameter types of an argument of type `T` in a schema, as a tuple.
 template <typename T, bool kStruct = kIsStruct<T>>
 struct ParametersOf {
   using type = std::tuple<T>;
@@ -53,7 +53,7 @@ struct ParametersOf<T, true> {
 template <typename T>
 using Parameters = typename ParametersOf<T>::type;
 
-/// References to the members of a struct, or to an argument that is none.
+/// References to the members of a struct, or to an argument that is no struct.
 template <typename T>
 auto flattened(T& argument) {
   if constexpr (kIsStruct<T>) {

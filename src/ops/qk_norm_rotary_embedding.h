@@ -7,7 +7,7 @@
 #include <optional>
 #include <tuple>
 
-// `qk_norm_rotary_embedding` and its backward below the dispatcher: their common arguments are one struct.
+// `qk_norm_rotary_embedding` and its backward below the public function.
 namespace posenc {
 
 /// The arguments of `qk_norm_rotary_embedding` beside q and k, as `posenc/qk_norm_rotary_embedding.h` documents them.
@@ -53,7 +53,7 @@ struct QKNormRotaryGradients {
 
 /// The inputs of `qk_norm_rotary_embedding_backward`.
 struct QKNormRotaryGradInputs {
-  const std::optional<at::Tensor>& grad_q;  // of the outputs; nullopt or undefined means zero
+  const std::optional<at::Tensor>& grad_q;  // gradients of the outputs; nullopt or undefined means zero
   const std::optional<at::Tensor>& grad_k;
   const at::Tensor& q;
   const at::Tensor& k;
@@ -61,7 +61,7 @@ struct QKNormRotaryGradInputs {
   auto flat() const { return std::tie(grad_q, grad_k, q, k); }
 };
 
-/// The option of `qk_norm_rotary_embedding_backward` alone.
+/// The argument of `qk_norm_rotary_embedding_backward` beside its inputs and the rotation.
 struct QKNormRotaryGradMask {
   bool weights_grad;  // whether dq_weight and dk_weight are computed
 

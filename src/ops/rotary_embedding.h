@@ -6,7 +6,7 @@
 #include <tuple>
 #include <vector>
 
-// The operators of the rotary family below the dispatcher: their common arguments are one struct.
+// The rotary operators below the public functions.
 namespace posenc {
 
 /// The arguments that every operator of this family has beside its inputs, as `posenc/rotary_embedding.h` documents
@@ -56,7 +56,7 @@ std::tuple<at::Tensor, at::Tensor> rotary_embedding_qk(
     const at::Tensor& q,
     const at::Tensor& k);
 
-/// The operators in place return nothing: functionalisation (torch.compile) takes no operator that returns its
+/// The in-place operators return nothing: functionalisation (torch.compile) accepts no operator that returns its
 /// argument.
 void rotary_embedding_(const Rotation& rotation, at::Tensor& x);
 void rotary_embedding_qk_(const Rotation& rotation, at::Tensor& q, at::Tensor& k);
@@ -73,8 +73,8 @@ at::Tensor rotary_embedding_pack(
     const at::Tensor& v);
 
 /// All gradients of `rotary_embedding` and `rotary_embedding_qk` in one pass over memory: `grads` rotated by
-/// `rotation.inverse()`, and the results of `rotary_embedding_tables_backward`. Where something requires grad, it calls
-/// those two operators, which are differentiable.
+/// `rotation.inverse()`, and the results of `rotary_embedding_tables_backward`. If an argument requires grad, it calls
+/// these two operators, which are differentiable.
 ///
 /// @param grads  gradients of the rotated outputs, each of the shape of its input: one tensor, or those of q and k.
 /// @param inputs  the tensors that were rotated, `[B, S, H, D]` or `[T, H, D]`: as many as `grads`.
@@ -101,8 +101,8 @@ std::tuple<at::Tensor, at::Tensor> rotary_embedding_tables_backward(
 
 }  // namespace dispatch
 
-/// `rotary_embedding_backward` by the two operators that it combines: the implementation where one kernel for both
-/// brings nothing, and where second derivatives are asked for.
+/// `rotary_embedding_backward` by the two operators that it combines. Used where a single kernel has no advantage, and
+/// for second derivatives.
 std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> rotary_embedding_backward_by_parts(
     const Rotation& rotation,
     at::TensorList grads,

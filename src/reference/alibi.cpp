@@ -16,7 +16,7 @@ at::ScalarType wide_dtype(at::ScalarType dtype) {
   return dtype == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-/// Position of each query as a column minus that of each key: `[Sq, Sk]`, int64.
+/// The position of each query minus the position of each key: `[Sq, Sk]`, int64.
 Tensor differences(
     int64_t q_len,
     int64_t k_len,
@@ -27,7 +27,7 @@ Tensor differences(
   return queries.unsqueeze(1) - at::arange(k_len, options);
 }
 
-/// The bias in the dtype that sums are formed in.
+/// The bias in the dtype of sums.
 Tensor wide_bias(
     const Tensor& slopes,
     int64_t q_len,
@@ -56,7 +56,7 @@ Tensor alibi_add(const Tensor& scores, const Tensor& slopes, bool causal, std::o
   const auto dtype = scores.scalar_type();
   const Tensor bias = wide_bias(slopes, scores.size(-2), scores.size(-1), causal, dtype, query_offset);
   Tensor sum = scores.to(wide_dtype(dtype)) + bias;
-  if (causal) {  // also where the score is NaN
+  if (causal) {  // hides scores that are NaN too
     const Tensor difference = differences(scores.size(-2), scores.size(-1), query_offset, scores.device());
     sum = sum.masked_fill(difference < 0, -std::numeric_limits<double>::infinity());
   }
@@ -83,7 +83,7 @@ Tensor alibi_softmax(
   }
   const Tensor masked = logits.masked_fill(hidden, -std::numeric_limits<double>::infinity());
   const Tensor sees_nothing = hidden.all(-1, /*keepdim=*/true);
-  // A row without a key would be 0 / 0: it gets finite logits, and zeros afterwards.
+  // The softmax of a row without a visible key would be 0 / 0. Its logits are made finite, and its result zero.
   return at::softmax(masked.masked_fill(sees_nothing, 0), -1).masked_fill(sees_nothing, 0).to(dtype);
 }
 

@@ -19,7 +19,7 @@ using at::Tensor;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-/// `[B, S, H, D]` in the dtype of sums as `[B, H, S, D]`, with each head `times` times.
+/// `x`, `[B, S, H, D]`, as `[B, times * H, S, D]` in the dtype of sums, with each head repeated `times` times.
 Tensor heads_first(const Tensor& x, at::ScalarType dtype, int64_t times) {
   return x.to(dtype).transpose(1, 2).repeat_interleave(times, 1);
 }
@@ -47,14 +47,14 @@ std::tuple<Tensor, Tensor> padded(
   if (options.causal()) {
     hidden = hidden.logical_or(columns > positions);
   }
-  hidden = hidden.unsqueeze(1);  // beside [B, H, Sq, Sk]
+  hidden = hidden.unsqueeze(1);  // broadcasts with [B, H, Sq, Sk]
   const Tensor bias = slopes.to(wide).view({1, -1, 1, 1}) * -(positions - columns).abs().to(wide).unsqueeze(1);
   const int64_t times = k.size(2) == 0 ? 1 : q.size(2) / k.size(2);
   const double scale = options.scale().value_or(1 / std::sqrt(static_cast<double>(q.size(3))));
   const Tensor scores =
       at::matmul(heads_first(q, wide, 1), heads_first(k, wide, times).transpose(-1, -2)) * scale + bias;
   const Tensor sees_nothing = hidden.all(-1, /*keepdim=*/true);
-  // A row without a key would be 0 / 0: it gets finite scores, and zeros afterwards.
+  // The softmax of a row without a visible key would be 0 / 0. Its scores are made finite, and its result zero.
   const Tensor logits = scores.masked_fill(hidden, -kInfinity).masked_fill(sees_nothing, 0);
   const Tensor p = at::softmax(logits, -1).masked_fill(sees_nothing, 0);
   const Tensor out = at::matmul(p, heads_first(v, wide, times)).transpose(1, 2).to(q.scalar_type());

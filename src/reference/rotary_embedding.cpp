@@ -12,7 +12,7 @@ namespace {
 
 using at::Tensor;
 
-/// Which row of the tables each pair of each token reads, `[B, S, R/2]`, `[S, R/2]` or `[T, R/2]`; one column where
+/// The row of the tables that each pair of each token reads, `[B, S, R/2]`, `[S, R/2]` or `[T, R/2]`; one column if
 /// positions have one axis.
 Tensor row_indices(const Tensor& positions, at::IntArrayRef pair_axes) {
   if (pair_axes.empty()) {
@@ -22,8 +22,8 @@ Tensor row_indices(const Tensor& positions, at::IntArrayRef pair_axes) {
   return positions.to(at::kLong).index_select(0, axes).movedim(0, -1);
 }
 
-/// The table entries of every token, as `[B, S, 1, R/2]` or `[T, 1, R/2]`, to multiply all heads with. NaN where
-/// the table has no such row.
+/// The entries of a table for each token, as `[B, S, 1, R/2]` or `[T, 1, R/2]`, which broadcast over heads. NaN if the
+/// table has no such row.
 Tensor rows_of_tokens(const Tensor& table, const std::optional<Tensor>& indices, int64_t seq_len) {
   if (!indices.has_value()) {
     return table.narrow(-2, 0, seq_len).unsqueeze(-2);
@@ -57,7 +57,7 @@ Tensor rotary_embedding(
   const Tensor wide = x.to(cos.scalar_type());
   const Tensor rotated = wide.narrow(-1, 0, 2 * pairs);
   Tensor tail = wide.narrow(-1, 2 * pairs, x.size(-1) - 2 * pairs);
-  if (indices.has_value() && pair_axes.empty()) {  // the whole token goes with its one position
+  if (indices.has_value() && pair_axes.empty()) {  // a token outside the tables is NaN in all channels
     const Tensor outside = indices->lt(0).logical_or(indices->ge(cos.size(0))).unsqueeze(-1);
     tail = tail.masked_fill(outside, std::numeric_limits<double>::quiet_NaN());
   }

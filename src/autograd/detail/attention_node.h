@@ -44,7 +44,7 @@ class AttentionNode : public Node<Derived> {
   auto attention_state() { return std::tie(inputs_, out_, lse_); }
 
   variable_list differentiate(const variable_list& grads) {
-    // backward() may be called within an autocast region: gradients keep the dtypes of the forward pass.
+    // backward() may be called in an autocast region. Gradients keep the dtypes of the forward pass.
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     if (!grads[0].defined() && !grads[1].defined()) {
       return variable_list(inputs_.size());
@@ -60,7 +60,7 @@ class AttentionNode : public Node<Derived> {
   at::Tensor out() { return this->unpack(out_); }
   at::Tensor lse() { return this->unpack(lse_); }
 
-  /// `grad`, or zeros for those of `result`.
+  /// `grad`, or zeros of the shape of `result` if it is undefined.
   static at::Tensor or_zeros(const at::Tensor& grad, const at::Tensor& result) {
     return grad.defined() ? grad : at::zeros_like(result);
   }

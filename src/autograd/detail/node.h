@@ -20,10 +20,10 @@
 #include <utility>
 #include <vector>
 
-// What all nodes of the graph share: the lock, the release of saved variables and compiled autograd.
+// Base of all nodes of the autograd graph: lock, release of saved variables and compiled autograd.
 namespace posenc::autograd {
 
-/// Base of a node. `Derived` has a default constructor and two members, both reachable from here:
+/// Base of a node. `Derived` has a default constructor and two member functions that this class can access:
 ///
 ///     auto state() { return std::tie(x_, pair_axes_, dtype_); }
 ///     variable_list differentiate(const variable_list& grads);
@@ -50,7 +50,7 @@ class Node : public torch::autograd::Node {
     for_each_saved([](SavedVariable& saved) { saved.reset_data(); });
   }
 
-  /// What a compiled graph takes as inputs and what it is specialised on.
+  /// Collects the inputs of a compiled graph and the values that it is specialised on.
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const final {
     TORCH_CHECK_NOT_IMPLEMENTED(
         Derived::kCompiledAutograd, name(),
@@ -60,7 +60,7 @@ class Node : public torch::autograd::Node {
       if constexpr (kIsSaved<decltype(member)>) {
         size_t count = 0;
         visit_elements(member, [&](const SavedVariable& saved) {
-          args.collect(saved, /*is_output=*/true);  // gives the node to unpack(), which inputs ignore
+          args.collect(saved, /*is_output=*/true);  // passes the node to unpack(); inputs ignore it
           ++count;
         });
         args.collect_size(count);
@@ -113,10 +113,10 @@ class Node : public torch::autograd::Node {
   }
 
  protected:
-  /// Whether compiled autograd can trace the node. A node that it cannot declares another one, with `false`.
+  /// Whether compiled autograd can trace the node. A node that it cannot trace declares this as `false`.
   static constexpr bool kCompiledAutograd = true;
 
-  /// Whether the gradient of input `i`, or of one of inputs `begin` to `end - 1`, is asked for.
+  /// Whether the gradient of input `i`, or of one of inputs `begin` to `end - 1`, is needed.
   bool wants(size_t i) const { return wanted_.has_value() ? (*wanted_)[i] : task_should_compute_output(i); }
   bool wants(size_t begin, size_t end) const {
     for (size_t i = begin; i < end; ++i) {
@@ -127,15 +127,15 @@ class Node : public torch::autograd::Node {
     return false;
   }
 
-  /// The tensor that was saved, an input or an output of the forward pass. Throws if it was modified since.
+  /// The saved tensor, an input or an output of the forward pass. Throws if it was modified since.
   at::Tensor unpack(const SavedVariable& saved) { return saved.unpack(getptr()); }
 
-  /// The arguments of a rotation that were saved.
+  /// The saved arguments of a rotation.
   UnpackedRotation unpack(const SavedRotation& saved) {
     return saved.unpacked([this](const SavedVariable& variable) { return unpack(variable); });
   }
 
-  /// The same of an argument that may be absent.
+  /// The same for an argument that may be absent.
   std::optional<at::Tensor> unpack_optional(const SavedVariable& saved) {
     at::Tensor tensor = unpack(saved);
     return tensor.defined() ? std::optional<at::Tensor>(std::move(tensor)) : std::nullopt;
@@ -158,7 +158,7 @@ class Node : public torch::autograd::Node {
     std::apply([&visit](auto&... members) { (visit(members), ...); }, derived().state());
   }
 
-  /// `visit` of a saved variable, or of each in a container of them.
+  /// Calls `visit` with a saved variable, or with each one of a container.
   template <typename Saved, typename Visit>
   static void visit_elements(Saved& saved, const Visit& visit) {
     if constexpr (std::is_same_v<Saved, SavedVariable>) {
@@ -179,7 +179,7 @@ class Node : public torch::autograd::Node {
     });
   }
 
-  /// `visit` of each saved variable, also those in containers, and of each value.
+  /// Calls `visit` with each saved variable, also those in containers, and with each value.
   template <typename Visit>
   void for_each_element(const Visit& visit) {
     for_each_member([&visit](auto& member) {
@@ -191,7 +191,7 @@ class Node : public torch::autograd::Node {
     });
   }
 
-  /// The backward pass as a function of gradients and state alone: that of a node made anew from them.
+  /// The backward pass as a function of gradients and state only, by a new node that has this state.
   static variable_list call_compiled(const variable_list& grads, const std::vector<at::IValue>& arguments) {
     const at::AutoGradMode no_graph(false);  // compiled autograd refuses create_graph
     const NodePtr owner = new_node<Derived>();
@@ -217,7 +217,7 @@ class Node : public torch::autograd::Node {
     return node->apply(variable_list(grads));
   }
 
-  std::optional<std::vector<bool>> wanted_;  // of nodes that call_compiled makes; others ask the engine
+  std::optional<std::vector<bool>> wanted_;  // set in nodes that call_compiled makes; others ask the engine
 };
 
 }  // namespace posenc::autograd

@@ -6,8 +6,8 @@
 
 namespace posenc::autograd {
 
-/// `x` rotated by gradients or tangents of `cos` and `sin`, those of `rotation`. They do not reach channels R to D - 1,
-/// which are zero here, where a rotation would keep them.
+/// `x` rotated by gradients or tangents of tables, which are the tables of `rotation`. The tail, channels R to D - 1,
+/// does not depend on the tables and is zero in the result.
 inline at::Tensor rotate_by_table_gradients(const Rotation& rotation, const at::Tensor& x) {
   const c10::SymInt rotary_dim = rotation.cos.sym_size(-1) * 2;
   const c10::SymInt tail = x.sym_size(-1) - rotary_dim;

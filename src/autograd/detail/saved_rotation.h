@@ -16,13 +16,13 @@ struct UnpackedRotation {
   at::Tensor cos, sin;
   std::optional<at::Tensor> positions;
   bool interleaved, conjugate;
-  at::IntArrayRef pair_axes;  // of the SavedRotation
+  at::IntArrayRef pair_axes;  // refers to the SavedRotation
 
-  // NOLINTNEXTLINE(google-explicit-constructor): it is a Rotation as long as it lives
+  // NOLINTNEXTLINE(google-explicit-constructor): the Rotation refers to this object
   operator Rotation() const { return {cos, sin, positions, interleaved, conjugate, pair_axes}; }
 };
 
-/// A `Rotation` as a node of the graph saves it.
+/// A `Rotation` with its tensors as saved variables.
 struct SavedRotation {
   SavedRotation() = default;
   explicit SavedRotation(const Rotation& rotation)
@@ -35,7 +35,7 @@ struct SavedRotation {
 
   auto state() { return std::tie(cos, sin, positions, interleaved, conjugate, pair_axes); }
 
-  /// @param unpack  of a saved variable, `Node::unpack`.
+  /// @param unpack  returns the tensor of a saved variable: `Node::unpack`.
   template <typename Unpack>
   UnpackedRotation unpacked(const Unpack& unpack) const {
     at::Tensor at_positions = unpack(positions);
@@ -53,7 +53,7 @@ struct SavedRotation {
   std::vector<int64_t> pair_axes;
 };
 
-/// Whether the tables are differentiable, so that the inputs must be saved.
+/// Whether the tables require a gradient, for which the inputs must be saved.
 inline bool tables_require_grad(const Rotation& rotation) {
   return rotation.cos.requires_grad() || rotation.sin.requires_grad();
 }

@@ -5,10 +5,10 @@
 
 #include <type_traits>
 
-// From run-time values to template arguments, and the arithmetic type of each storage type.
+// Maps run-time values to template arguments, and storage types to arithmetic types.
 namespace posenc::cpu {
 
-/// What a storage type is computed in.
+/// The arithmetic type of a storage type.
 template <typename T>
 using arithmetic_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -17,7 +17,7 @@ struct Type {
   using type = T;
 };
 
-/// Calls `body` with `Type<T>`, T being the C++ type of `dtype`.
+/// Calls `body` with `Type<T>`, where T is the C++ type of `dtype`.
 template <typename Body>
 void for_dtype(at::ScalarType dtype, Body&& body) {
   switch (dtype) {

@@ -3,14 +3,14 @@
 #include <algorithm>
 #include <cstdint>
 
-// How loops are divided, over threads and over the lanes of vectors.
+// Division of loops over threads and over the lanes of vectors.
 namespace posenc::cpu {
 
-/// Elements that make it worth handing work to another thread: some ten microseconds of it.
+/// Grain size of `at::parallel_for` in elements, about ten microseconds of work.
 constexpr int64_t kGrainElements = 32768;
 
-/// Numbers added side by side, so that the compiler can vectorise a sum or a maximum and its order stays one for all
-/// instruction sets.
+/// Partial results that are computed side by side. The compiler can vectorise the reduction, and its order is the same
+/// for all instruction sets.
 template <typename T, int N>
 struct Lanes {
   T values[N];

@@ -30,10 +30,10 @@ struct TokenRow {
   const Real* cos;
   const Real* sin;
   int64_t cos_stride, sin_stride;
-  Real sign;  // factor of sin: -1 to rotate backwards
+  Real sign;  // factor of sin: -1 for the conjugate rotation
 };
 
-/// The rows of the tables that tokens read.
+/// Finds the row of `cos` and `sin` for each token.
 template <typename Real>
 class TokenTables {
  public:
@@ -45,7 +45,7 @@ class TokenTables {
   }
 
   /// The entries for token (batch, seq), valid until the next call; nullopt if its position is outside the tables. With
-  /// several axes the entries are gathered pair by pair, and those of pairs without a row are NaN.
+  /// several axes the entries are gathered pair by pair, and are NaN for axes whose position is outside the tables.
   std::optional<TokenRow<Real>> row(int64_t batch, int64_t seq) {
     const PositionsView& positions = problem_.positions;
     if (positions.data == nullptr) {
@@ -96,7 +96,7 @@ class TokenTables {
   }
 
   const RotaryProblem& problem_;
-  std::vector<Real> cos_, sin_;  // of the last token, with several axes
+  std::vector<Real> cos_, sin_;  // gathered entries of the last token, with several axes
 };
 
 }  // namespace posenc::cpu

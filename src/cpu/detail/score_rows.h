@@ -12,14 +12,14 @@
 
 namespace posenc::cpu {
 
-/// One query of one head, and its number in the order `[H, B, Sq]` or `[B, H, Sq]`.
+/// One query of one head, and its index in `[H, B, Sq]` or `[B, H, Sq]`.
 struct ScoreRow {
   int64_t batch, head;
   int32_t query;
   int64_t index;
 };
 
-/// Calls `body` with every row of scores, spread over threads, and `finish` at the end of each thread's share. With
+/// Calls `body` with every row of scores, in parallel, and `finish` at the end of the part of each thread. With
 /// `head_first` rows are numbered as `[H, B, Sq]`.
 template <typename Body, typename Finish>
 void for_each_row(const AlibiShape& shape, bool head_first, const Body& body, const Finish& finish) {
@@ -45,12 +45,12 @@ void for_each_row(const AlibiShape& shape, bool head_first, const Body& body) {
   for_each_row(shape, head_first, body, [] {});
 }
 
-/// Lanes of a sum or a maximum. GCC 12 keeps 32 in vector registers, as many as hide the latency of an addition; 16 it
-/// takes apart (three times as long and more, measured with float32 and bfloat16).
+/// Lanes of a sum or a maximum. GCC 12 keeps 32 lanes in vector registers, which hides the latency of additions. It
+/// does not vectorise 16 lanes (more than three times as long, measured with float32 and bfloat16).
 constexpr int kLanes = 32;
 
-/// The sum of `value(j)` times its distance less `mean` over the first `count` keys. Eight terms of a lane are summed
-/// in `Real`, which keeps it within some 10 units of roundoff of float32, and these sums in float64.
+/// The sum of `value(j) * (distance(j) - mean)` over the first `count` keys. Eight terms of a lane are summed in
+/// `Real`, with an error of about 10 units of roundoff of float32, and these sums in float64.
 template <typename Real, typename Value>
 POSENC_ALWAYS_INLINE double moment_of_row(int32_t position, int32_t count, const Value& value, Real mean = 0) {
   constexpr int32_t kBlock = 8 * kLanes;

@@ -7,11 +7,11 @@
 #include <algorithm>
 #include <cstdint>
 
-// Rows of scores that are written past the caches.
+// Rows of scores that are written with stores that bypass the caches.
 namespace posenc::cpu {
 
-/// Whether an output is better written past the caches, and can be. Half and bfloat16 take longer to convert than to
-/// write.
+/// Whether to write an output with these stores: large, aligned, with dense keys, and not of 16 bits, because float16
+/// and bfloat16 take longer to convert than to write.
 template <typename T>
 bool is_streamed(const AlibiShape& shape, const ScoresOut& out) {
   constexpr auto kSize = static_cast<int64_t>(sizeof(T));
@@ -23,7 +23,7 @@ bool is_streamed(const AlibiShape& shape, const ScoresOut& out) {
 }
 
 /// Writes all rows of such an output in blocks. `fill(row, begin, seen, count, block)` computes `count` keys from
-/// `begin` on, of which the query sees the first `seen`.
+/// `begin` on; the query sees the first `seen` of them.
 template <typename T, typename Fill>
 void stream_rows(const AlibiShape& shape, const ScoresOut& out, const Fill& fill) {
   const auto body = [&](const ScoreRow& row) {

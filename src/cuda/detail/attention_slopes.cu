@@ -17,7 +17,7 @@ using at::Tensor;
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 
-/// A function of the driver's, which nothing here is linked with.
+/// cuTensorMapEncodeTiled of the CUDA driver, looked up at run time: posenc does not link the driver.
 EncodeTiled encode_tiled() {
   static const auto function = [] {
     constexpr unsigned kCuda = 12000;
@@ -33,10 +33,10 @@ EncodeTiled encode_tiled() {
   return function;
 }
 
-/// `[B, S, H, D]` for copies of panels.
+/// The tensor map of `x`, `[B, S, H, D]`, for copies of panels.
 CUtensorMap tensor_map(const Tensor& x) {
   const auto extent = [&](int64_t d) { return static_cast<cuuint64_t>(x.size(d)); };
-  // Of a single sequence, token or head the stride means nothing, and may be anything.
+  // The stride of a dimension of size 1 is arbitrary.
   const auto bytes = [&](int64_t d) {
     return static_cast<cuuint64_t>(x.size(d) == 1 ? sm90::kPanelRowBytes : x.stride(d) * x.element_size());
   };
@@ -66,7 +66,7 @@ void launch_slopes(const AlibiAttentionSlopesProblem& problem, const dim3& grid)
 
 template <typename T>
 void launch_slopes(int64_t head_dim, const AlibiAttentionSlopesProblem& problem, const dim3& grid) {
-  // The head sizes that cuDNN is asked for.
+  // The head sizes for which cuDNN is used.
   switch (head_dim) {
     case 32:
       return launch_slopes<T, 32>(problem, grid);
@@ -87,14 +87,14 @@ void launch_slopes(int64_t head_dim, const AlibiAttentionSlopesProblem& problem,
   }
 }
 
-/// Computes one of the two: sums of blocks `[Hq, B, blocks]` or sums of rows `[4, B, Hq, Sq]`.
+/// Computes either the sums of blocks `[Hq, B, blocks]` or the sums of rows `[4, B, Hq, Sq]`.
 void run(
     const blockwise::Padded& call,
     const Tensor& grad_out,
     const Tensor& lse,
     const std::optional<Tensor>& sums,
     const std::optional<Tensor>& row_sums) {
-  // A thread of the autograd engine may not have had a context yet, and descriptions of tensors do not make one.
+  // A thread of the autograd engine may have no CUDA context yet, and tensor maps do not create one.
   C10_CUDA_CHECK(cudaSetDevice(call.q.get_device()));
   const dim3 grid(ceil_div(call.q_len(), kSlopesRows), call.q_heads(), call.batch());
   const Tensor dense_lse = lse.contiguous();

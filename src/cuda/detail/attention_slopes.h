@@ -6,12 +6,12 @@
 
 namespace posenc::cuda {
 
-/// The gradient of the slopes of a call that cuDNN takes, float32 `[Hq]`: the same bits every time.
-/// @param grad_out  `readable_rows`.
+/// The gradient of the slopes, float32 `[Hq]`, of a call that cuDNN computes. Deterministic.
+/// @param grad_out  as returned by `readable_rows`.
 at::Tensor attention_slopes_backward(const blockwise::Padded& call, const at::Tensor& grad_out, const at::Tensor& lse);
 
-/// Of a call that may know a part of the keys, with the `lse` of all of them: the sums over its keys of P, P d, P dP
-/// and P dP d, d the distance, float64 `[4, B, Hq, Sq]`.
+/// The sums of P, P d, P dP and P dP d over the keys of each row, d being the distance, float64 `[4, B, Hq, Sq]`.
+/// @param lse  over all keys of the row, of which the call may have only a part.
 at::Tensor attention_slope_sums(const blockwise::Padded& call, const at::Tensor& grad_out, const at::Tensor& lse);
 
 }  // namespace posenc::cuda

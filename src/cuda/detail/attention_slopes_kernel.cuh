@@ -8,18 +8,20 @@
 #include <cstdint>
 #include <type_traits>
 
-// The gradient of the slopes of attention, which cuDNN does not give: of its five matrix products two are done again,
-// S = q k^T and dP = dout v^T, tile by tile on tensor cores, and summed up on the way:
+// The gradient of the slopes of attention, which cuDNN does not compute. Two of the five matrix products of the
+// backward pass are computed again, S = q k^T and dP = dout v^T, tile by tile on tensor cores, and summed at once:
 //
-//     dslopes[h] = -sum over rows of E[dP d] - E[dP] E[d],    E[x] = sum over keys of P x,    P = exp(S - lse),
+//     dslopes[h] = -sum over rows of (E[dP d] - E[dP] E[d]),    E[x] = sum over keys of P x,
 //
-// with distances d counted from the nearest key of the row. The mean of dP is rowsum(dout out), but `out` is rounded to
-// half: times a distance of thousands that rounding is larger than the gradient. Nothing of the size of the scores is
-// stored. Of a call that knows a part of the keys, the sums of rows are the result. No torch.
+// with P = exp(scale S + bias - lse) and distances d relative to the nearest key of the row. E[dP] is also rowsum(dout
+// out), but `out` is rounded to 16 bits, and this error times a distance of thousands is larger than the gradient. No
+// tensor of the size of the scores is stored. For a call on a part of the keys the result is the sums of each row. No
+// torch.
 namespace posenc::cuda {
 
-/// As many as registers suffice for, with q and its gradient in them: 1.45 times the backward pass of cuDNN with the
-/// gradient of the slopes, where products of single warps took 2.4 to 2.8 (one H100, bfloat16, causal, heads of 128).
+/// Warpgroups of a block, as many as fit with the rows of q and dout in registers. The backward pass with the gradient
+/// of the slopes takes 1.45 times as long as that of cuDNN alone; with matrix products of single warps it took 2.4 to
+/// 2.8 times as long (one H100, bfloat16, causal, head_dim 128).
 constexpr int kSlopesWarpgroups = 2;
 constexpr int kSlopesThreads = kSlopesWarpgroups * 4 * kWarp;
 /// Keys of a tile, and rows of a warpgroup.
@@ -32,8 +34,8 @@ struct AlibiAttentionSlopesProblem {
   const float* slopes;        // [Hq]
   const int64_t* seqlens_q;   // [B], or null
   const int64_t* seqlens_k;
-  double* sums;      // one of each block, [Hq, B, blocks], or null
-  double* row_sums;  // of P, P d, P dP and P dP d with plain distances d, [4, B, Hq, Sq], or null
+  double* sums;      // one for each block, [Hq, B, blocks], or null
+  double* row_sums;  // sums of P, P d, P dP and P dP d with the true distances d, [4, B, Hq, Sq], or null
   int32_t q_len, k_len;
   int32_t query_offset;
   int32_t group;  // query heads that share a key head
@@ -41,7 +43,7 @@ struct AlibiAttentionSlopesProblem {
   bool causal;
 };
 
-/// Tiles of k and of v in shared memory: one in use and the others on their way.
+/// Stages of tiles of k and v in shared memory: one in use, the others being loaded.
 template <int D>
 struct SlopesTiles {
   static constexpr int kPanels = (D + sm90::kPanelChannels - 1) / sm90::kPanelChannels;
@@ -49,14 +51,14 @@ struct SlopesTiles {
   static constexpr int kBytes = kPanels * kPanelBytes;
   static constexpr int kStages = D > 192 ? 3 : 4;  // as many as fit
   static constexpr int kShared = kStages * 2 * kBytes + sm90::kTileAlignment;
-  // A stage holds as much as the rows of a block: q and its gradient pass through the last two.
+  // A stage is as large as the rows of a block: q and dout are loaded through the last two stages.
   static_assert(kSlopesWarpgroups == 2);
 };
 
 /// Sums over the keys of one row.
 template <typename Real>
 struct RowSums {
-  Real p = 0, distance = 0, dp = 0, product = 0;  // of P, P d, P dP and P dP d
+  Real p = 0, distance = 0, dp = 0, product = 0;  // sums of P, P d, P dP and P dP d
 
   template <typename Other>
   __device__ void add(const RowSums<Other>& other) {
@@ -77,17 +79,18 @@ struct RowSums {
   }
 };
 
-/// What a thread knows of one of its rows.
+/// The state of a row in a thread.
 struct SlopesRow {
-  float nearest;  // its nearest key, from which distances are counted: exact, however far the row is from all keys
-  float shift;    // binary logarithm of what the exponentials are divided by, for these distances
+  float nearest;  // its nearest key. Distances are relative to it, and exact however far the row is from all keys
+  float shift;    // binary logarithm of the divisor of the exponentials, for these distances
 };
 
-/// A row beside a tile. Where all keys of the tile are on one side of it, distances are linear in the column and cost
-/// no instruction: `distance = offset + factor * column`. Near the diagonal `column` is the distance itself.
+/// Distances and exponents of a row in a tile. If all keys of the tile are on one side of the row, distances are linear
+/// in the column and cost no instruction: `distance = offset + factor * column`. Near the diagonal `column` is the
+/// distance itself.
 struct SlopesLine {
   float offset, factor;
-  float bend, base;  // of the exponent: scale * score + bend * column + base
+  float bend, base;  // the exponent is scale * score + bend * column + base
 
   __device__ static SlopesLine make(const SlopesRow& row, float slope, float offset, float factor) {
     return {offset, factor, -slope * factor, fmaf(-slope, offset, -row.shift)};
@@ -115,7 +118,7 @@ __global__ void __launch_bounds__(kSlopesThreads)
   const int head = static_cast<int>(blockIdx.y);
   const int key_head = head / problem.group;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  // Rows that see most come first, so that no long block is left for the end.
+  // Blocks of rows that see the most keys come first, so that no long block is left for the end.
   const int first_row = static_cast<int>(gridDim.x - 1 - blockIdx.x) * kSlopesRows;
   const auto limit = [batch](const int64_t* lengths, int32_t most) {
     return lengths == nullptr ? most : static_cast<int32_t>(max(int64_t{0}, min(lengths[batch], int64_t{most})));
@@ -128,7 +131,7 @@ __global__ void __launch_bounds__(kSlopesThreads)
   const int count = (keys + kSlopesKeys - 1) / kSlopesKeys;
 
   const auto stage = [tiles](int tile) { return tiles + tile % Tiles::kStages * 2 * Tiles::kBytes; };
-  // Starts to fill a stage with two tiles of 64 rows. By one thread.
+  // Starts to load two tiles of 64 rows into a stage. Called by one thread.
   const auto start = [&](int to, const CUtensorMap& a, int row_a, const CUtensorMap& b, int row_b, int of_head) {
     uint64_t* const barrier = &full[to % Tiles::kStages];
     sm90::expect_bytes(barrier, 2 * Tiles::kBytes);
@@ -145,7 +148,7 @@ __global__ void __launch_bounds__(kSlopesThreads)
       start(tile, problem.k, tile * kSlopesKeys, problem.v, tile * kSlopesKeys, key_head);
     }
   };
-  // A barrier is used in turn by q or its gradient, if its stage is one of the last two, and by tiles of keys.
+  // The barriers of the last two stages are used first by q or dout, then, like all others, by tiles of keys.
   const auto receive = [&](int tile) {
     const int round = tile / Tiles::kStages + (tile % Tiles::kStages >= Tiles::kStages - 2 ? 1 : 0);
     sm90::wait_bytes(&full[tile % Tiles::kStages], round);
@@ -165,7 +168,7 @@ __global__ void __launch_bounds__(kSlopesThreads)
   }
   __syncthreads();
 
-  // What a thread holds of its two rows, as the matrix products take it.
+  // The elements of two rows in a thread, in the layout of the matrix products.
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int rows[2] = {first_row + warp * 16 + lane / 4, first_row + warp * 16 + lane / 4 + 8};
   uint32_t q[D / 16][4];
@@ -195,7 +198,7 @@ __global__ void __launch_bounds__(kSlopesThreads)
     const float lse = rows[i] >= q_end
         ? -INFINITY
         : problem.lse[(static_cast<int64_t>(batch) * gridDim.y + head) * problem.q_len + rows[i]];
-    // 2^(x - infinity) is 0: a row that sees nothing takes no part.
+    // 2^(x - infinity) is 0: rows that see no key contribute nothing.
     of_row[i].shift =
         lse == -INFINITY ? INFINITY : fmaf(slope, static_cast<float>(distance_of_nearest(i)), lse * kLog2E);
   }
@@ -217,7 +220,7 @@ __global__ void __launch_bounds__(kSlopesThreads)
                       : SlopesLine::beside(of_row[i], slope, first_column, /*behind=*/begin >= last_position);
     }
     RowSums<float> of_tile[2];
-    // Calls `body` with each product's row, place and column.
+    // Calls `body` with row, index and column of each product.
     const auto for_each = [&](const auto& body) {
 #pragma unroll
       for (int n = 0; n < kSlopesKeys / 8; ++n) {
@@ -299,7 +302,7 @@ __global__ void __launch_bounds__(kSlopesThreads)
     problem.sums[(static_cast<int64_t>(head) * gridDim.z + batch) * gridDim.x + blockIdx.x] = total;
   }
 #else
-  __trap();  // the code for sm_90a is what a GPU of that kind runs, and no other gets here
+  __trap();  // never reached: launched on compute capability 9.0 only, which runs the code for sm_90a
 #endif
 }
 

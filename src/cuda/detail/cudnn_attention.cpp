@@ -22,17 +22,17 @@ using blockwise::Padded;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-/// What the forms were tried with. Another GPU may answer otherwise.
+/// Validated on sm_90 only; cuDNN silently returned wrong results for some other forms.
 constexpr int kMajor = 9;
 constexpr int kMinor = 0;
 constexpr int64_t kHeadDims[] = {32, 64, 80, 96, 128, 192, 256};
 
-/// A tile of scores has so many columns, or a divisor of it. Without a mask of cuDNN's own, the columns of the last
-/// tile that lie beyond the keys are part of its backward pass: their keys are zeros, but a probability that overflows
-/// makes NaN of that (seen with S = 448 in float16). A limit takes them out.
+/// A multiple of the columns in cuDNN's tiles of scores. Without a mask of its own, cuDNN's backward pass also computes
+/// the columns of the last tile beyond the keys. Their keys are zeros, but a probability that overflows makes them NaN
+/// (seen with S = 448 in float16). A key limit excludes them.
 constexpr int64_t kTile = 128;
 
-/// Key limits are float32.
+/// Key limits are float32, exact up to this number.
 constexpr int64_t kMaxKeys = int64_t{1} << 24;
 
 constexpr int64_t kAlignment = 16;
@@ -45,27 +45,28 @@ struct Form {
 
 std::optional<Form> form_of(const Padded& call) {
   if (!call.query_offset.has_value()) {
-    return std::nullopt;  // of every sequence its own
+    return std::nullopt;  // the offset differs between sequences
   }
   const int64_t offset = *call.query_offset;
   const int64_t q_len = call.q_len();
   const int64_t k_len = call.k_len();
   const bool at_the_end = offset == k_len - q_len;
-  // One query at the last key has nothing behind it: it is causal whether it says so or not.
+  // A single query at the last key sees all keys, with or without a causal mask.
   if ((call.causal || q_len == 1) && at_the_end && q_len <= k_len && k_len > 1) {
     if (q_len == k_len) {
       return Form{CudnnBias::ramp, CudnnMask::causal, 0};
     }
     return Form{CudnnBias::ramp, CudnnMask::causal_bottom_right, offset};
   }
-  // One row without a causal mask is answered wrongly. With all keys before the queries the mask hides nothing.
+  // cuDNN returns wrong results for one row without a causal mask. With all keys before the queries the mask hides
+  // none.
   if ((!call.causal || offset >= k_len - 1) && q_len > 1) {
     return Form{CudnnBias::distance, CudnnMask::none, offset};
   }
   return std::nullopt;
 }
 
-/// Dense channels, and vectors of 16 bytes everywhere.
+/// Whether channels are dense, all rows are aligned to 16 bytes, and strides are positive.
 bool is_readable(const Tensor& x) {
   const int64_t elements = kAlignment / x.element_size();
   if (x.stride(3) != 1 || reinterpret_cast<uintptr_t>(x.const_data_ptr()) % kAlignment != 0) {
@@ -79,7 +80,7 @@ bool is_readable(const Tensor& x) {
   return true;
 }
 
-/// What the lengths of a padded batch mean to rows.
+/// The lengths of a padded batch as limits for each row.
 struct RowLimits {
   Tensor key_limits;  // float32 [B, Sq]
   Tensor alive;       // bool [B, Sq], or undefined: all
@@ -101,7 +102,7 @@ RowLimits row_limits(const Padded& call, const Form& form) {
   if (call.seqlens_q.defined()) {
     limits.masked_fill_(rows >= call.seqlens_q.unsqueeze(1), 0);
   }
-  // A row without a key would be NaN: it gets one, and zeros afterwards.
+  // A row without a visible key would be NaN. It gets a limit of one key, and its results are set to zero afterwards.
   return {limits.clamp_min(1).to(at::kFloat), limits > 0};
 }
 
@@ -149,7 +150,7 @@ std::tuple<Tensor, Tensor> cudnn_attention(const Padded& call) {
   const RowLimits limits = row_limits(call, form);
   auto [out, lse] = run_cudnn_forward(graph_of(call, form, limits));
   if (limits.alive.defined()) {
-    // Rows of zeros and, where a length is not as promised, of NaN.
+    // Zero for rows without a visible key, NaN if a length is beyond its tensor.
     Tensor factor = limits.alive.to(out.scalar_type());
     lse.masked_fill_(limits.alive.logical_not().unsqueeze(1), -kInfinity);
     if (call.nan_if_too_long.defined()) {
@@ -172,7 +173,7 @@ std::tuple<Tensor, Tensor, Tensor> cudnn_attention_backward(
     const Tensor& lse) {
   const Form form = form_of(call).value();
   const RowLimits limits = row_limits(call, form);
-  // exp(score - infinity) is 0: rows without a key take no part.
+  // exp(score - infinity) is 0: rows without a visible key contribute nothing.
   const Tensor sums = limits.alive.defined() ? lse.masked_fill(lse == -kInfinity, kInfinity) : lse;
   return run_cudnn_backward(graph_of(call, form, limits), grad_out, out, sums.contiguous());
 }

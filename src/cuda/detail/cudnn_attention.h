@@ -7,22 +7,22 @@
 #include <string>
 #include <tuple>
 
-// Attention by cuDNN: the calls that it takes, brought to the forms of graph that it is known to answer right. Each
-// form is held against float64 in tests/alibi_attention_cuda_test.cpp; none is built that is not.
+// Attention by cuDNN. Calls are mapped to the forms of graph that were validated: tests/alibi_attention_cuda_test.cpp
+// compares each form with float64, and no other form is built.
 namespace posenc::cuda {
 
-/// Why a call has to be computed otherwise; empty when cuDNN takes it.
+/// The reason why cuDNN cannot compute a call; empty if it can.
 std::string why_not_cudnn(const blockwise::Padded& call);
 
-/// As `blockwise::blockwise`, for calls that cuDNN takes.
+/// `blockwise::blockwise` for calls that cuDNN can compute.
 std::tuple<at::Tensor, at::Tensor> cudnn_attention(const blockwise::Padded& call);
 
-/// `x` of the shape of q, written out where its rows are not what cuDNN and tensor cores read: the gradient of sum()
-/// has strides of 0.
+/// `x`, of the shape of q, as it is if cuDNN can read its rows, else a dense copy: the gradient of sum() has strides
+/// of 0.
 at::Tensor readable_rows(const blockwise::Padded& call, const at::Tensor& x);
 
 /// The gradients of q, k and v.
-/// @param grad_out,out  `readable_rows`.
+/// @param grad_out,out  as returned by `readable_rows`.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> cudnn_attention_backward(
     const blockwise::Padded& call,
     const at::Tensor& grad_out,

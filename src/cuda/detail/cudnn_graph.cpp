@@ -9,7 +9,7 @@
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/util/hash.h>
 
-// LibTorch has loaded libcudnn: symbols are looked up in that copy, so that this library neither links nor names one.
+// LibTorch has loaded libcudnn. Symbols are looked up in that copy, so posenc does not link cuDNN.
 #define NV_CUDNN_FRONTEND_USE_DYNAMIC_LOADING
 #define CUDNN_FRONTEND_SKIP_JSON_LIB
 #include <cudnn_frontend.h>
@@ -27,7 +27,7 @@
 #include <vector>
 
 namespace cudnn_frontend {
-void* cudnn_dlhandle = nullptr;  // declared by the headers, which look symbols up there
+void* cudnn_dlhandle = nullptr;  // declared by the frontend's headers, which look symbols up in it
 }
 
 namespace posenc::cuda {
@@ -42,7 +42,7 @@ using Mode = fe::PointwiseMode_t;
 constexpr auto kInt = fe::DataType_t::INT32;
 constexpr auto kReal = fe::DataType_t::FLOAT;
 
-/// 9.19 is the version that the forms were tried with; others may refuse them or, worse, not.
+/// The graphs were validated with cuDNN 9.19. Older versions may refuse them or return wrong results.
 constexpr size_t kOldestCudnn = 91900;
 
 /// 91900 is 9.19.0.
@@ -50,13 +50,13 @@ std::string version(size_t number) {
   return c10::str(number / 10000, '.', number / 100 % 100, '.', number % 100);
 }
 
-/// Plans kept at a time, each of some megabytes at most: lengths that change with every batch make new ones for ever.
+/// Limit of the cache, whose plans take up to some megabytes each. Lengths that change with every batch add plans.
 constexpr size_t kMaxPlans = 128;
 
-/// What names a tensor in a graph.
+/// The names of tensors in a graph.
 enum Uid : int64_t { kQ = 1, kK, kV, kOut, kLse, kGradOut, kGradQ, kGradK, kGradV, kSlopes, kKeyLimits, kUids };
 
-/// By `Uid`: a map would be an allocation for each tensor of each call.
+/// Pointers indexed by `Uid`. A map would allocate for each tensor of each call.
 using Pointers = std::array<void*, kUids>;
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -64,23 +64,23 @@ using Pointers = std::array<void*, kUids>;
 
 struct Plan {
   fe::graph::Graph graph;
-  std::vector<int64_t> uids;  // in the order in which the graph takes its tensors
+  std::vector<int64_t> uids;  // of the tensors, in the order in which the graph expects them
   int64_t workspace = 0;
   std::mutex mutex;  // a graph is executed by one thread at a time
 };
 
-/// Everything that makes a plan another one.
+/// Everything that a plan depends on.
 using PlanKey = std::vector<int64_t>;
 
 struct PlanKeyHash {
   size_t operator()(const PlanKey& key) const { return c10::get_hash(key); }
 };
 
-/// The plans used last, and those of captured graphs: a graph runs the kernels of its plans whenever it is replayed.
+/// The plans used last, and the plans of captured CUDA graphs, whose kernels run at every replay.
 class PlanCache {
  public:
-  /// The plan of `key`, made by `build` where there is none. Two threads with the same key build it once. Others, which
-  /// may use other devices, do not wait for that.
+  /// The plan of `key`, built by `build` if there is none. Two threads with the same key build it once. Threads with
+  /// other keys do not wait.
   template <typename Build>
   std::shared_ptr<Plan> get(const PlanKey& key, bool capturing, const Build& build) {
     const std::shared_ptr<Slot> slot = capturing ? captured_slot(key) : slot_of(key);
@@ -96,8 +96,8 @@ class PlanCache {
     explicit Slot(PlanKey key_) : key(std::move(key_)) {}
 
     PlanKey key;
-    std::mutex mutex;            // of the plan while it is built
-    std::shared_ptr<Plan> plan;  // null before
+    std::mutex mutex;            // held while the plan is built
+    std::shared_ptr<Plan> plan;  // null until then
   };
   using Slots = std::list<std::shared_ptr<Slot>>;
 
@@ -116,7 +116,7 @@ class PlanCache {
     return slots_.front();
   }
 
-  /// A slot with a plan, which is kept for good. Nothing is dropped here: that would invalidate the capture.
+  /// A slot whose plan is kept forever. No plan is dropped here: that would invalidate the capture.
   std::shared_ptr<Slot> captured_slot(const PlanKey& key) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = index_.find(key);
@@ -140,7 +140,7 @@ class PlanCache {
 };
 
 PlanCache& plans() {
-  // Never destroyed: at exit cuDNN may be gone before it.
+  // Never destroyed: at exit cuDNN may be unloaded first.
   static auto* const cache = new PlanCache;  // NOLINT(cppcoreguidelines-owning-memory)
   return *cache;
 }
@@ -192,7 +192,7 @@ fe::DataType_t data_type(const Tensor& tensor) {
   return tensor.scalar_type() == at::kHalf ? fe::DataType_t::HALF : fe::DataType_t::BFLOAT16;
 }
 
-/// Sizes and strides as cuDNN counts them.
+/// Sizes and strides of a tensor with dimensions in cuDNN's order: batch, head, token, channel.
 struct Layout {
   std::vector<int64_t> sizes, strides;
 };
@@ -203,7 +203,7 @@ Layout heads_first(const Tensor& x) {
   return {transposed.sizes().vec(), transposed.strides().vec()};
 }
 
-/// One number for each row of `heads` heads.
+/// A tensor `[B, heads, Sq, 1]` with one number for each row.
 Layout of_rows(const CudnnGraph& call, int64_t heads) {
   const int64_t q_len = call.q.size(1);
   return {{call.q.size(0), heads, q_len, 1}, {heads * q_len, q_len, 1, 1}};
@@ -230,7 +230,7 @@ void output(const Attributes& attributes, Uid uid, const Tensor& tensor) {
   output(attributes, uid, heads_first(tensor), data_type(tensor));
 }
 
-/// Bias and masks as cuDNN calls them back, once for each graph and pass.
+/// Bias and masks as a modifier of the scores. cuDNN calls it once for each graph and pass.
 class ScoreModifier {
  public:
   ScoreModifier(fe::graph::Graph& graph, const CudnnGraph& call)
@@ -265,7 +265,7 @@ class ScoreModifier {
           result, std::make_shared<fe::graph::Tensor_attributes>(modifiers::get_negative_inf_value()), visible,
           fe::graph::Pointwise_attributes().set_mode(Mode::BINARY_SELECT));
     }
-    // cuDNN leaves out masked tiles only where it recognises its own mask at the end.
+    // cuDNN skips masked tiles only if its own mask is the last operation.
     if (mask_ == CudnnMask::causal) {
       return modifiers::causal_mask(graph, result);
     }
@@ -330,11 +330,11 @@ std::shared_ptr<Plan> build(const CudnnGraph& call, Direction direction, const A
 }
 
 void* pointer(const Tensor& tensor) {
-  // The headers take what is read and what is written alike.
+  // The frontend has one type for inputs and outputs.
   return const_cast<void*>(tensor.const_data_ptr());  // NOLINT(cppcoreguidelines-pro-type-const-cast)
 }
 
-/// @param pointers  of what the passes do not share.
+/// @param pointers  of the tensors that the passes do not share.
 void execute(Plan& plan, const CudnnGraph& call, Direction direction, Pointers pointers) {
   pointers[kQ] = pointer(call.q);
   pointers[kK] = pointer(call.k);
@@ -415,7 +415,7 @@ std::tuple<Tensor, Tensor, Tensor> run_cudnn_backward(
           const auto [dq, dk, dv] = graph.sdpa_backward(
               input(graph, kQ, call.q), input(graph, kK, call.k), input(graph, kV, call.v), input(graph, kOut, out),
               input(graph, kGradOut, grad_out), input(graph, kLse, of_rows(call, call.q.size(2)), kReal),
-              // An added bias leaves the gradient of the scores alone: no modifier for that pass.
+              // The gradient passes an added bias unchanged, so set_score_mod_bprop is not needed.
               fe::graph::SDPA_backward_attributes()
                   .set_name("alibi_attention_backward")
                   .set_attn_scale(static_cast<float>(call.scale))

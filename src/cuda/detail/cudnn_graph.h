@@ -5,11 +5,11 @@
 #include <cstdint>
 #include <tuple>
 
-// Fused attention by cuDNN's graph API, with bias and masks as a modifier of the scores: graphs, and the plans made of
-// them. cuDNN answers some graphs wrongly without an error: cudnn_attention.cpp decides which ones are asked for.
+// Fused attention by cuDNN's graph API with bias and masks as a modifier of the scores: the graphs and their plans.
+// cuDNN silently returns wrong results for some graphs; cudnn_attention.cpp selects the ones that are used.
 namespace posenc::cuda {
 
-/// How the bias of a score is formed of its row and column.
+/// The bias of a score as a function of its row and column.
 enum class CudnnBias : uint8_t {
   ramp,      // slope * (column - row - offset)
   distance,  // -slope * |row + offset - column|
@@ -24,22 +24,22 @@ enum class CudnnMask : uint8_t {
 struct CudnnGraph {
   at::Tensor q, k, v;     // [B, S, H, D], dense channels
   at::Tensor slopes;      // float32 [Hq], dense
-  at::Tensor key_limits;  // float32 [B, Sq]: row i sees the first so many columns, at least 1; undefined: all
+  at::Tensor key_limits;  // float32 [B, Sq]: the number of columns that each row sees, at least 1; undefined: all
   CudnnBias bias;
   CudnnMask mask;
   int64_t offset;
   double scale;
 };
 
-/// Why the cuDNN that LibTorch has loaded cannot run these graphs: it is missing, or its version is older than those
-/// that the graphs were tried with. Empty where it can.
+/// The reason why the cuDNN that LibTorch has loaded cannot run these graphs: it is missing, or older than the version
+/// that the graphs were validated with. Empty if it can.
 const std::string& why_no_cudnn_graphs();
 
 /// @return `(out, lse)`: in the layout of q, and float32 `[B, Hq, Sq]`.
 std::tuple<at::Tensor, at::Tensor> run_cudnn_forward(const CudnnGraph& call);
 
-/// @param lse  as it was returned; a row with infinity takes no part.
-/// @return the gradients of q, k and v. The same bits every time where LibTorch's deterministic algorithms are on.
+/// @param lse  as returned by the forward pass; a row with infinity contributes nothing.
+/// @return the gradients of q, k and v. Deterministic if LibTorch's deterministic algorithms are on.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> run_cudnn_backward(
     const CudnnGraph& call,
     const at::Tensor& grad_out,

@@ -9,15 +9,15 @@
 #include <sstream>
 #include <string>
 
-// What the host code of kernels needs from LibTorch, without its headers. nvcc parses a source once for each GPU
-// architecture: ATen/core/Tensor.h and c10/cuda take 21 s of processor time in each source of a release build with six
-// architectures, these declarations less than 1 s.
+// Functions of LibTorch for the host code of kernels, declared without its headers. nvcc parses a source once for each
+// GPU architecture: ATen/core/Tensor.h and c10/cuda take 21 s of processor time in each source of a release build with
+// six architectures, these declarations less than 1 s.
 namespace posenc::cuda {
 
 /// The dtype of the elements of a tensor.
 enum class DType : uint8_t { float16, bfloat16, float32, float64 };
 
-/// All arguments as text, one after the other.
+/// Concatenates the arguments as text.
 template <typename... Parts>
 std::string text(const Parts&... parts) {
   std::ostringstream stream;
@@ -39,7 +39,7 @@ void check(bool condition, const Parts&... message) {
 /// @throws c10::Error  if `status` is an error of the CUDA runtime.
 void check(cudaError_t status);
 
-/// To be called after each launch. @throws c10::Error  if it failed.
+/// Call it after each kernel launch. @throws c10::Error  if the launch failed.
 inline void check_launch() {
   check(cudaGetLastError());
 }

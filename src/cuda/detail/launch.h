@@ -6,16 +6,16 @@
 // Block and grid arithmetic. No torch.
 namespace posenc::cuda {
 
-/// Threads of a block, and blocks that an SM holds at least, which caps registers at 40. Measured on an H200 for
-/// the rotation of 1 x 8192 x 64 heads of 128, times the copy of its bytes: 128 threads 1.02 to 1.03, 256 threads
-/// 1.04 to 1.05, 512 threads 1.03 to 1.05, 32 threads 1.25; a cap at 32 registers spills, 1.3.
+/// Threads of a block, and blocks that an SM holds at least, which limits registers to 40. Time of the rotation of
+/// 1 x 8192 x 64 heads of 128 relative to a copy of its bytes, measured on an H200: 1.02 to 1.03 with 128 threads, 1.04
+/// to 1.05 with 256, 1.03 to 1.05 with 512, 1.25 with 32. A limit of 32 registers spills, 1.3.
 constexpr int kMaxThreads = 128;
 constexpr int kMinBlocks = 12;
 
-/// Threads of a block whose heads have a tail: 1.05 times the copy instead of 1.07 with rotary_dim 64 of 128.
+/// Threads of a block for heads with a tail: 1.05 times the copy instead of 1.07, with rotary_dim 64 of 128 channels.
 constexpr int kMaxThreadsWithTail = 64;
 
-/// What the hardware allows along z of a block, and along x and y of a grid.
+/// Hardware limits of blockDim.z, gridDim.x and gridDim.y.
 constexpr int64_t kMaxBlockZ = 64;
 constexpr int64_t kMaxGridX = 2147483647;
 constexpr int64_t kMaxGridY = 65535;
@@ -24,8 +24,8 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-/// Division by a number that only the host knows, as a multiplication (Granlund and Montgomery 1994, figure 4.1):
-/// the hardware has none for integers, and its substitute is a chain of some 20 instructions.
+/// Division by a number that is known on the host only, as a multiplication (Granlund and Montgomery 1994, figure 4.1).
+/// GPUs have no integer division; the compiler's replacement takes about 20 instructions.
 struct Divider {
   uint32_t divisor;
   uint32_t multiplier;
@@ -50,10 +50,10 @@ struct BlockShape {
   int64_t chunks, heads, tokens;
 };
 
-/// Divides the heads of a token evenly over as few blocks as hold them, so that no block idles (40 heads make
-/// three blocks of 14, not two of 16 and one of 8); with few heads a block takes several tokens. Where the tokens
-/// of a head are neighbours in memory, a block takes one head and as many of them as it can (1.07 instead of 1.09
-/// times the copy for [B, H, S, D], measured on an H200).
+/// Divides the heads of a token evenly over the smallest number of blocks that holds them, so that few threads idle: 40
+/// heads are three blocks of 14, not two of 16 and one of 8. With few heads a block processes several tokens. If the
+/// tokens of a head are contiguous, a block processes one head and as many tokens as fit (1.07 instead of 1.09 times
+/// the copy for [B, H, S, D], measured on an H200).
 inline BlockShape block_shape(
     int64_t max_threads,
     int64_t num_chunks,

@@ -2,7 +2,7 @@
 
 #include <cuda/detail/score_grid.h>
 
-// Sums and maxima over threads, in one order. No torch.
+// Sums and maxima over threads, in a fixed order. No torch.
 namespace posenc::cuda {
 
 struct Sum {
@@ -12,7 +12,7 @@ struct Sum {
   }
 };
 
-/// NaN is dropped: the sum of the exponentials keeps it.
+/// Ignores NaN, which the sum of the exponentials propagates.
 struct Maximum {
   __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
   __device__ double operator()(double a, double b) const { return fmax(a, b); }
@@ -27,9 +27,8 @@ __device__ T reduce_warp(T value, Op op) {
   return value;
 }
 
-/// Reduces over the threads of a block that have the same y, and gives all of them the result. `blockDim.x` is a
-/// multiple of a warp; all threads of the block take part. `scratch` has one entry for each warp and is not used for
-/// anything else.
+/// Reduces over the threads of a block that have the same y, and returns the result to all of them. `blockDim.x` is a
+/// multiple of a warp, and all threads of the block take part. `scratch` has one entry for each warp and no other use.
 template <typename T, typename Op>
 __device__ T reduce_row(T value, T identity, Op op, T* scratch) {
   value = reduce_warp(value, op);
@@ -46,8 +45,8 @@ __device__ T reduce_row(T value, T identity, Op op, T* scratch) {
   return reduce_warp(lane < warps ? row[lane] : identity, op);
 }
 
-/// Sums each of N values over the threads of a block that have the same y, and gives all of them the results, at the
-/// cost of one barrier. Conditions as in `reduce_row`; `scratch` has N entries for each warp.
+/// Sums each of N values over the threads of a block that have the same y, and returns the results to all of them, with
+/// one barrier. Conditions as in `reduce_row`; `scratch` has N entries for each warp.
 template <int N, typename T>
 __device__ void sum_row(T (&values)[N], T* scratch) {
 #pragma unroll
@@ -73,8 +72,8 @@ __device__ void sum_row(T (&values)[N], T* scratch) {
   }
 }
 
-/// The sum over all threads of a block of any shape of whole warps, for its first thread. `scratch` has one entry for
-/// each of at most 32 warps.
+/// The sum over all threads of a block, returned to its first thread. The block consists of whole warps. `scratch` has
+/// one entry for each of at most 32 warps.
 template <typename T>
 __device__ T sum_of_block(T value, T* scratch) {
   const int thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
@@ -92,7 +91,7 @@ __device__ T sum_of_block(T value, T* scratch) {
 
 constexpr int kHeadSumThreads = 512;
 
-/// The gradient of slopes from `count` sums of `grad * distance` for each head: a block a head.
+/// The gradient of slopes from `count` sums of `grad * distance` for each head, with one block for each head.
 template <typename Real>
 __global__ void __launch_bounds__(kHeadSumThreads)
     sum_of_heads_kernel(const double* __restrict__ sums, int64_t count, Real* __restrict__ result) {

@@ -5,16 +5,15 @@
 
 #include <cuda_runtime.h>
 
-// How blocks are laid over scores [B, H, Sq, Sk]. No torch.
+// Assignment of blocks to scores [B, H, Sq, Sk]. No torch.
 //
-// Threads along x share the keys of a row, threads along y are queries. Blocks go through keys first, then queries
-// (x), then matrices [Sq, Sk] (y and z), and so through memory in its order; the head of a block is one, and so is its
-// slope.
+// Threads along x share the keys of a row, threads along y are queries. Consecutive blocks are keys first, then queries
+// (x), then matrices [Sq, Sk] (y and z), which is the order of memory. A block has one head, and therefore one slope.
 namespace posenc::cuda {
 
 constexpr int kWarp = 32;
 
-/// Threads along keys: the smallest power of two that covers a row with `per_thread` vectors each, up to a block.
+/// Threads along keys: smallest power of two that covers a row with `per_thread` vectors each, at most kMaxThreads.
 inline int64_t threads_along_keys(int64_t num_vectors, int64_t per_thread) {
   int64_t threads = 1;
   while (threads < kMaxThreads && threads * per_thread < num_vectors) {
@@ -23,8 +22,8 @@ inline int64_t threads_along_keys(int64_t num_vectors, int64_t per_thread) {
   return threads;
 }
 
-/// The matrices of a call: batch b and head h are number b * H + h. Batches, and heads, may be more than the hardware
-/// allows along y or z.
+/// The matrices [Sq, Sk] of a call; that of batch b and head h has number b * H + h. Their number may exceed the limits
+/// of gridDim.y and gridDim.z.
 struct Matrices {
   uint32_t count;
   Divider num_heads;
@@ -33,7 +32,7 @@ struct Matrices {
       : count(static_cast<uint32_t>(shape.batch * shape.num_heads)),
         num_heads(static_cast<uint32_t>(shape.num_heads)) {}
 
-  /// `x` blocks for each matrix, and at the end some that have none.
+  /// A grid with `x` blocks for each matrix. Some of the last blocks have no matrix.
   dim3 grid(int64_t x) const {
     const int64_t z = ceil_div(count, kMaxGridY);
     return dim3(x, ceil_div(count, z), z);
@@ -44,7 +43,7 @@ struct Matrices {
     uint32_t batch, head;
   };
 
-  /// Number of the matrix of this block; where it is not below `count`, there is nothing to do.
+  /// The number of the matrix of this block; the block has none if this is not below `count`.
   __device__ static uint32_t of_block() { return blockIdx.z * gridDim.y + blockIdx.y; }
 
   __device__ Index index(uint32_t matrix) const {

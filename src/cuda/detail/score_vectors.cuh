@@ -3,16 +3,17 @@
 #include <arguments/alibi_problem.h>
 #include <cuda/detail/vector.cuh>
 
-// Rows of scores in vectors of V. No torch.
+// Distances and biases of scores. No torch.
 namespace posenc::cuda {
 
-/// The distance of a key in the arithmetic of the scores: formed in int32.
+/// The distance of a key in the arithmetic type, computed in int32.
 template <typename Real>
 __device__ Real distance(int32_t position, uint32_t key) {
   return static_cast<Real>(AlibiShape::distance(position, static_cast<int32_t>(key)));
 }
 
-/// Minus the product, rounded by itself: never fused with the sum that follows, so that all paths give the same bits.
+/// -slope * distance. The product is rounded and never fused with the sum that follows, so all paths give the same
+/// bits.
 template <typename Real>
 __device__ Real bias_of(Real slope, int32_t position, uint32_t key) {
   return multiply(-slope, distance<Real>(position, key));

@@ -6,12 +6,12 @@
 
 #include <cstdint>
 
-// What compute capability 9.0 (sm_90a) adds: copies of tiles by the memory system, barriers that count bytes, and
-// matrix products of four warps that read shared memory (PTX ISA: "cp.async.bulk.tensor", "mbarrier", "Asynchronous
-// Warpgroup Level Matrix Instructions"). No torch.
+// Instructions of compute capability 9.0 (sm_90a): tensor copies, barriers that count bytes, and matrix products of a
+// warpgroup that read shared memory (PTX ISA: "cp.async.bulk.tensor", "mbarrier", "Asynchronous Warpgroup Level Matrix
+// Instructions"). No torch.
 //
-// Tiles lie in shared memory as panels of 64 channels: rows of 128 bytes one after the other, of which the 16-byte
-// chunks are exchanged so that eight rows spread over all banks (CU_TENSOR_MAP_SWIZZLE_128B).
+// Tiles are stored in shared memory as panels of 64 channels: contiguous rows of 128 bytes whose 16-byte chunks are
+// permuted so that eight rows use all banks (CU_TENSOR_MAP_SWIZZLE_128B).
 namespace posenc::cuda::sm90 {
 
 constexpr int kPanelChannels = 64;
@@ -22,7 +22,7 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-/// Place in its panel of a chunk of eight channels.
+/// The offset of a chunk of eight channels in its panel.
 __device__ inline uint32_t swizzled(int row, int chunk) {
   return static_cast<uint32_t>(row * kPanelRowBytes + (chunk ^ row % 8) * 16);
 }
@@ -30,23 +30,23 @@ __device__ inline uint32_t swizzled(int row, int chunk) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Copies
 
-/// By one thread, before any other use. Afterwards all threads synchronise.
+/// Called by one thread before any other use. All threads synchronise afterwards.
 __device__ inline void init_barrier(uint64_t* barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)));
 }
 
-/// After the last of them.
+/// Called after the last initialisation.
 __device__ inline void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-/// By one thread: so many bytes are on their way.
+/// Called by one thread: announces the number of bytes that copies will write.
 __device__ inline void expect_bytes(uint64_t* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
 
-/// Until all bytes of the `round`-th use of a barrier are there.
+/// Waits for all bytes of the `round`-th use of a barrier.
 __device__ inline void wait_bytes(uint64_t* barrier, int round) {
   asm volatile(
       "{\n"
@@ -61,8 +61,8 @@ __device__ inline void wait_bytes(uint64_t* barrier, int round) {
       : "memory");
 }
 
-/// By one thread: starts the copy of a panel whose first element has these coordinates. What is outside of the tensor
-/// is zero.
+/// Called by one thread: starts the copy of a panel whose first element has these coordinates. Elements outside of the
+/// tensor are zero.
 __device__ inline void start_panel(
     uint32_t to,
     const CUtensorMap& tensor,
@@ -78,7 +78,7 @@ __device__ inline void start_panel(
       : "memory");
 }
 
-/// Before threads synchronise, of which one then starts a copy to where others have read.
+/// Called by threads that have read shared memory, before the barrier after which one thread overwrites it by a copy.
 __device__ inline void order_copies_after_reads() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -86,8 +86,8 @@ __device__ inline void order_copies_after_reads() {
 // ---------------------------------------------------------------------------------------------------------------------
 // Matrix products
 
-/// 16 rows and 16 channels of a panel as a warp holds them: a thread of lane 4 g + t has of rows g and g + 8 the
-/// channels 2 t and 2 t + 1, and those plus 8.
+/// A fragment of 16 rows and 16 channels of a panel. Lane 4 g + t holds channels 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of
+/// rows g and g + 8.
 __device__ inline void load_rows(uint32_t (&rows)[4], uint32_t panel, int first_row, int channel) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const uint32_t address = panel + swizzled(first_row + lane % 16, channel / 8 + lane / 16);
@@ -97,11 +97,12 @@ __device__ inline void load_rows(uint32_t (&rows)[4], uint32_t panel, int first_
                : "memory");
 }
 
-/// Products of 64 rows and 64 others: a thread of lane 4 g + t has of rows g and g + 8 of its warp's 16 the columns
-/// 8 n + 2 t and 8 n + 2 t + 1.
+/// Products of 64 rows and 64 others. Each warp has 16 rows; lane 4 g + t holds columns 8 n + 2 t and 8 n + 2 t + 1 of
+/// rows g and g + 8.
 using Products = float[8][4];
 
-/// 64 rows of a panel from some channel on, to tensor cores: address, eight rows 1,024 bytes apart, 128-byte swizzle.
+/// The matrix descriptor of 64 rows of a panel from the channel at `address` on: address, stride of 1,024 bytes between
+/// groups of eight rows, 128-byte swizzle.
 __device__ inline uint64_t describe(uint32_t address) {
   return (address & 0x3ffffU) >> 4 | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 }
@@ -137,7 +138,7 @@ __device__ inline void multiply(
 }
 #undef POSENC_WGMMA
 
-/// Keeps the compiler from moving uses of products over the start or the end of their computation.
+/// Keeps the compiler from moving accesses to products across the start or the end of their computation.
 __device__ inline void pin(Products& products) {
 #pragma unroll
   for (auto& some : products) {
@@ -148,8 +149,8 @@ __device__ inline void pin(Products& products) {
   }
 }
 
-/// Starts `products = rows tile^T` over `16 Steps` channels, of four warps with 16 rows each. `tile` has panels of 64
-/// rows.
+/// Starts `products = rows tile^T` over `16 Steps` channels, for four warps with 16 rows each. `tile` consists of
+/// panels of 64 rows.
 template <typename T, int Steps>
 __device__ void start_products(Products& products, const uint32_t (&rows)[Steps][4], uint32_t tile) {
   pin(products);
@@ -162,7 +163,7 @@ __device__ void start_products(Products& products, const uint32_t (&rows)[Steps]
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-/// Waits for all products but those started last, `Pending` of them.
+/// Waits for all products except the last `Pending` ones that were started.
 template <int Pending>
 __device__ void finish_products(Products& products) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");

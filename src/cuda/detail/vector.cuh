@@ -55,8 +55,8 @@ __device__ Vector<T, N> splat(T value) {
   return vector;
 }
 
-/// Keeps the compiler from carrying the widened elements of a vector past this point: they would take twice the
-/// registers of the packed ones, and spill.
+/// Keeps the compiler from holding widened elements of a vector past this point. They take twice the registers of
+/// packed ones, and spill.
 template <typename T, int V>
 __device__ void keep_packed(Vector<T, V>& vector) {
   if constexpr (sizeof(T) == 2 && V % 2 == 0) {
@@ -68,7 +68,7 @@ __device__ void keep_packed(Vector<T, V>& vector) {
   }
 }
 
-/// What a storage type is computed in.
+/// The arithmetic type of a storage type.
 template <typename T>
 struct Arithmetic {
   using type = float;
@@ -113,7 +113,7 @@ __device__ inline double narrow<double>(double value) {
   return value;
 }
 
-/// The same for two at a time, in one instruction.
+/// Rounds two elements like `narrow`, in one instruction.
 __device__ inline void narrow_pair(float a, float b, __half& low, __half& high) {
   const __half2 pair = __floats2half2_rn(a, b);
   low = pair.x;
@@ -125,7 +125,7 @@ __device__ inline void narrow_pair(float a, float b, __nv_bfloat16& low, __nv_bf
   high = pair.y;
 }
 
-/// All elements of a vector.
+/// Converts all elements of a vector.
 template <typename T, int N>
 __device__ Vector<arithmetic_t<T>, N> widen(const Vector<T, N>& vector) {
   Vector<arithmetic_t<T>, N> wide;
@@ -153,7 +153,7 @@ __device__ Vector<T, N> narrow(const Vector<arithmetic_t<T>, N>& wide) {
   return vector;
 }
 
-/// Products and sums that the compiler neither fuses nor splits.
+/// A product that the compiler does not fuse with a sum, and a fused multiply-add that it does not split.
 __device__ inline float multiply(float a, float b) {
   return __fmul_rn(a, b);
 }
@@ -167,7 +167,7 @@ __device__ inline double multiply_add(double a, double b, double c) {
   return __fma_rn(a, b, c);
 }
 
-/// 2^x in one instruction, to two units in the last place; no subnormal numbers.
+/// 2^x in one instruction, with an error of two units in the last place; subnormal numbers are flushed to zero.
 __device__ inline float approximate_exp2(float x) {
   float power;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));

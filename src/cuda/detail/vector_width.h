@@ -5,13 +5,13 @@
 
 #include <cstdint>
 
-// Which vector width a call allows. No torch.
+// Tests whether a call allows a vector width. No torch.
 namespace posenc::cuda {
 
-/// The widest load and store of one thread.
+/// Bytes of the widest load and store of a thread.
 constexpr int kMaxVectorBytes = 16;
 
-/// Entries of a table of `Real` that one load fetches where `Entries` neighbours are needed.
+/// Entries of a table that one load fetches if `Entries` contiguous ones are needed.
 template <typename Real, int Entries>
 constexpr int kTableVector =
     Entries * static_cast<int>(sizeof(Real)) <= kMaxVectorBytes ? Entries
@@ -21,7 +21,8 @@ inline bool is_aligned(const void* data, int64_t bytes) {
   return reinterpret_cast<std::uintptr_t>(data) % static_cast<std::uintptr_t>(bytes) == 0;
 }
 
-/// Whether vectors of V elements of T lie at multiples of V channels: dense channels, and all else a multiple of V.
+/// Whether the tensor can be accessed in vectors of V elements: dense channels, all other strides multiples of V, and
+/// an aligned address.
 template <typename T, int V>
 bool holds_vectors(const void* data, const Strides& strides) {
   return strides.channel == 1 && is_aligned(data, V * sizeof(T)) && strides.batch % V == 0 && strides.seq % V == 0 &&
@@ -42,12 +43,12 @@ bool table_loads_vectors(const RotaryTable& table) {
       table.stride_row % kStep == 0;
 }
 
-/// Whether rotary width and tail divide into vectors of V.
+/// Whether `rotary_dim / 2` and the length of the tail are multiples of `v` channels.
 inline bool divides(int v, int64_t num_pairs, int64_t head_dim) {
   return num_pairs % v == 0 && (head_dim - 2 * num_pairs) % v == 0;
 }
 
-/// Chunks of two vectors of V in a head: those that rotate, then those of the tail.
+/// The number of chunks of two vectors of `v` channels in a head: those that rotate, then those of the tail.
 inline int64_t num_chunks(int v, int64_t num_pairs, int64_t head_dim) {
   return num_pairs / v + ((head_dim - 2 * num_pairs) / v + 1) / 2;
 }
