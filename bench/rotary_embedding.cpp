@@ -69,8 +69,8 @@ int64_t tensor_bytes(const Configuration& c) {
   return c.batch * c.sequence * (c.q_heads + c.k_heads) * c.head_dim * element;
 }
 
-/// The sizes every release is judged by, and at one size what else a model may ask for: with 134 MB of q and k it fits
-/// no cache.
+/// The sizes measured in every release, a batch with grouped-query heads, and three variants (layout, pairing, partial
+/// rotation) of one size, whose q and k (134 MB together) fit no cache.
 std::vector<Configuration> cuda_configurations() {
   std::vector<Configuration> configurations;
   for (const auto dtype : {at::kHalf, at::kBFloat16, at::kFloat}) {
@@ -89,7 +89,7 @@ std::vector<Configuration> cuda_configurations() {
   return configurations;
 }
 
-/// Sizes that a few cores get through in seconds.
+/// Sizes that take seconds on a few cores.
 std::vector<Configuration> cpu_configurations() {
   return {
       {at::kFloat, 1, 2048, 32, 32},
@@ -100,10 +100,10 @@ std::vector<Configuration> cpu_configurations() {
 
 using Pair = std::tuple<at::Tensor, at::Tensor>;
 
-/// The call under test: q and k to the rotated pair, in the layout of the configuration.
+/// The call under test: returns rotated q and k, in the layout of the configuration.
 using Rotation = std::function<Pair(const at::Tensor& q, const at::Tensor& k)>;
 
-/// Makes a `Rotation`: its tables belong to the case that is running, and are gone with it.
+/// Makes a `Rotation` and its tables, which are freed when the case ends.
 using RotationFactory = std::function<Rotation(const Configuration&, c10::Device)>;
 
 Pair make_tables(const Configuration& c, c10::Device device) {
@@ -113,7 +113,7 @@ Pair make_tables(const Configuration& c, c10::Device device) {
 
 Rotation make_posenc(const Configuration& c, c10::Device device) {
   const auto [cos, sin] = make_tables(c, device);
-  const auto rotate = [cos = cos, sin = sin, interleaved = c.interleaved](const at::Tensor& q, const at::Tensor& k) {
+  auto rotate = [cos = cos, sin = sin, interleaved = c.interleaved](const at::Tensor& q, const at::Tensor& k) {
     return rotary_embedding_qk(q, k, cos, sin, std::nullopt, interleaved);
   };
   if (!c.bhsd) {
@@ -167,7 +167,7 @@ Timing time_backward(Device& device, Problem& problem) {
       [&] { return device.time([&] { torch::autograd::grad(outputs, inputs, gradients, /*retain_graph=*/true); }); });
 }
 
-/// A step of a training loop without the loop: a fresh forward, a scalar, its backward.
+/// A training step: forward pass, sum of the results, backward pass of the sum.
 Timing time_training_step(Device& device, Problem& problem, Pass pass) {
   Pair rotated;
   Step step;
@@ -208,7 +208,7 @@ class Registration {
   void add_wall_cases() {
     for (const auto pass : {Pass::forward, Pass::backward, Pass::total}) {
       for (const auto& [name, factory] : implementations()) {
-        // The host's share and that of the two sums make a rate in bytes meaningless.
+        // No rate in bytes: wall time includes the host and two sums.
         suite_.add(describe(pass, name, /*bytes=*/0), [pass, &device = device_, c = c_, factory = factory] {
           return with_released_memory(device, [&] {
             Problem problem(c, device.torch_device(), factory);
@@ -236,7 +236,7 @@ class Registration {
     return all;
   }
 
-  /// q and k read once and written once, or their gradients. The tables, 1 % of it at 64 heads, are not counted.
+  /// Reads and writes q and k, or their gradients, once. The tables, 1 % of that at 64 heads, are not counted.
   int64_t minimum_traffic() const { return 2 * tensor_bytes(c_); }
 
   Case describe(Pass pass, const std::string& implementation, int64_t bytes) const {

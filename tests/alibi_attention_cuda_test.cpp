@@ -15,8 +15,8 @@
 #include <limits>
 #include <thread>
 
-// Fused attention. cuDNN answers some graphs wrongly without an error, so every form that the library builds is held
-// against float64 here, forward and backward.
+// Fused attention by cuDNN. For some graphs cuDNN silently returns wrong results, so both passes of every form of graph
+// that the library builds are compared with float64.
 namespace posenc::test {
 namespace {
 
@@ -26,7 +26,7 @@ constexpr bool kBuiltWithCudnn = true;
 constexpr bool kBuiltWithCudnn = false;
 #endif
 
-/// Skips where nothing is fused: the tests of the plain path are elsewhere.
+/// Skips if attention cannot be fused. alibi_attention_test.cpp tests attention that is not fused.
 void require_fused() {
   require_device(at::kCUDA);
   if (::testing::Test::IsSkipped() || ::testing::Test::HasFatalFailure()) {
@@ -41,7 +41,7 @@ void require_fused() {
   }
 }
 
-/// What the log says of `action`.
+/// The log output of `action`, at level debug.
 std::string logged(const std::function<void()>& action) {
   const LogLevel before = log_level();
   set_log_level(LogLevel::debug);
@@ -60,7 +60,7 @@ double relative_error(const at::Tensor& actual, const at::Tensor& expected) {
   return ((a - e).norm() / e.norm()).item<double>();
 }
 
-/// Results and gradients of q, k, v and slopes for `grad`, which is of the dtype of the results.
+/// out and lse, and the gradients of q, k, v and slopes for `grad`, the gradient of out in its dtype.
 TensorList everything(const AttentionInputs& inputs, const at::Tensor& grad) {
   const AttentionInputs in = attention_leaves(inputs);
   const auto [out, lse] = attend_with_lse(in);
@@ -69,7 +69,7 @@ TensorList everything(const AttentionInputs& inputs, const at::Tensor& grad) {
   return results;
 }
 
-/// The same in float64, of the same values.
+/// The same results by the reference version in float64.
 TensorList everything_in_float64(const AttentionInputs& inputs, const at::Tensor& grad) {
   AttentionInputs wide = inputs;
   for (at::Tensor* tensor : {&wide.q, &wide.k, &wide.v, &wide.slopes}) {
@@ -86,8 +86,8 @@ constexpr const char* kNames[] = {"out", "lse", "dq", "dk", "dv", "dslopes"};
 constexpr size_t kFirstGradientOfScores = 2;
 constexpr size_t kGradientOfValues = 4;
 
-/// In the norm, a result is off by its own rounding and by that of the probabilities, independent ones: about one
-/// roundoff; gradients by that of `out` and of dS too. The sum of the gradient of a slope cancels most of its terms.
+/// Tolerance of `relative_error`. The independent roundings of `out` and of the probabilities amount to about one unit
+/// roundoff in the norm. Gradients also have those of `out` and dS. The terms of a slope gradient mostly cancel.
 double tolerance(size_t result, at::ScalarType dtype) {
   const double u = unit_roundoff(dtype);
   constexpr double kOfLse = 1e-5;
@@ -97,7 +97,7 @@ double tolerance(size_t result, at::ScalarType dtype) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Every form
+// Every form of cuDNN graph
 
 std::vector<AttentionCase> forms() {
   std::vector<AttentionCase> cases;
@@ -127,7 +127,7 @@ std::vector<AttentionCase> forms() {
   for (const int64_t head_dim : {32, 80, 192}) {
     add_all_lengths(of(257, head_dim));
   }
-  // Fewer keys than a tile.
+  // Fewer keys than a tile of the fused kernels.
   for (const int64_t keys : {2, 3, 7, 8, 16, 31, 64, 100, 127, 128, 129, 255, 256}) {
     const AttentionCase base = of(keys, keys % 2 == 0 ? 64 : 128);
     add("CausalFewKeys", base, [](AttentionCase& c) { c.causal = true; });
@@ -155,7 +155,7 @@ std::vector<AttentionCase> forms() {
     add("CausalBehindAllKeys", base, [](AttentionCase& c) { c.causal = true, c.query_offset = c.k_len + 5; });
     for (const bool causal : {false, true}) {
       const std::string suffix = causal ? "Causal" : "";
-      // Both lengths with a common offset.
+      // seqlens_q and seqlens_k, with one query_offset for all sequences.
       add("Padded" + suffix, base, [=](AttentionCase& c) {
         c.causal = causal;
         c.batch = 3;
@@ -179,7 +179,7 @@ std::vector<AttentionCase> forms() {
         c.causal = causal;
         c.cu_seqlens_q = {0, c.q_len / 2, c.q_len};
       });
-      // In several batches.
+      // Sequences of such different lengths are computed in several padded batches.
       add("PackedOfManyLengths" + suffix, base, [=](AttentionCase& c) {
         c.causal = causal;
         c.cu_seqlens_q = {0, 1, 3, 6, 6, 6, 16, 27, 130, 130, c.q_len};
@@ -223,11 +223,11 @@ TEST_P(AlibiAttentionForms, AreFusedAndRight) {
     EXPECT_TRUE(actual[i].isinf().eq(infinite).all().item<bool>());
     const at::Tensor result = actual[i].masked_fill(infinite, 0);
     if (c.k_len == 1 && i >= kFirstGradientOfScores && i != kGradientOfValues) {
-      // The probability of a single key is 1 whatever its score: what is left is the rounding of `out`.
+      // The probability of a single key is always 1, so these gradients are zero except for the rounding of `out`.
       EXPECT_LE(result.norm().item<double>(), 2 * unit_roundoff(dtype) * (grad.norm() * in.v.norm()).item<double>());
       continue;
     }
-    // Gradients of few scores cancel most of their terms.
+    // With few keys, the terms of the gradients of scores mostly cancel.
     const double factor = c.k_len <= 8 ? 2 : 1;
     EXPECT_LE(relative_error(result, expected[i].masked_fill(infinite, 0)), factor * tolerance(i, dtype));
   }
@@ -261,7 +261,7 @@ class AlibiAttentionCuda : public ::testing::Test {
   static AttentionInputs inputs(const AttentionCase& c) { return make_attention_inputs(c, {at::kCUDA, at::kBFloat16}); }
 };
 
-/// Tests that capture a graph: only the caching allocator gives memory during a capture.
+/// Tests that capture a CUDA graph. Only the caching allocator can allocate during a capture.
 class AlibiAttentionCudaGraphs : public AlibiAttentionCuda {
  protected:
   void SetUp() override {
@@ -272,13 +272,13 @@ class AlibiAttentionCudaGraphs : public AlibiAttentionCuda {
 
 TEST_F(AlibiAttentionCudaGraphs, ForwardPassIsOneKernel) {
   const AttentionInputs in = inputs(training());
-  // cuDNN may clear its workspace besides.
+  // Other nodes are allowed: cuDNN may clear its workspace.
   EXPECT_EQ(recorded_nodes([&] { attend(in); })[cudaGraphNodeTypeKernel], 1);
 }
 
 TEST_F(AlibiAttentionCuda, NeverBuildsAPlanTwice) {
   AttentionCase c = training();
-  c.q_len = c.k_len = 333;  // of no other test
+  c.q_len = c.k_len = 333;  // a length that no other test uses
   const AttentionInputs in = inputs(c);
   const at::Tensor grad = at::ones_like(in.q);
   const std::string first = logged([&] { everything(in, grad); });
@@ -305,7 +305,7 @@ TEST_F(AlibiAttentionCuda, MorePlansThanAreKeptAreRight) {
 
 TEST_F(AlibiAttentionCudaGraphs, PlansAreNotBuiltWhileAGraphIsCaptured) {
   AttentionCase c = training();
-  c.q_len = c.k_len = 335;  // of no other test
+  c.q_len = c.k_len = 335;  // a length that no other test uses
   const AttentionInputs in = attention_leaves(inputs(c));
   const c10::cuda::CUDAStreamGuard stream(c10::cuda::getStreamFromPool());
   const auto expect_refused = [&](const std::function<void()>& action) {
@@ -322,7 +322,7 @@ TEST_F(AlibiAttentionCudaGraphs, PlansAreNotBuiltWhileAGraphIsCaptured) {
 
 TEST_F(AlibiAttentionCudaGraphs, GraphsReplayAfterManyOtherShapes) {
   AttentionCase c = training();
-  c.q_len = c.k_len = 337;  // of no other test
+  c.q_len = c.k_len = 337;  // a length that no other test uses
   const AttentionInputs leaves = attention_leaves(inputs(c));
   const at::Tensor grad = at::randn(leaves.q.sizes(), at::kFloat).to(leaves.q.options());
   const auto both_passes = [&] {
@@ -357,7 +357,7 @@ TEST_F(AlibiAttentionCudaGraphs, GraphsReplayAfterManyOtherShapes) {
   }
 }
 
-/// A slice of a parameter, as tensor parallelism makes them.
+/// Slopes that begin at any element, like the slices of a parameter in tensor parallelism.
 TEST_F(AlibiAttentionCuda, SlopesNeedNoAlignmentBeyondTheirOwn) {
   for (const bool causal : {false, true}) {
     AttentionCase c = training();
@@ -401,7 +401,7 @@ TEST_F(AlibiAttentionCudaGraphs, GraphsReplayForwardAndBackward) {
   expect_same_bits(recorded.back(), out);
 }
 
-/// Of a call that knows a part of the keys: those of the same values in float64, in blocks of matrix products.
+/// Sums over a part of the keys, with the lse of more keys. float64 is computed in blocks of matrix products.
 TEST_F(AlibiAttentionCuda, SumsForTheSlopesAreThoseOfFloat64) {
   AttentionCase c;
   c.q_len = c.k_len = 448;
@@ -409,7 +409,7 @@ TEST_F(AlibiAttentionCuda, SumsForTheSlopesAreThoseOfFloat64) {
     for (const int64_t offset : {0, 448, -448, 100'000}) {
       for (const bool causal : {false, true}) {
         if (causal && offset < 0) {
-          continue;  // nothing is seen
+          continue;  // no query sees a key
         }
         SCOPED_TRACE(c10::str("D ", head_dim, ", offset ", offset, causal ? ", causal" : ""));
         c.head_dim = head_dim;
@@ -421,13 +421,13 @@ TEST_F(AlibiAttentionCuda, SumsForTheSlopesAreThoseOfFloat64) {
         for (at::Tensor* tensor : {&wide.q, &wide.k, &wide.v, &wide.slopes}) {
           *tensor = tensor->to(at::kDouble);
         }
-        const at::Tensor lse = std::get<1>(attend_with_lse(wide)).add(1);  // of more keys than these
+        const at::Tensor lse = std::get<1>(attend_with_lse(wide)).add(1);
         const at::Tensor grad = at::randn(in.q.sizes(), at::kFloat).to(in.q.options());
         at::Tensor actual;
         const std::string text = logged([&] { actual = slope_sums(in, grad, lse.to(at::kFloat)); });
         EXPECT_EQ(text.find(kNotFused), std::string::npos);
         const at::Tensor expected = slope_sums(wide, grad.to(at::kDouble), lse);
-        // The exponent carries the rounding of products and of slope * distance in float32.
+        // Exponents have the rounding errors of dot products and of slope * distance in float32.
         const double largest = c.largest_slope * static_cast<double>(std::abs(offset) + c.q_len);
         for (int64_t sum = 0; sum < 4; ++sum) {
           EXPECT_LE(relative_error(actual[sum], expected[sum]), (64 + 4 * largest) * unit_roundoff(at::kFloat)) << sum;
@@ -459,11 +459,12 @@ TEST_F(AlibiAttentionCuda, DeterministicAlgorithmsGiveTheSameBits) {
 
 TEST_F(AlibiAttentionCuda, ThreadsShareThePlans) {
   AttentionCase c = training();
-  c.q_len = c.k_len = 271;  // of no other test
+  c.q_len = c.k_len = 271;  // a length that no other test uses
   const AttentionInputs in = inputs(c);
   std::vector<at::Tensor> results(4);
   c10::cuda::device_synchronize();
   std::vector<std::thread> threads;
+  threads.reserve(results.size());
   for (at::Tensor& result : results) {
     threads.emplace_back([&] {
       const c10::cuda::CUDAStreamGuard guard(c10::cuda::getStreamFromPool());
@@ -538,7 +539,7 @@ TEST_F(AlibiAttentionCuda, WhatCudnnCannotReadTakesThePlainPath) {
   }
 }
 
-/// No further from float64 than 1.5 times LibTorch's own attention, which has no bias, in the same dtype.
+/// The error is at most 1.5 times that of at::scaled_dot_product_attention without a bias, in the same dtype.
 TEST_F(AlibiAttentionCuda, IsAsExactAsAttentionWithoutBias) {
   for (const int64_t length : {257, 2048, 8192}) {
     for (const bool causal : {false, true}) {
@@ -575,7 +576,7 @@ TEST_F(AlibiAttentionCuda, IsAsExactAsAttentionWithoutBias) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// A sequence whose scores no memory holds
+// A sequence whose scores do not fit into memory
 
 class AlibiAttentionCudaLarge : public AlibiAttentionCuda {
  protected:
@@ -598,7 +599,7 @@ class AlibiAttentionCudaLarge : public AlibiAttentionCuda {
     for (at::Tensor* tensor : {&in.q, &in.k, &in.v}) {
       *tensor = at::randn({1, kLength, kHeads, 128}, options);
     }
-    // From a bias that leaves a few keys to one that all keys take part in.
+    // Slopes from 1, with which only the nearest keys have weight, to 2^-17, with which all keys have.
     in.slopes = at::arange(kHeads, options.dtype(at::kFloat)).mul_(-17.0 / (kHeads - 1)).exp2_();
     in.options.causal(true);
     return in;
@@ -626,7 +627,7 @@ TEST_F(AlibiAttentionCudaLarge, NeedsMemoryForItsRowsAlone) {
   EXPECT_LT(allocated().peak - before - outputs, int64_t{4} << 30);
 }
 
-/// Results and gradients of one head of one causal sequence, in float64 and in blocks of rows.
+/// Results and gradients of one head of one causal sequence in float64, by blocks of rows.
 TensorList head_in_float64(const AttentionInputs& in, const at::Tensor& grad, int64_t head) {
   constexpr int64_t kRows = 512;
   const auto of_head = [&](const at::Tensor& x) { return x.detach().select(2, head).squeeze(0).to(at::kDouble); };
@@ -663,7 +664,7 @@ TensorList head_in_float64(const AttentionInputs& in, const at::Tensor& grad, in
   return {out, lse, dq, dk, dv, dslope};
 }
 
-/// The largest error of a row `[..., D]` relative to its norm, or to that of rows in the mean where it is less.
+/// The largest error of a row `[..., D]`, relative to the larger of its norm and the root mean square norm of all rows.
 double worst_row(const at::Tensor& actual, const at::Tensor& expected) {
   const at::Tensor error = (actual.detach().to(at::kDouble) - expected).norm(2, -1);
   const at::Tensor norm = expected.norm(2, -1);
@@ -671,14 +672,14 @@ double worst_row(const at::Tensor& actual, const at::Tensor& expected) {
 }
 
 TEST_F(AlibiAttentionCudaLarge, IsRight) {
-  // A row out of place is off by its own norm; the worst of so many roundings, by some times the one in the mean.
+  // A misplaced row has an error of about its norm. The worst rounding error of so many rows is a few times the mean.
   constexpr double kOfWorstRow = 4;
   const AttentionInputs in = inputs();
-  // The output as its own gradient: the terms of the gradient of a slope then have one sign in the mean, and its
-  // relative error says something.
+  // With the output as its own gradient, the terms of slope gradients have one sign on average. They do not cancel, so
+  // the relative error is meaningful.
   const at::Tensor grad = attend(in).detach();
   const TensorList actual = everything(in, grad);
-  // One token after a cache of all others.
+  // Decoding: one query, the last token.
   AttentionInputs last = in;
   last.q = in.q.narrow(1, kLength - 1, 1);
   const at::Tensor decoded = attend(last);
@@ -687,7 +688,7 @@ TEST_F(AlibiAttentionCudaLarge, IsRight) {
     const TensorList expected = head_in_float64(in, grad, head);
     for (size_t i = 0; i < expected.size(); ++i) {
       SCOPED_TRACE(kNames[i]);
-      const bool of_rows = expected[i].dim() == 2;  // [B, S, H, D]; lse is [B, H, S], the gradient of slopes [H]
+      const bool of_rows = expected[i].dim() == 2;  // [B, S, H, D]; lse is [B, H, S], dslopes [H]
       const at::Tensor found = of_rows ? actual[i].select(2, head).squeeze(0)
           : expected[i].dim() == 1     ? actual[i].select(1, head).squeeze(0)
                                        : actual[i][head];

@@ -96,12 +96,12 @@ int64_t first_position(int64_t q_len, int64_t k_len, const std::optional<int64_t
   return query_offset.value_or(k_len - q_len);
 }
 
-/// Distances for the scores of `in`, to be broadcast.
+/// Distances for the scores of `in`, `[Sq, Sk]`.
 at::Tensor distances_of(const AlibiInputs& in) {
   return scalar_distances(in.scores.size(-2), in.scores.size(-1), in.query_offset);
 }
 
-/// Sum over everything but the heads of scores of three or four dimensions.
+/// Sum of `[B, H, Sq, Sk]` or `[H, Sq, Sk]` over all dimensions except H.
 at::Tensor per_head(const at::Tensor& terms) {
   return terms.dim() == 4 ? terms.sum({0, 2, 3}) : terms.sum({1, 2});
 }
@@ -143,8 +143,8 @@ at::Tensor scalar_bias(
 }
 
 at::Tensor scalar_bias(const AlibiInputs& in) {
-  const at::Tensor bias = scalar_bias(in.slopes, in.scores.size(-2), in.scores.size(-1), in.causal, in.query_offset)
-                              .expand(in.scores.sizes());
+  at::Tensor bias = scalar_bias(in.slopes, in.scores.size(-2), in.scores.size(-1), in.causal, in.query_offset)
+                        .expand(in.scores.sizes());
   if (!in.key_padding_mask) {
     return bias;
   }
@@ -204,23 +204,23 @@ bool is_narrow(at::ScalarType dtype) {
   return dtype == at::kHalf || dtype == at::kBFloat16;
 }
 
-/// What one rounding of values of these sizes to `dtype` adds, beyond the arithmetic, which is float32 or float64.
+/// Error of rounding values of these magnitudes to `dtype`; zero for float32 and float64, the dtypes of the arithmetic.
 at::Tensor store_error(const at::Tensor& magnitude, at::ScalarType dtype) {
   const bool narrows = is_narrow(dtype);
   const double half_subnormal = dtype == at::kHalf ? 0x1p-25 : 0;
   return narrows ? magnitude * unit_roundoff(dtype) + half_subnormal : at::zeros_like(magnitude);
 }
 
-/// Unit roundoff of the arithmetic for tensors of `dtype`.
+/// Unit roundoff of the arithmetic for tensors of `dtype`: float64 for float64, float32 for all others.
 double arithmetic_roundoff(at::ScalarType dtype) {
   return unit_roundoff(table_dtype(dtype));
 }
 
-/// Relative errors that the softmax of `in` may have before it is stored. With x = scale s - m d and u the unit
-/// roundoff: x is off by at most 4u (|scale s| + |m d|) (scale rounded to float32, its product, m d, a factor log2(e),
-/// the sum); x - max by another u |x - max|, which is the relative error of exp(x - max), to which exp itself adds up
-/// to 8u. The stabiliser's own error cancels. The sum of n terms in any order adds n u and the mean of their errors
-/// (Higham, section 4.2), rescaling and the quotient a few u.
+/// Bound of the relative error of the softmax of `in` before it is rounded to its dtype. Let x = scale s - m d and u be
+/// the unit roundoff. x has an error of at most 4u (|scale s| + |m d|): scale rounded to float32, its product, m d, a
+/// factor log2(e), the sum. x - max adds u |x - max|. Both are relative errors of exp(x - max); exp itself adds up to
+/// 8u. The error of max cancels. The sum of n terms in any order adds n u and the mean of their errors (Higham, section
+/// 4.2), rescaling and the quotient a few u.
 at::Tensor softmax_relative_error(const AlibiInputs& in, const at::Tensor& p) {
   const double u = arithmetic_roundoff(in.scores.scalar_type());
   const at::Tensor scaled = widened(in.scores) * in.scale;
@@ -234,7 +234,7 @@ at::Tensor softmax_relative_error(const AlibiInputs& in, const at::Tensor& p) {
   return exponent + (exponent * p).sum(-1, /*keepdim=*/true) + (n + 32) * u;
 }
 
-/// Exponentials below the normal numbers of float32, or in the last binade above them, may be flushed to zero.
+/// Exponentials below this may be flushed to zero: twice the smallest normal number of float32.
 double smallest_exponential(at::ScalarType dtype) {
   return dtype == at::kDouble ? 0 : 0x1p-125;
 }
@@ -250,7 +250,7 @@ void expect_within_or_infinite(const at::Tensor& actual, const at::Tensor& expec
   expect_within(finite(wide), finite(expected), finite(bound));
 }
 
-// A distance is an integer, exact below 2^24 and rounded once beyond, its product with the slope is rounded once.
+// Integer distances are exact in float32 up to 2^24 and rounded once beyond. Their product with the slope is rounded.
 void expect_bias(const at::Tensor& actual, const AlibiInputs& in, int64_t q_len, int64_t k_len) {
   const at::Tensor expected = scalar_bias(in.slopes, q_len, k_len, in.causal, in.query_offset);
   const double u = arithmetic_roundoff(actual.scalar_type());
@@ -261,7 +261,8 @@ void expect_bias(const at::Tensor& actual, const AlibiInputs& in, int64_t q_len,
   expect_within_or_infinite(actual, expected, computed + stored);
 }
 
-// The product as in the bias, then one sum, in float32 or float64; the expected value has the same two in float64.
+// Two roundings in float32 or float64: the product of slope and distance, and its sum with the score. The expected
+// value has the same two in float64.
 void expect_sum(const at::Tensor& actual, const AlibiInputs& in) {
   ASSERT_EQ(actual.scalar_type(), in.scores.scalar_type());
   AlibiInputs without_mask = in;
@@ -279,15 +280,16 @@ void expect_softmax(const at::Tensor& actual, const AlibiInputs& in) {
   const at::Tensor p = scalar_softmax(in);
   const at::ScalarType dtype = actual.scalar_type();
   const at::Tensor computed =
-      p * (softmax_relative_error(in, p) + (p.size(-1) + 4) * unit_roundoff(at::kDouble)) + smallest_exponential(dtype);
+      p * (softmax_relative_error(in, p) + static_cast<double>(p.size(-1) + 4) * unit_roundoff(at::kDouble)) +
+      smallest_exponential(dtype);
   const at::Tensor hidden = scalar_bias(in).isinf();
-  // What is masked is zero exactly.
+  // Masked probabilities must be exactly zero.
   expect_within(actual, p, (computed + store_error(p + computed, dtype)).masked_fill(hidden, 0));
 }
 
-// ds = scale p (g - D) with D = sum g p. p carries its own error, and that of its dtype where the result is what was
-// saved, and through the division by their sum also the errors of the other probabilities of the row; D the errors of
-// its terms and of their sum.
+// ds = scale p (g - D) with D = sum g p. The error of p consists of that of the softmax, the rounding of the saved
+// result to its dtype, and, through the division by their sum, the errors of the other probabilities of the row. The
+// error of D consists of those of its terms and of their sum.
 void expect_softmax_gradients(
     const at::Tensor& scores,
     const at::Tensor& slopes,
@@ -320,7 +322,7 @@ void expect_softmax_gradients(
   if (slopes.defined()) {
     SCOPED_TRACE("gradient to slopes");
     const at::Tensor error = per_head(dx_error * distances_of(in));
-    // The sum over rows and keys itself is to be as good as float64's.
+    // Allows the sum over rows and keys a relative error of 1e-6 of its absolute terms.
     const at::Tensor sum_error = expected.slopes_magnitude * 1e-6;
     expect_within(slopes, expected.slopes, error + sum_error + expected.slopes.abs() * unit_roundoff(at::kFloat));
   }
@@ -339,11 +341,11 @@ void expect_accurate_slopes(const at::Tensor& actual, const AlibiInputs& in, con
   const at::Tensor terms = p * centred_g * centred_d;
   const at::Tensor expected = -per_head(terms);
   const double size = std::max(expected.norm().item<double>(), terms.norm().item<double>());
-  // Rounding of the mean of g in the arithmetic of the kernel, and of probabilities to subnormal numbers of half.
+  // Errors of the mean of g in the dtype of the arithmetic, and of probabilities rounded to subnormal half numbers.
   const double arithmetic = 32 * arithmetic_roundoff(dtype) * (p * g.abs() * centred_d.abs()).sum().item<double>();
   const double subnormal =
       dtype == at::kHalf ? 0x1p-25 * (centred_g * centred_d).masked_fill(hidden, 0).abs().sum().item<double>() : 0;
-  // Autograd casts the gradient to the dtype of the slopes, which is float32 with float64 scores too.
+  // Autograd casts the gradient to the dtype of the slopes, which is float32 even for float64 scores.
   ASSERT_EQ(actual.scalar_type(), in.slopes.scalar_type());
   const double cast = unit_roundoff(actual.scalar_type()) * expected.norm().item<double>();
   EXPECT_LE((widened(actual) - expected).norm().item<double>(), relative * size + arithmetic + subnormal + cast)

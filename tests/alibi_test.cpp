@@ -11,10 +11,10 @@ namespace {
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Slopes: Press, Smith, Lewis 2022 (https://arxiv.org/abs/2108.12409), section 3, and for other head counts than powers
-// of two the authors' get_slopes (https://github.com/ofirpress/attention_with_linear_biases)
+// Slopes: Press, Smith, Lewis 2022 (https://arxiv.org/abs/2108.12409), section 3; for head counts that are not powers
+// of two, get_slopes of the authors (https://github.com/ofirpress/attention_with_linear_biases)
 
-/// Expects float32 slopes rounded once from these.
+/// Expects float32 slopes that are `expected`, rounded once.
 void expect_slopes(const at::Tensor& actual, const std::vector<double>& expected) {
   ASSERT_EQ(actual.scalar_type(), at::kFloat);
   ASSERT_EQ(actual.sizes(), at::IntArrayRef({static_cast<int64_t>(expected.size())}));
@@ -49,9 +49,10 @@ TEST(AlibiSlopes, OfTwelveHeads) {
 }
 
 TEST(AlibiSlopes, OfFortyHeads) {
-  // Fourth roots of 2^-1, halved every four heads; then every other eighth root of it.
+  // 32 heads: powers of 2^(-1/4). 8 heads: odd powers of 2^(-1/8).
   const std::vector<double> fourths{0.84089641525371454, 0.70710678118654752, 0.59460355750136054, 0.5};
   std::vector<double> expected;
+  expected.reserve(32);
   for (int h = 0; h < 32; ++h) {
     expected.push_back(std::ldexp(fourths[static_cast<size_t>(h % 4)], -(h / 4)));
   }
@@ -72,7 +73,7 @@ TEST(AlibiSlopes, OfPowersOfTwoEndAtMaxBias) {
   }
 }
 
-// Powers of float64, by the rule of the authors written out, rounded once: powers of float32 differ in the last bit.
+// The rule of the authors in float64, rounded once. Powers in float32 differ in the last bit.
 TEST(AlibiSlopes, AreFloat64RoundedOnce) {
   for (const double max_bias : {8.0, 5.0, 12.5}) {
     for (int64_t heads = 1; heads <= 130; ++heads) {
@@ -109,8 +110,8 @@ TEST(AlibiSlopes, OfBadArgumentsAreErrors) {
 // ---------------------------------------------------------------------------------------------------------------------
 // A grid of shapes, strides and flags
 
-/// Every aspect of a call, one at a time. Row lengths around the vectors of each dtype (2, 4 and 8 elements of 16
-/// bytes; up to 16 floats on the CPU) are all in the list, whatever the dtype.
+/// Cases that each change one aspect of a default call. Row lengths include those around the vector lengths of every
+/// dtype: 2, 4 and 8 elements (16 bytes) on a GPU, up to 16 floats on the CPU.
 std::vector<AlibiCase> grid() {
   std::vector<AlibiCase> cases;
   const auto add = [&cases](const std::string& name, const std::function<void(AlibiCase&)>& change) {
@@ -218,7 +219,7 @@ TEST_P(AlibiGrid, SumIsTheFormula) {
 }
 
 TEST_P(AlibiGrid, SumInPlaceHasTheSameBits) {
-  // Expanded memory cannot be written.
+  // Expanded tensors cannot be written in place.
   at::Tensor scores =
       inputs_.scores.is_non_overlapping_and_dense() ? inputs_.scores.clone() : inputs_.scores.contiguous().clone();
   const at::Tensor expected = add_of(inputs_);
@@ -252,7 +253,7 @@ INSTANTIATE_TEST_SUITE_P(
     grid_name);
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Behaviour, for each dtype
+// Behaviour for every dtype
 
 class Alibi : public TargetTest {
  protected:
@@ -264,7 +265,7 @@ INSTANTIATE_TEST_SUITE_P(Cpu, Alibi, ::testing::ValuesIn(targets(at::kCPU)), tar
 INSTANTIATE_TEST_SUITE_P(Cuda, Alibi, ::testing::ValuesIn(targets(at::kCUDA)), target_name);
 
 TEST_P(Alibi, BiasOfThreeByFourByHand) {
-  // Queries sit at keys 1, 2 and 3.
+  // The queries are at the positions of keys 1, 2 and 3.
   const at::Tensor slopes = on_device(at::tensor({0.5F, 2.0F}));
   const auto expect_values = [](const at::Tensor& actual, const std::vector<double>& numbers) {
     const at::Tensor expected = at::tensor(numbers, at::kDouble).view(actual.sizes());
@@ -310,13 +311,13 @@ TEST_P(Alibi, ChunkedPrefillIsTheWhole) {
   const at::Tensor sum = add_of(all);
   const at::Tensor softmax = softmax_of(all);
   for (const int64_t begin : {0, 7, 16}) {
-    // A chunk sees the keys up to its end, and sits at the end of them.
+    // Keys up to the end of the chunk: the default query_offset.
     const int64_t end = begin + 8;
     AlibiInputs chunk = all;
     chunk.scores = all.scores.narrow(-2, begin, 8).narrow(-1, 0, end);
     expect_same_bits(add_of(chunk), sum.narrow(-2, begin, 8).narrow(-1, 0, end));
     expect_softmax(softmax_of(chunk), chunk);
-    // And beside all keys with its offset.
+    // All keys, with an explicit query_offset.
     chunk.scores = all.scores.narrow(-2, begin, 8);
     chunk.query_offset = begin;
     expect_same_bits(add_of(chunk), sum.narrow(-2, begin, 8));
@@ -325,7 +326,7 @@ TEST_P(Alibi, ChunkedPrefillIsTheWhole) {
 }
 
 TEST_P(Alibi, AddIsTheSumWithTheBiasRoundedOnce) {
-  // What a bias in the dtype of the scores gets wrong: slope 1/2 at distances that bfloat16 cannot tell apart.
+  // A bias in the dtype of the scores would be wrong: bfloat16 does not represent all multiples of 1/2 above 128.
   for (const int64_t keys : {257, 2048, 8192}) {
     SCOPED_TRACE(keys);
     AlibiCase c;
@@ -345,7 +346,7 @@ TEST_P(Alibi, AddIsTheSumWithTheBiasRoundedOnce) {
 }
 
 TEST_P(Alibi, SumsHalfwayBetweenTwoNumbersAreRoundedToEven) {
-  const double step = 2 * unit_roundoff(dtype());  // from 1 to the next number
+  const double step = 2 * unit_roundoff(dtype());  // from 1 to the next larger number
   constexpr int64_t kKeys = 67;
   const at::Tensor columns = at::arange(kKeys, at::kDouble);
   AlibiInputs in = inputs();
@@ -353,7 +354,7 @@ TEST_P(Alibi, SumsHalfwayBetweenTwoNumbersAreRoundedToEven) {
   in.slopes = on_device(at::full({1}, -step / 2, at::kDouble)).to(in.slopes.options());
   in.query_offset = kKeys - 1;
   const at::Tensor exact = in.scores.to(at::kDouble) + on_device((kKeys - 1 - columns) * (step / 2));
-  // Float64 has no wider type to be exact in: there the sum is rounded once already.
+  // For float64 inputs, `exact` is already rounded, as there is no wider dtype.
   expect_same_bits(add_of(in), exact.to(dtype()));
 }
 
@@ -376,7 +377,7 @@ TEST_P(Alibi, DistancesBeyondAnyTableWork) {
 TEST_P(Alibi, DistancesBeyondTheIntegersOfFloat32Work) {
   AlibiCase c;
   AlibiInputs in = inputs(c);
-  // Small enough for float16: its largest number is 65504.
+  // Slopes for which scores fit into float16, with a largest number of 65504.
   in.slopes = on_device(at::tensor({0x1p-25F, 0x1.8p-26F, 0x1p-30F}));
   for (const int64_t offset : {int64_t{1} << 25, (int64_t{1} << 31) - 6, 8 - (int64_t{1} << 31)}) {
     in.query_offset = offset;
@@ -386,7 +387,7 @@ TEST_P(Alibi, DistancesBeyondTheIntegersOfFloat32Work) {
 }
 
 TEST_P(Alibi, SoftmaxIsExactHoweverFarTheQuery) {
-  // Beyond either end of the keys a step of the query adds the same to all distances of its row.
+  // Moving a query away from all keys adds the same constant to all distances of its row.
   for (const int64_t keys : {7, 64, 17000}) {
     SCOPED_TRACE(keys);
     AlibiCase c;
@@ -414,7 +415,7 @@ TEST_P(Alibi, MaskedKeysWeighNothingHoweverLowTheOthers) {
 }
 
 TEST_P(Alibi, ResultsLargerThanCachesAreTheSame) {
-  // Of 32 MiB and more; in place, and of single heads, they are written through the caches.
+  // float32 and float64 results of 32 MiB or more bypass the CPU caches, but not in place and not for single heads.
   AlibiCase c;
   c.batched = false;
   c.q_len = 512;
@@ -458,7 +459,7 @@ TEST_P(Alibi, SoftmaxOfAnyRowLength) {
       c.q_len = 2;
       c.k_len = keys;
       AlibiInputs in = inputs(c);
-      // Shallow enough for all of a row to count.
+      // Slope 2^-12 gives weight to all keys of a row.
       in.slopes = on_device(at::tensor({0x1p-12F, 0.5F}));
       if (flags) {
         in.scale = 0.125;
@@ -500,7 +501,7 @@ TEST_P(Alibi, SoftmaxOfTheLowestScoresIsUniform) {
   if (dtype() == at::kHalf) {
     GTEST_SKIP() << "its lowest number does not swallow the bias in float32";
   }
-  // What models fill masked scores with; these are scores like others.
+  // Models fill masked scores with this value. The operator treats it like any other score.
   AlibiCase c;
   c.k_len = 16;
   AlibiInputs in = inputs(c);
@@ -532,13 +533,13 @@ TEST_P(Alibi, SoftmaxOfRowsWithNothingVisibleIsZero) {
     c.q_len = 3;
     c.k_len = keys;
     AlibiInputs in = inputs(c);
-    // By the mask: all of one batch.
+    // key_padding_mask hides all keys of batch 1.
     in.key_padding_mask = at::zeros({c.batch, keys}, at::kBool).to(device());
     in.key_padding_mask->select(0, 1).fill_(true);
     const at::Tensor p = softmax_of(in);
     EXPECT_EQ(p.select(0, 1).to(at::kDouble).abs().max().item<double>(), 0);
     expect_softmax(p, in);
-    // By causality: queries before the first key.
+    // Causality hides all keys of queries 0 and 1, which are before the first key.
     in.key_padding_mask.reset();
     in.causal = true;
     in.query_offset = -2;
@@ -656,7 +657,7 @@ TEST_P(Alibi, InPlaceWritesThroughViews) {
     const at::Tensor others = stored.clone();
     posenc::alibi_add_(part, in.slopes);
     expect_sum(part, before);
-    // What is not of the view has not changed.
+    // Elements outside of the view are unchanged.
     at::Tensor other_part = view == 0 ? others.narrow(-1, 3, 5)
         : view == 1                   ? others.transpose(-1, -2)
         : view == 2                   ? others.slice(-1, 0, 12, 2)

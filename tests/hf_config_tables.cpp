@@ -1,9 +1,9 @@
-// The options and frequencies of configurations: for tests/python/hf_config_test.py, which compares them with
-// transformers. Reads a JSON object from each line of standard input,
+// Prints the options and frequencies of Hugging Face configurations for tests/python/hf_config_test.py, which compares
+// them with transformers. Reads a JSON object from each line of standard input,
 //
 //   {"config": object, "layer_type": string or null, "lengths": [integer, ...]}
 //
-// and writes one line for each: {"error": message}, or the options and the frequencies of sequences of each length.
+// and writes one line for it: {"error": message}, or the options, and the frequencies for each sequence length.
 #include <posenc/logging.h>
 #include <posenc/modules/rotary_embedding.h>
 #include <posenc/pair_axes.h>
@@ -24,7 +24,7 @@ Json answer(const Json& question) {
     layer_type = question["layer_type"].get<std::string>();
   }
   const auto options = posenc::RotaryEmbeddingOptions::from_hf_config(question.at("config").dump(), layer_type);
-  posenc::RotaryEmbedding module(options);  // checks them
+  posenc::RotaryEmbedding module(options);  // checks the options
   const int64_t rotary_dim = options.rotary_dim().value_or(options.head_dim());
   Json frequencies = Json::array();
   for (const int64_t length : question.at("lengths")) {
@@ -67,6 +67,6 @@ int main() {
     } catch (const c10::Error& error) {
       written = {{"error", error.what_without_backtrace()}};
     }
-    std::cout << written.dump() << std::endl;
+    std::cout << written.dump() << '\n' << std::flush;
   }
 }

@@ -22,7 +22,6 @@
 namespace posenc::test {
 namespace {
 
-using posenc::Layout;
 using posenc::RotaryEmbedding;
 using posenc::RotaryEmbeddingOptions;
 
@@ -31,8 +30,8 @@ constexpr int64_t kHeadDim = 16;
 // ---------------------------------------------------------------------------------------------------------------------
 // Derivatives of rotary_tables
 
-/// The gradient to the frequencies by a loop over scalars, in float64, and what it is at most: its terms with cosines
-/// and sines of one.
+/// The gradient of inv_freq by a scalar loop in float64, and an upper bound of its magnitude: the sum of absolute terms
+/// with 1 in place of all cosines and sines.
 std::pair<at::Tensor, at::Tensor> scalar_frequency_gradient(
     const at::Tensor& inv_freq,
     const at::Tensor& grad_cos,
@@ -58,7 +57,7 @@ std::pair<at::Tensor, at::Tensor> scalar_frequency_gradient(
   return {sum, magnitude};
 }
 
-/// The dtype of frequencies and tables.
+/// The parameter is the device and the dtype of inv_freq, cos and sin.
 class RotaryTablesAutograd : public TargetTest {
  protected:
   at::Tensor inv_freq(int64_t rotary_dim) const {
@@ -66,8 +65,8 @@ class RotaryTablesAutograd : public TargetTest {
   }
   at::Tensor random(at::IntArrayRef sizes) const { return random_tensor(sizes, GetParam()); }
 
-  /// Expects the gradient of the operator to be that of the loop. Tables and the result are rounded to the dtype;
-  /// angles of up to `length`, and the terms and their sum, in float64, here and there.
+  /// Expects the gradient of the operator to equal that of the scalar loop. cos, sin and the result are rounded to the
+  /// dtype. In both, terms, sums and angles of up to `grad_cos.size(0)` have rounding errors of float64.
   void expect_gradient(const at::Tensor& leaf, const at::Tensor& grad_cos, const at::Tensor& grad_sin, double factor)
       const {
     const auto [cos, sin] = posenc::rotary_tables(leaf, grad_cos.size(0), dtype(), factor);
@@ -87,7 +86,7 @@ INSTANTIATE_TEST_SUITE_P(Cpu, RotaryTablesAutograd, ::testing::ValuesIn(table_ta
 INSTANTIATE_TEST_SUITE_P(Cuda, RotaryTablesAutograd, ::testing::ValuesIn(table_targets(at::kCUDA)), target_name);
 
 TEST_P(RotaryTablesAutograd, GradientMatchesTheScalarLoop) {
-  // One position, fewer than a block takes, several blocks; one pair, odd numbers of pairs, more than a block has.
+  // Positions: one, fewer than one block, several blocks. Pairs: one, an odd number, more than one block.
   for (const int64_t length : {1, 7, 100, 3001}) {
     for (const int64_t pairs : {1, 5, 64, 300}) {
       SCOPED_TRACE(::testing::Message() << length << " positions, " << pairs << " pairs");
@@ -169,8 +168,8 @@ class RotaryTablesDifferences : public DeviceTest {
 INSTANTIATE_TEST_SUITE_P(Cpu, RotaryTablesDifferences, ::testing::Values(at::kCPU), device_name);
 INSTANTIATE_TEST_SUITE_P(Cuda, RotaryTablesDifferences, ::testing::Values(at::kCUDA), device_name);
 
-// Derivatives of order n have factors up to 6^n: five differences and a small step keep the truncation, 6^5 step^4 /
-// 30, at 1e-11.
+// Derivatives of order n have factors of up to 6^n, as the largest position is 6. Five points and a small step keep the
+// truncation error, 6^5 step^4 / 30, at 1e-11.
 TEST_P(RotaryTablesDifferences, Gradients) {
   gradcheck(tables, frequencies(device()), kSmooth);
 }
@@ -192,7 +191,7 @@ TEST_P(RotaryTablesDifferences, GradientsOfTheGradientOfTheReferenceAreTheSame) 
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The operators behind it
+// rotary_tables_backward
 
 at::Tensor tables_backward(const TensorList& tensors, at::ScalarType dtype = at::kFloat) {
   std::vector<c10::IValue> stack(tensors.begin(), tensors.end());
@@ -201,7 +200,7 @@ at::Tensor tables_backward(const TensorList& tensors, at::ScalarType dtype = at:
   return stack[0].toTensor();
 }
 
-/// The sum over positions is one in float64: that the tables are narrower is no reason to round it.
+/// The sum over positions is a float64 sum, which must not be rounded to the narrower dtype of cos and sin.
 TEST(RotaryTablesBackward, OfFloat64FrequenciesIsNotRoundedToTheDtypeOfTheTables) {
   constexpr int64_t kLength = 50;
   const at::Tensor inv_freq = rotary_inv_freq(kHeadDim, 100).requires_grad_();
@@ -282,8 +281,8 @@ TEST_P(LearnableFrequencies, StartAsTheFixedOnes) {
   RotaryEmbedding rope = module();
   RotaryEmbedding fixed(RotaryEmbeddingOptions{kHeadDim});
   const at::Tensor fixed_result = fixed->rotate(x).cpu().to(at::kDouble);
-  // Frequencies are rounded to float32, which turns the last token by up to 40 roundings; each table entry is rounded
-  // and the result once more.
+  // Rounding inv_freq to float32 changes the angle of the last token by up to 40 roundings. Table entries and the
+  // result are also rounded.
   const double bound = 3 * unit_roundoff(dtype()) + 2 * (40 + 2) * unit_roundoff(at::kFloat);
   const at::Tensor largest = x.cpu().to(at::kDouble).abs().amax(-1, /*keepdim=*/true) * 2;
   expect_within(rope->rotate(x), fixed_result, (largest * bound).expand_as(fixed_result));
@@ -304,8 +303,8 @@ TEST_P(LearnableFrequencies, GradientIsThatOfTheTables) {
   const at::Tensor expected = scalar_frequency_gradient(rope->inv_freq, of_tables.dcos, of_tables.dsin, 1).first;
   const at::Tensor magnitude =
       scalar_frequency_gradient(rope->inv_freq, of_tables.dcos_magnitude, of_tables.dsin_magnitude, 1).second;
-  // Two roundings for each of the terms of a table gradient, which it is the sum of, and one for the table entry that
-  // it is multiplied with; then the result is rounded.
+  // Each term of the sum that is a table gradient has two roundings, and the table entry that multiplies it has one.
+  // The result is also rounded.
   const auto roundings = static_cast<double>(4 * c.batch * (c.q_heads + c.k_heads) + 1);
   expect_within(
       found, expected, magnitude * (roundings * unit_roundoff(table_dtype(dtype())) + 2 * unit_roundoff(at::kFloat)));
@@ -332,7 +331,7 @@ TEST_P(LearnableFrequencies, GradientIsTheSameBitForBitEachTime) {
 
 class LearnableFrequenciesDifferences : public DeviceTest {
  protected:
-  /// The module as a function of q, k and its parameter, here of float64.
+  /// Checks the module as a function of q, k and inv_freq, all in float64.
   void check(
       const std::optional<at::Tensor>& positions,
       const std::function<void(const Differentiable&, const TensorList&)>& by) {
@@ -375,7 +374,7 @@ TEST_P(LearnableFrequenciesDifferences, PositionsOnTheDeviceReachTheReservedRows
   const at::Tensor positions = at::tensor({7, 20}, at::kLong).to(device());
   rope->reserve(21, device());
   EXPECT_EQ(rope->table_length(device()), 21);
-  rope->reserve(10, device());  // takes nothing away
+  rope->reserve(10, device());  // does not shrink the tables
   EXPECT_EQ(rope->table_length(device()), 21);
   EXPECT_FALSE(rope->rotate(x, positions).isnan().any().item<bool>());
   const auto copy = std::dynamic_pointer_cast<posenc::RotaryEmbeddingImpl>(rope->clone());
@@ -416,7 +415,7 @@ TEST(LearnableFrequenciesModule, IsClonedWithWhatItLearned) {
   const at::Tensor expected = rope->rotate(x).detach();
   const auto copy = std::dynamic_pointer_cast<posenc::RotaryEmbeddingImpl>(rope->clone());
   expect_same_bits(copy->rotate(x), expected);
-  // What the copy learns is its own.
+  // The copy has its own parameter.
   const at::NoGradGuard no_grad;
   copy->inv_freq.zero_();
   expect_same_bits(copy->rotate(x), x);
@@ -468,7 +467,7 @@ TEST(LearnableFrequenciesModule, SaysSoWhenPrinted) {
   EXPECT_NE(stream.str().find("learnable_frequencies=true"), std::string::npos) << stream.str();
 }
 
-/// Tensors on two devices.
+/// Module and input on different devices.
 class LearnableFrequenciesMixedDevices : public DeviceTest {};
 
 INSTANTIATE_TEST_SUITE_P(Cuda, LearnableFrequenciesMixedDevices, ::testing::Values(at::kCUDA), device_name);

@@ -24,14 +24,15 @@ namespace {
 using posenc::MropeOptions;
 using Ids = std::vector<int64_t>;
 
-/// Device and dtype of positions.
+/// The parameter is the device and the dtype of positions.
 class Positions : public TargetTest {
  protected:
   at::Tensor tensor(const Ids& values) const { return at::tensor(values, at::kLong).to(dtype()).to(device()); }
 
-  /// `values` as a tensor `[rows, -1]`.
+  /// `rows` as a tensor `[rows.size(), length]`.
   at::Tensor matrix(const std::vector<Ids>& rows) const {
     std::vector<at::Tensor> tensors;
+    tensors.reserve(rows.size());
     for (const Ids& row : rows) {
       tensors.push_back(tensor(row));
     }
@@ -72,14 +73,14 @@ TEST_P(Positions, OfSeveralCachesStartAtTheLengthOfEach) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Packed sequences
 
-/// Boundaries of sequences of these lengths.
+/// cu_seqlens of sequences of these lengths.
 Ids boundaries_of(const Ids& lengths) {
   Ids boundaries(lengths.size() + 1);
   std::partial_sum(lengths.begin(), lengths.end(), boundaries.begin() + 1);
   return boundaries;
 }
 
-/// Positions of packed sequences by a loop over tokens, `offsets` one for each, and those behind the last.
+/// Positions of packed sequences by a loop over tokens: from `offsets[n]` in sequence n, from 0 after the last one.
 Ids scalar_packed_positions(const Ids& lengths, const Ids& offsets, int64_t num_tokens) {
   Ids positions;
   for (size_t n = 0; n < lengths.size(); ++n) {
@@ -127,8 +128,8 @@ TEST_P(Positions, BoundariesMayBeAnyViewOfATensor) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Context parallelism
 
-/// Places in the whole of the tokens that `rank` holds: of each sequence of `lengths` chunks `rank` and
-/// `2 world_size - 1 - rank`; and their positions.
+/// Indices in the whole tensor and positions of the tokens of `rank`: of each sequence in `lengths`, chunks `rank` and
+/// `2 world_size - 1 - rank`.
 std::pair<Ids, Ids> scalar_shard(const Ids& lengths, int64_t rank, int64_t world_size) {
   Ids indices;
   Ids positions;
@@ -180,7 +181,7 @@ TEST_P(Positions, OfAPackedShardAreTwoChunksOfEachSequence) {
   }
 }
 
-/// Rotates what each rank holds by its own positions and puts it back into the whole.
+/// Rotates the shard of each rank by its positions and copies the results into a tensor like `x`.
 at::Tensor rotate_in_shards(
     const at::Tensor& x,
     const at::Tensor& cos,
@@ -229,7 +230,7 @@ constexpr int64_t kText = 11;
 constexpr int64_t kImage = 151655;
 constexpr int64_t kVideo = 151656;
 
-/// A piece of a sequence: text of so many tokens, or an image or video of a grid of patches before they are merged.
+/// Part of a sequence: `length` tokens of text or padding, or an image or video with a grid of patches before merging.
 struct Piece {
   enum class Kind { text, image, video, padding } kind;
   int64_t length;
@@ -244,7 +245,7 @@ Piece text(int64_t length) {
 Piece padding(int64_t length, int64_t id = kText) {
   return {Piece::Kind::padding, length, 0, 0, 0, 1, id};
 }
-/// Two patches a side are merged.
+/// Blocks of 2 x 2 patches are merged into one token.
 Piece vision(Piece::Kind kind, int64_t frames, int64_t rows, int64_t columns, float seconds = 1) {
   return {kind, frames * (rows / 2) * (columns / 2), frames, rows, columns, seconds};
 }
@@ -255,7 +256,7 @@ Piece video(int64_t frames, int64_t rows, int64_t columns, float seconds = 1) {
   return vision(Piece::Kind::video, frames, rows, columns, seconds);
 }
 
-/// Token ids of a sequence, their positions by a walk over its pieces, and what follows the last one.
+/// Token ids, attention mask and positions of a sequence by a loop over its pieces. `next` is the following position.
 struct Sequence {
   Ids ids, mask;
   std::array<Ids, 3> positions;
@@ -306,8 +307,8 @@ Sequence walk(const std::vector<Piece>& pieces, double tokens_per_second = 0) {
 
 class MropePositions : public Positions {
  protected:
-  /// Expects the positions of a batch of sequences of equal length to be those of the walk. `grids_of_videos` are the
-  /// frames, rows and columns that are given; by default those of the pieces.
+  /// Expects mrope_positions for a batch of sequences of equal length to equal `walk`. `grids_of_videos` are the
+  /// frames, rows and columns that are passed; empty: those of the pieces.
   void expect_positions(
       const std::vector<std::vector<Piece>>& batch,
       const MropeOptions& options,
@@ -354,7 +355,7 @@ INSTANTIATE_TEST_SUITE_P(Cpu, MropePositions, ::testing::ValuesIn(position_targe
 INSTANTIATE_TEST_SUITE_P(Cuda, MropePositions, ::testing::ValuesIn(position_targets(at::kCUDA)), target_name);
 
 TEST_P(MropePositions, OfTheExampleOfTheModelAreAsPublished) {
-  // The worked example beside the published code of Qwen2-VL: a video of 3 x 2 x 2 merged patches and 5 words.
+  // The example in the published code of Qwen2-VL: a video of 3 x 2 x 2 merged patches and 5 text tokens.
   Ids ids(12, kVideo);
   ids.resize(17, kText);
   const auto [positions, deltas] =
@@ -394,7 +395,7 @@ TEST_P(MropePositions, OfVideosFollowTheClock) {
 }
 
 TEST_P(MropePositions, OfSeparateFramesAreThoseOfImages) {
-  // Two videos of 3 and 2 frames; the grids say so, and text stands between the frames.
+  // Two videos of 3 and 2 frames, as given by the grids, with text between the frames.
   expect_positions(
       {{text(2), video(1, 4, 6), text(3), video(1, 4, 6), text(1), video(1, 4, 6), text(2), image(2, 4),  // 28
         text(1)},
@@ -407,7 +408,7 @@ TEST_P(MropePositions, LeavePaddingOut) {
       {{padding(3), text(2), image(4, 4), text(2)}, {text(1), image(4, 6), text(2), padding(2)}}, MropeOptions());
 }
 
-/// The mask alone says what padding is.
+/// The attention mask alone defines padding, even for image and video token ids.
 TEST_P(MropePositions, LeavePaddingWithTheTokensOfImagesOut) {
   expect_positions(
       {{padding(3, kImage), text(2), image(4, 4), text(2)}, {text(1), image(4, 6), text(2), padding(2, kVideo)}},
@@ -446,7 +447,7 @@ TEST_P(MropePositions, OfTokensBeyondTheGridsAreNoError) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Grids
 
-/// Rows and columns of patches by loops over windows.
+/// Rows and columns of patches by loops over windows of `side` x `side`.
 std::vector<Ids> scalar_grid_positions(const std::vector<Ids>& grids, int64_t side) {
   Ids rows;
   Ids columns;
@@ -621,7 +622,7 @@ TEST_P(PositionErrors, OfGridsNameWhatIsWrong) {
   expect_error([&] { posenc::llama4_vision_positions(1, 2, 1, device(), at::kFloat); }, {op, "int32 or int64"});
 }
 
-/// Tensors on two devices.
+/// Arguments on different devices.
 class PositionMixedDevices : public PositionErrors {};
 
 INSTANTIATE_TEST_SUITE_P(Cuda, PositionMixedDevices, ::testing::Values(at::kCUDA), device_name);
@@ -653,7 +654,7 @@ class PositionsCudaGraph : public ::testing::Test {
   }
 };
 
-/// A capture fails where the host waits, and a replay counts from what the tensors hold then.
+/// A capture fails if the host waits. A replay reads the values that the tensors have at that time.
 TEST_F(PositionsCudaGraph, EveryFunctionIsCapturedAndReplayed) {
   const auto tensor = [](const Ids& values) { return at::tensor(values, at::kLong).to(at::kCUDA); };
   const at::Tensor lengths = tensor({5, 9});

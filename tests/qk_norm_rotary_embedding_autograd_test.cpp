@@ -14,13 +14,13 @@
 namespace posenc::test {
 namespace {
 
-/// A small call of each kind that takes a way of its own.
+/// One small call for each code path.
 std::vector<RotaryCase> small_cases() {
   std::vector<RotaryCase> cases;
   const auto add = [&cases](const std::string& name, const std::function<void(RotaryCase&)>& change) {
     RotaryCase c;
     c.name = name;
-    c.batch = 1;  // second derivatives take every element many times
+    c.batch = 1;  // second derivatives evaluate the function many times per element
     c.tokens = 2;
     c.q_heads = 2;
     c.k_heads = 1;
@@ -79,7 +79,7 @@ class QKNormRotaryEmbeddingDifferences : public ::testing::TestWithParam<std::tu
  protected:
   void SetUp() override { require_device(std::get<0>(GetParam())); }
 
-  /// An eps that keeps the derivatives of order one where a head is small.
+  /// `eps` is large enough to keep derivatives of order one even for heads with a small norm.
   QKNormInputs inputs(bool unit_offset) const {
     QKNormInputs in = make_qk_norm_inputs(std::get<1>(GetParam()), {std::get<0>(GetParam()), at::kDouble}, unit_offset);
     in.eps = 0.25;
@@ -203,7 +203,7 @@ TEST_P(QKNormRotaryEmbeddingGraph, TableGradientsAreThoseOfTheRotationOfTheNorma
     const at::Tensor z_q = scalar_qk_norm(unrotated, in.rotary.q, in.q_weight).value;
     const at::Tensor z_k = scalar_qk_norm(unrotated, in.rotary.k, in.k_weight).value;
     const TableGradients expected = scalar_table_gradients(in.rotary, {{grad_q, z_q}, {grad_k, z_k}});
-    // What is summed is itself off by the roundings of a sum over a head, and some more.
+    // Each term has the rounding errors of a sum over head_dim, and about 32 more.
     const double u = unit_roundoff(dtype) * (static_cast<double>(in.rotary.q.size(-1)) + 32);
     const at::Tensor terms = expected.terms * unit_roundoff(dtype) + u;
     expect_within(found[0], expected.dcos, expected.dcos_magnitude * terms);
@@ -276,7 +276,7 @@ TEST_P(QKNormRotaryEmbeddingGraph, ArgumentsChangedInPlaceBeforeBackwardAreAnErr
     const at::Tensor sum = outputs[0].sum() + outputs[1].sum();
     {
       const at::NoGradGuard no_grad;
-      at::Tensor argument = arguments[i];
+      const at::Tensor& argument = arguments[i];
       argument.mul_(2);
     }
     expect_error([&] { sum.backward(); }, {"modified by an inplace operation"});
@@ -305,7 +305,7 @@ TEST_P(QKNormRotaryEmbeddingGraph, ForwardModeTangentsAreAnError) {
   torch::autograd::forward_ad::exit_dual_level(static_cast<uint64_t>(level));
 }
 
-/// Turns deterministic algorithms on for the lifetime of the object; torch then fills new memory with NaN.
+/// Enables deterministic algorithms for the lifetime of the object. torch then fills uninitialized memory with NaN.
 class DeterministicAlgorithms {
  public:
   DeterministicAlgorithms() { at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/false); }

@@ -22,7 +22,7 @@ using posenc::RotaryEmbeddingOptions;
 
 constexpr int64_t kHeadDim = 16;
 
-/// The arguments of the operator for a call of `module` without positions.
+/// Arguments of the operator that correspond to `module->forward(q, k)` without positions.
 QKNormInputs arguments_of(const QKNormRotaryEmbedding& module, const at::Tensor& q, const at::Tensor& k) {
   const RotaryEmbeddingOptions& rotary = module->options.rotary();
   const int64_t rotary_dim = rotary.rotary_dim().value_or(rotary.head_dim());
@@ -44,7 +44,7 @@ QKNormInputs arguments_of(const QKNormRotaryEmbedding& module, const at::Tensor&
 
 void randomize(const QKNormRotaryEmbedding& module) {
   const at::NoGradGuard no_grad;
-  for (at::Tensor weight : {module->q_weight, module->k_weight}) {
+  for (const at::Tensor& weight : {module->q_weight, module->k_weight}) {
     weight.copy_(at::randn(weight.sizes()));
   }
 }
@@ -113,7 +113,7 @@ class QKNormRotaryEmbeddingModule : public TargetTest {
  protected:
   at::Tensor random(at::IntArrayRef sizes) const { return random_tensor(sizes, GetParam()); }
 
-  /// With random weights, of the dtype of the tensors where `converted`, otherwise of that of the arithmetic.
+  /// A module with random weights. Their dtype is that of q and k if `converted`, else that of the arithmetic.
   QKNormRotaryEmbedding make(const QKNormRotaryEmbeddingOptions& options, bool converted = false) const {
     QKNormRotaryEmbedding module(options);
     randomize(module);

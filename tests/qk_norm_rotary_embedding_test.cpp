@@ -31,15 +31,15 @@ std::vector<RotaryCase> grid() {
     });
   };
   add("Default", [](RotaryCase&) {});
-  // Below, at and above one chunk of two vectors: 16 channels of 2 bytes, 8 of 4, 4 of 8.
+  // Less than, exactly and more than one chunk, which is two 16-byte vectors: 16 channels of 2 bytes, 8 of 4 or 4 of 8.
   for (const int64_t head_dim : {2, 3, 4, 5, 6, 7, 8, 9, 10, 14, 15, 17, 18, 24, 32, 34}) {
     add_size(head_dim, head_dim / 2 * 2);
   }
-  // Chunks that are a power of two, and that are not; heads of several chunks a lane.
+  // Numbers of chunks that are and are not a power of two; heads with several chunks per lane.
   for (const int64_t head_dim : {48, 64, 80, 96, 112, 128, 192, 256, 512, 1024}) {
     add_size(head_dim, head_dim);
   }
-  // Tails of one vector, of two, of an odd number, and ones that divide into none.
+  // Channels beyond rotary_dim that are one, two or an odd number of vectors, or no whole number of vectors.
   for (const auto& [head_dim, rotary_dim] : std::vector<std::pair<int64_t, int64_t>>{
            {128, 64}, {256, 64}, {24, 16}, {40, 16}, {72, 32}, {20, 16}, {33, 16}, {513, 256}}) {
     add_size(head_dim, rotary_dim);
@@ -73,8 +73,8 @@ std::vector<RotaryCase> grid() {
   for (const auto& [name, axes, pattern] : std::vector<std::tuple<std::string, int64_t, PairAxes>>{
            {"Chunked", 3, PairAxes::chunked}, {"Cycled", 3, PairAxes::cycled}, {"Random", 4, PairAxes::random}}) {
     const auto add_axes = [&, n = name, a = axes, p = pattern](
-                              const std::string& suffix, std::function<void(RotaryCase&)> more) {
-      add("Axes" + n + suffix, [=](RotaryCase& c) {
+                              const std::string& suffix, const std::function<void(RotaryCase&)>& more) {
+      add(c10::str("Axes", n, suffix), [=](RotaryCase& c) {
         c.axes = a;
         c.pair_axes = p;
         c.positions = PositionShape::per_batch;
@@ -107,7 +107,7 @@ std::vector<RotaryCase> grid() {
   return cases;
 }
 
-/// Expects the results of a call, and its gradients from those given, to be those of the scalar loops.
+/// Expects results, and gradients for `grad_q` and `grad_k`, to equal those of the scalar loops.
 void expect_results(const QKNormInputs& in, const at::Tensor& grad_q, const at::Tensor& grad_k) {
   const QKNormInputs leaves = with_leaves(in, /*tables=*/false);
   const auto [q, k] = qk_norm_rotate(leaves);
@@ -148,7 +148,7 @@ TEST_P(QKNormRotaryEmbeddingGrid, ResultsAndGradientsMatchTheScalarLoops) {
   auto [target, c, interleaved] = GetParam();
   c.interleaved = interleaved;
   for (const bool unit_offset : {false, true}) {
-    // The other way round for the second kind of pairing: all four combinations of a dtype are met.
+    // The two pairings together cover all four combinations of unit_offset and wide weights for each dtype.
     const bool wide = unit_offset != interleaved;
     const QKNormInputs in = make_qk_norm_inputs(c, target, unit_offset, wide);
     SCOPED_TRACE(
@@ -177,7 +177,7 @@ INSTANTIATE_TEST_SUITE_P(
     grid_name);
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Behaviour, for each dtype
+// Behaviour for every dtype
 
 class QKNormRotaryEmbedding : public TargetTest {
  protected:
@@ -204,8 +204,8 @@ TEST_P(QKNormRotaryEmbedding, ReferenceMatchesTheScalarLoop) {
 }
 
 TEST_P(QKNormRotaryEmbedding, NumbersOfAHandComputation) {
-  // Mean square of (1, 7, 5, 5) is 25: with eps 0.0 to rounding, z = x / 5; a quarter turn makes (a, b, c, d) of pairs
-  // (a, c) and (b, d) into (-c, -d, a, b).
+  // The mean square of (1, 7, 5, 5) is 25 and eps is negligible, so x is divided by 5. A rotation by 90 degrees turns
+  // (a, b, c, d) with pairs (a, c) and (b, d) into (-c, -d, a, b).
   const at::Tensor x = at::tensor({1.0, 7.0, 5.0, 5.0}, at::kDouble).to(device(), dtype()).view({1, 1, 1, 4});
   const at::Tensor weight = at::tensor({5.0, 10.0, 2.5, 20.0}, at::kDouble).to(device(), dtype());
   const at::Tensor cos = at::zeros({1, 2}, x.options().dtype(table_dtype(dtype())));
@@ -244,7 +244,7 @@ TEST_P(QKNormRotaryEmbedding, StridedWeightsMatchTheScalarLoop) {
   c.head_dim = c.rotary_dim = 32;
   QKNormInputs in = inputs(c);
   const at::Tensor storage = at::randn({32, 3}, at::kDouble).to(device(), dtype());
-  // Aligned, so that nothing but the strides forbids vectors.
+  // Aligned, so that only the strides prevent vector loads.
   in.q_weight = storage.select(1, 0);
   in.k_weight = storage.select(1, 0).narrow(0, 0, 1).expand({32});
   expect_results(in, random_tensor(in.rotary.q.sizes(), GetParam()), random_tensor(in.rotary.k.sizes(), GetParam()));
@@ -267,7 +267,7 @@ TEST_P(QKNormRotaryEmbedding, EpsIsAddedToTheMeanSquare) {
 TEST_P(QKNormRotaryEmbedding, HeadsOfZerosGiveZerosAndTheGradientOfAFactor) {
   QKNormInputs in = inputs();
   in.rotary.q = at::zeros_like(in.rotary.q);
-  in.eps = 0x1p-12;  // the factor is 64
+  in.eps = 0x1p-12;  // 1 / sqrt(eps) is 64
   const QKNormInputs leaves = with_leaves(in, /*tables=*/false);
   const auto [q, k] = qk_norm_rotate(leaves);
   EXPECT_TRUE((q == 0).all().item<bool>());
@@ -327,7 +327,7 @@ TEST_P(QKNormRotaryEmbedding, PositionOfAnAxisOutsideTheTableGivesNanForThePairs
   RotaryCase c;
   c.batch = 1;
   c.tokens = 3;
-  c.head_dim = 24;  // with a tail
+  c.head_dim = 24;  // larger than rotary_dim, 16
   QKNormInputs in = inputs(c);
   in.rotary.pair_axes = {0, 0, 0, 0, 1, 1, 1, 1};
   const auto positions = [&](int64_t outside) {
@@ -431,7 +431,7 @@ class QKNormRotaryEmbeddingRandom : public DeviceTest {};
 INSTANTIATE_TEST_SUITE_P(Cpu, QKNormRotaryEmbeddingRandom, ::testing::Values(at::kCPU), device_name);
 INSTANTIATE_TEST_SUITE_P(Cuda, QKNormRotaryEmbeddingRandom, ::testing::Values(at::kCUDA), device_name);
 
-// A failing case prints its seed: POSENC_TEST_SEED=<seed> POSENC_TEST_CASES=1 repeats it alone.
+// A failure prints its seed; POSENC_TEST_SEED=<seed> POSENC_TEST_CASES=1 repeats it alone.
 TEST_P(QKNormRotaryEmbeddingRandom, CallsMatchTheScalarLoops) {
   const int64_t cases = env_int("POSENC_TEST_CASES", 100);
   for (int64_t i = 0; i < cases && !HasFailure(); ++i) {

@@ -13,7 +13,7 @@
 namespace posenc::test {
 namespace {
 
-/// What `posenc::rotary_embedding_backward` returns.
+/// Results of `posenc::rotary_embedding_backward`.
 struct Gradients {
   TensorList inputs;
   at::Tensor cos, sin;
@@ -26,7 +26,7 @@ Gradients backward(const RotaryInputs& in, const TensorList& grads, const Tensor
   return {stack[0].toTensorVector(), stack[1].toTensor(), stack[2].toTensor()};
 }
 
-/// Calls that take every path of the kernel: vectors and single elements, tails, rows with many tokens and with none.
+/// Calls for every kernel path: vectors, single elements, channels beyond rotary_dim, rows with many tokens or none.
 std::vector<RotaryCase> cases() {
   std::vector<RotaryCase> all;
   const auto add = [&](const char* name, const std::function<void(RotaryCase&)>& change) {
@@ -88,8 +88,8 @@ class RotaryEmbeddingBackward : public TargetTest {
     return random_tensor(sizes, GetParam(), strides);
   }
 
-  /// Expects the gradients of the inputs to be the rotation backwards to the last bit, and those of the tables the sums
-  /// of the loop but for rounding.
+  /// Expects gradients of the inputs to have the bits of the opposite rotation, and those of cos and sin to equal the
+  /// scalar loop within rounding.
   static void expect_gradients(const RotaryInputs& in, const TensorList& grads, const TensorList& inputs) {
     const Gradients found = backward(in, grads, inputs);
     ASSERT_EQ(found.inputs.size(), grads.size());
@@ -149,7 +149,7 @@ TEST_P(RotaryEmbeddingBackward, GivesNanToTokensOutsideTheTablesAndLeavesTheOthe
     c.head_dim = head_dim;
     RotaryInputs in = make_inputs(c, GetParam());
     const at::Tensor positions = at::arange(50, at::kLong) % 7;
-    std::vector<int64_t> outside;  // tokens, the last one among them
+    std::vector<int64_t> outside;  // indices of tokens, including the last
     for (const int64_t position : positions_outside(in.cos.size(0))) {
       outside.push_back(49 - 3 * static_cast<int64_t>(outside.size()));
       positions[outside.back()] = position;
@@ -218,7 +218,7 @@ TEST_P(RotaryEmbeddingBackward, IsTheSameBitForBitEachTime) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// In the graph
+// Autograd
 
 class RotaryEmbeddingBackwardGraph : public DeviceTest {
  protected:
@@ -284,8 +284,7 @@ TEST_P(RotaryEmbeddingBackwardGraph, IsItselfDifferentiable) {
 }
 
 TEST(RotaryEmbeddingBackwardErrors, NameWhatIsWrong) {
-  const std::string op = "posenc::rotary_embedding_backward: ";
-  const std::string of_two = "posenc::rotary_embedding";  // the CPU's is made of two operators
+  const std::string of_two = "posenc::rotary_embedding";  // on the CPU, the operators it is composed of check
   const RotaryInputs in = make_inputs(RotaryCase(), {at::kCPU, at::kFloat});
   expect_error([&] { backward(in, {in.q}, {in.q, in.k}); }, {of_two, "grads", "inputs", "got 2 and 1"});
   expect_error([&] { backward(in, {}, {}); }, {of_two, "one or two inputs", "got 0"});

@@ -25,7 +25,7 @@ using posenc::RotaryEmbeddingOptions;
 
 constexpr int64_t kHeadDim = 16;
 
-/// Cosines and sines for the inputs of a module of these options, by the scalar functions of the standard library.
+/// cos and sin of a module with these options, by the scalar functions of the standard library.
 RotaryInputs with_scalar_tables(const RotaryEmbeddingOptions& options, int64_t length, at::ScalarType dtype) {
   const int64_t rotary_dim = options.rotary_dim().value_or(options.head_dim());
   RotaryInputs in;
@@ -47,8 +47,8 @@ RotaryInputs with_scalar_tables(const RotaryEmbeddingOptions& options, int64_t l
   return in;
 }
 
-/// Expects `actual` to be `x` rotated by its positions, within the rounding of the operator and of the tables: each
-/// entry may be rounded the other way than by the standard library, and carries the rounding of angles up to `length`.
+/// Expects `actual` to be `x` rotated by `positions`, within the rounding of the operator and of cos and sin. Their
+/// entries may be rounded differently from the standard library, and have the rounding error of angles up to `length`.
 void expect_rotated(
     const at::Tensor& actual,
     const at::Tensor& x,
@@ -207,7 +207,7 @@ TEST_P(RotaryEmbeddingModule, PackedTokensGiveTheSameNumbers) {
 }
 
 TEST_P(RotaryEmbeddingModule, ConvertedToBFloat16RotatesLongContextsRight) {
-  // The defect that every peer had once: tables, or positions, converted with the model are wrong from position 257 on.
+  // Converting tables or positions with the model, as all peer libraries once did, is wrong from position 257 on.
   const auto options = RotaryEmbeddingOptions(kHeadDim).max_position_embeddings(5000);
   RotaryEmbedding rope(options);
   rope->to(at::kBFloat16);
@@ -511,7 +511,7 @@ TEST_P(RotaryEmbeddingTables, ReserveBuildsThem) {
   rope->reserve(10, device());
   rope->rotate(random(1000));
   EXPECT_EQ(rope->table_length(device()), length);
-  // float16 is rotated by tables of float32.
+  // float16 inputs use float32 tables.
   EXPECT_EQ(rope->table_length(device(), at::kHalf), length);
   rope->reserve(100, device(), at::kDouble);
   EXPECT_GE(rope->table_length(device(), at::kDouble), 100);
@@ -570,7 +570,7 @@ TEST_P(RotaryEmbeddingTables, FollowChangedOptionsAfterReset) {
   rope->reset();
   EXPECT_EQ(rope->table_length(device()), 0);
   expect_rotated(rope->rotate(x), x, options(8).base(77).interleaved(true), std::nullopt, 8);
-  for (const int64_t length : {4, 6}) {  // fewer rows, and more again
+  for (const int64_t length : {4, 6}) {  // fewer rows than before, then more
     rope->options.max_position_embeddings(length);
     rope->reset();
     EXPECT_EQ(rope->table_length(device()), 0);
@@ -627,14 +627,16 @@ TEST_P(RotaryEmbeddingTables, SeveralThreadsMayUseOneModule) {
   constexpr int kThreads = 4;
   RotaryEmbedding rope(options(4));
   std::vector<at::Tensor> inputs;
+  inputs.reserve(kThreads);
   std::vector<at::Tensor> outputs(kThreads);
   for (int t = 0; t < kThreads; ++t) {
     inputs.push_back(random(400));
   }
   std::vector<std::thread> threads;
+  threads.reserve(kThreads);
   for (int t = 0; t < kThreads; ++t) {
     threads.emplace_back([&, t] {
-      // Each grows the tables through all lengths, so that they collide.
+      // Every thread grows the tables many times, so that threads grow them concurrently.
       for (int64_t tokens = 1; tokens < 400; tokens += 7 + t) {
         rope->rotate(inputs[static_cast<size_t>(t)].narrow(1, 0, tokens));
       }
@@ -682,7 +684,7 @@ TEST_P(RotaryEmbeddingTables, BadPositionsAreAnError) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Where the host can see the positions, and where it cannot
+// Positions on the CPU, and positions on a GPU, whose values the host does not read
 
 TEST(RotaryEmbeddingHostPositions, GrowTheTables) {
   const auto options = RotaryEmbeddingOptions(kHeadDim).max_position_embeddings(8);
@@ -709,7 +711,7 @@ TEST(RotaryEmbeddingHostPositions, BelowZeroAreAnError) {
     RotaryEmbedding rope(RotaryEmbeddingOptions(kHeadDim).max_position_embeddings(8).learnable_frequencies(learnable));
     at::Tensor x = at::randn({2, 3, 2, kHeadDim});
     for (const at::ScalarType dtype : {at::kInt, at::kLong}) {
-      // As a mask of padding gives them: cumsum - 1.
+      // Positions computed from an attention mask by cumsum - 1 are -1 for padding.
       const at::Tensor p = at::tensor({0, 1, 2, -1, -1, 0}, dtype).view({2, 3});
       const std::vector<std::string> parts{"expected positions of at least 0", "got -1 at index [1, 0]"};
       expect_error([&] { rope->forward(x, x, p); }, parts);
@@ -743,8 +745,8 @@ TEST_P(RotaryEmbeddingDevicePositions, TablesLivePerDevice) {
   const auto options = RotaryEmbeddingOptions(kHeadDim).max_position_embeddings(8);
   RotaryEmbedding rope(options);
   const at::Tensor x = at::randn({1, 30, 2, kHeadDim});
-  for (const at::DeviceIndex index : {1, 0, 1}) {
-    const at::Device gpu(at::kCUDA, index);
+  for (const int index : {1, 0, 1}) {
+    const at::Device gpu(at::kCUDA, static_cast<at::DeviceIndex>(index));
     const at::Tensor y = rope->rotate(x.to(gpu));
     EXPECT_EQ(y.device(), gpu);
     expect_rotated(y, x, options, std::nullopt, 30);
@@ -753,11 +755,12 @@ TEST_P(RotaryEmbeddingDevicePositions, TablesLivePerDevice) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// As a module among others
+// As a submodule
 
 /// A model that keeps the embedding as a submodule.
 class AttentionImpl : public torch::nn::Cloneable<AttentionImpl> {
  public:
+  // NOLINTNEXTLINE(clang-analyzer-optin.cplusplus.VirtualCall): as LibTorch's own modules do
   AttentionImpl() { reset(); }
   void reset() override {
     rope = register_module("rope", RotaryEmbedding(RotaryEmbeddingOptions{kHeadDim}));

@@ -14,8 +14,8 @@ namespace {
 // ---------------------------------------------------------------------------------------------------------------------
 // A grid of shapes, strides and flags
 
-/// Every aspect of a call, one at a time. Widths around the 16-byte vectors of each dtype (2, 4 and 8 elements) and
-/// those of the CPU (up to 16 floats) are all in the list, whatever the dtype.
+/// Cases that each change one aspect of a default call. Widths include those around the vector lengths of every dtype:
+/// 2, 4 and 8 elements (16 bytes) on a GPU, up to 16 floats on the CPU.
 std::vector<RotaryCase> grid() {
   std::vector<RotaryCase> cases;
   const auto add = [&cases](const std::string& name, const std::function<void(RotaryCase&)>& change) {
@@ -78,7 +78,7 @@ std::vector<RotaryCase> grid() {
            {"ThreeAxesCycled", 3, PairAxes::cycled},
            {"FourAxesRandom", 4, PairAxes::random}}) {
     const auto add_axes = [&, n = name, a = axes, p = pattern](
-                              const std::string& suffix, std::function<void(RotaryCase&)> more) {
+                              const std::string& suffix, const std::function<void(RotaryCase&)>& more) {
       add(n + suffix, [=](RotaryCase& c) {
         c.axes = a;
         c.pair_axes = p;
@@ -204,11 +204,11 @@ INSTANTIATE_TEST_SUITE_P(
     grid_name);
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Behaviour, for each dtype
+// Behaviour for every dtype
 
 class RotaryEmbedding : public TargetTest {
  protected:
-  /// Arguments with the tables of a model, of positions 0 to 63.
+  /// Arguments with cos and sin of positions 0 to 63, as a model has them.
   RotaryInputs model_inputs(const RotaryCase& c) const {
     RotaryInputs in = make_inputs(c, GetParam());
     const auto [cos, sin] = posenc::rotary_tables(posenc::rotary_inv_freq(c.rotary_dim), 64, table_dtype(dtype()));
@@ -262,8 +262,8 @@ TEST_P(RotaryEmbedding, ConjugateUndoesTheRotation) {
     RotaryInputs in = model_inputs(c);
     const at::Tensor there = rotate(in, in.q);
     in.conjugate = true;
-    // Both rotations round, and the second carries the error of the first along, with at most sqrt(2) of it in one
-    // element; cos^2 + sin^2 is 1 only to the rounding of the tables, twice.
+    // Both rotations round. The second propagates the error of the first, at most sqrt(2) times in one element. The
+    // rounding of cos and sin makes cos^2 + sin^2 differ from 1.
     const at::Tensor once = rounding_bound(in, in.q).amax(-1, /*keepdim=*/true);
     const at::Tensor twice = rounding_bound(in, there).amax(-1, /*keepdim=*/true);
     const at::Tensor table = in.q.cpu().to(at::kDouble).abs() * 4 * unit_roundoff(table_dtype(dtype()));
@@ -278,7 +278,7 @@ TEST_P(RotaryEmbedding, NormOfEveryPairIsPreserved) {
   const auto norms = [](const at::Tensor& x) {
     return x.cpu().to(at::kDouble).unflatten(-1, {x.size(-1) / 2, 2}).norm(2, -1);
   };
-  // The norm is off by at most the norm of the errors of the two elements, and by the rounding of the table.
+  // The norm has at most the norm of the errors of the two elements, and the rounding error of cos and sin.
   const at::Tensor bound = norms(rounding_bound(in, in.q)) + norms(in.q) * 2 * unit_roundoff(table_dtype(dtype()));
   expect_within(norms(rotate(in, in.q)), norms(in.q), bound);
 }
@@ -297,7 +297,7 @@ TEST_P(RotaryEmbedding, ScoresDependOnTheDistanceOnly) {
     const at::Tensor k_error = rounding_bound(at_j, k);
     const at::Tensor rotated_q = rotate(at_i, q);
     const at::Tensor rotated_k = rotate(at_j, k);
-    // The errors of the two factors, and those of the tables, each of whose entries is rounded.
+    // Errors of q and k, and of the rounding of each entry of cos and sin.
     tolerance += inner_product(rotated_q.abs(), k_error) + inner_product(q_error, rotated_k.abs()) +
         inner_product(q_error, k_error) +
         2 * unit_roundoff(table_dtype(dtype())) * (inner_product(q, q) + inner_product(k, k));
@@ -383,6 +383,7 @@ TEST_P(RotaryEmbedding, InputsAreNeitherWrittenNorAliased) {
   const RotaryInputs in = make_inputs(c, GetParam());
   const std::vector<at::Tensor> arguments{in.q, in.k, in.cos, in.sin, *in.positions};
   std::vector<at::Tensor> copies;
+  copies.reserve(arguments.size());
   for (const at::Tensor& argument : arguments) {
     copies.push_back(argument.clone());
   }
@@ -584,7 +585,7 @@ TEST_P(RotaryEmbedding, TablesMayHaveDifferentStrides) {
   }
 }
 
-/// Turns the check of positions on for the lifetime of the object.
+/// Enables the position check for the lifetime of the object.
 class PositionCheck {
  public:
   PositionCheck() : before_(posenc::position_check()) { posenc::set_position_check(true); }
@@ -631,7 +632,7 @@ TEST_P(RotaryEmbedding, CheckedTablesOfFullWidthForAPartOfTheHeadAreAnError) {
     RotaryInputs in = model_inputs(c);
     in.cos = at::cat({in.cos, in.cos}, -1);
     in.sin = at::cat({in.sin, in.sin}, -1);
-    EXPECT_NO_THROW(rotate(in, in.q));  // as no shape tells
+    EXPECT_NO_THROW(rotate(in, in.q));  // the shapes are valid
     const PositionCheck check;
     const std::string half = std::to_string(rotary_dim / 2);
     const std::vector<std::string> parts{
@@ -649,7 +650,7 @@ TEST_P(RotaryEmbedding, CheckedTablesOfOneColumnForEachPairPass) {
   const at::Tensor expected = rotate(in, in.q);
   const PositionCheck check;
   expect_same_bits(rotate(in, in.q), expected);
-  in.cos = at::ones_like(in.cos);  // no rotation at all
+  in.cos = at::ones_like(in.cos);  // no rotation
   in.sin = at::zeros_like(in.sin);
   expect_same_bits(rotate(in, in.q), in.q);
   in.sin = at::ones_like(in.sin);  // a grid with the same frequencies on both axes

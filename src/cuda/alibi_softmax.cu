@@ -1,6 +1,7 @@
 #include <cuda/detail/dispatch.h>
 #include <cuda/detail/vector_width.h>
 #include <cuda/kernels.h>
+#include <cuda/alibi_softmax_backward_kernel.cuh>
 #include <cuda/alibi_softmax_kernel.cuh>
 
 #include <algorithm>
@@ -8,23 +9,23 @@
 namespace posenc {
 namespace {
 
-/// Elements of a row that one thread keeps: many, so that registers hold more data for each that does the arithmetic,
-/// and fewer warps meet at a barrier. Forward in bfloat16 with causal mask, rows of 2,048, 4,096 and 8,192, times the
-/// copy of the same bytes, measured on an H100: 0.78, 0.78 and 0.77 with 32 elements, 0.80, 0.80 and 0.83 with 16, 0.92
-/// and 0.96 with 8, 0.79, 0.79 and 0.78 with 64. In float32 all take 0.77 to 0.79. Backward keeps two tensors, and
-/// few elements of rows up to 4,096.
+/// Elements of a row that one thread keeps in registers. With many, a larger share of the registers holds data, and
+/// fewer warps wait at a barrier. Time relative to a copy of the same bytes, forward in bfloat16 with causal mask, rows
+/// of 2,048, 4,096 and 8,192, measured on an H100: 0.78, 0.78 and 0.77 with 32 elements, 0.80, 0.80 and 0.83 with 16,
+/// 0.92 and 0.96 with 8, 0.79, 0.79 and 0.78 with 64. In float32 all take 0.77 to 0.79. The backward pass keeps two
+/// tensors, and `kFew` elements of rows up to 4,096.
 constexpr int kFew = 16;
 constexpr int kMany = 32;
 constexpr int64_t kFewThreads = 256;
 
-/// Blocks of one or several rows, of whole warps.
+/// The threads of a block, whole warps, for one or several rows.
 dim3 row_block(const AlibiShape& shape, int64_t per_thread) {
   const int64_t threads =
       std::min<int64_t>(cuda::kMaxRowThreads, cuda::ceil_div(shape.k_len, per_thread * cuda::kWarp) * cuda::kWarp);
   return dim3(threads, std::max<int64_t>(1, cuda::kMaxThreads / threads));
 }
 
-/// Launches one of the kernels of this operator.
+/// Launches one of the kernels of this source.
 template <typename Problem>
 void launch_rows(
     void (*kernel)(Problem, cuda::Matrices),
@@ -51,7 +52,7 @@ void run(const AlibiSoftmaxProblem& problem) {
 
 template <typename T, int V, int E>
 void launch(const AlibiSoftmaxBackwardProblem& problem) {
-  // Half and bfloat16 stay packed in registers, and single elements cannot be staged.
+  // Only float32 is staged in shared memory: float16 and bfloat16 stay packed in registers. Single elements cannot be.
   constexpr bool kStaged = E == kMany && sizeof(T) == 4 && V > 1;
   const dim3 block = row_block(problem.shape, E);
   const size_t shared_bytes = kStaged ? size_t{block.x} * block.y * E * sizeof(T) : 0;
@@ -71,7 +72,7 @@ void launch(const AlibiSoftmaxBackwardProblem& problem) {
 template <typename T, int V>
 void run(const AlibiSoftmaxBackwardProblem& problem) {
   const int32_t k_len = problem.shape.k_len;
-  constexpr bool kKeepsMany = sizeof(T) < 8;  // two of 32 float64 do not fit a thread
+  constexpr bool kKeepsMany = sizeof(T) < 8;  // two arrays of 32 float64 do not fit the registers of a thread
   if (k_len <= kFew * kFewThreads || (!kKeepsMany && k_len <= kFew * cuda::kMaxRowThreads)) {
     launch<T, V, kFew>(problem);
   } else if (kKeepsMany && k_len <= kMany * cuda::kMaxRowThreads) {
@@ -84,7 +85,7 @@ void run(const AlibiSoftmaxBackwardProblem& problem) {
   }
 }
 
-/// Launches with 16-byte vectors where all tensors of the call allow them, else with single elements.
+/// Launches with 16-byte vectors if all tensors of the call allow them, else with single elements.
 template <typename T, typename Problem, typename... Scores>
 void run_widest(const Problem& problem, const Scores&... scores) {
   constexpr int V = cuda::kMaxVectorBytes / sizeof(T);

@@ -1,6 +1,7 @@
 #include <cuda/detail/dispatch.h>
 #include <cuda/detail/launch.h>
 #include <cuda/kernels.h>
+#include <cuda/qk_norm_rotary_embedding_backward_kernel.cuh>
 #include <cuda/qk_norm_rotary_embedding_kernel.cuh>
 
 #include <algorithm>
@@ -11,14 +12,14 @@
 namespace posenc {
 namespace {
 
-/// Heads that a row of lanes takes in turn at least, and blocks at most, where weights have gradients: enough of the
-/// former to make up for the end of a block, enough of the latter for two rounds of six on each of 132 SMs, and not so
-/// many that the second kernel takes long (1.18 instead of 1.20 times the copy with 4096, measured on an H100 with
+/// With gradients of weights: heads that a row of lanes processes in turn at least, and blocks at most. A block must
+/// process enough heads to amortise its reduction. The number of blocks allows two rounds of six on each of 132 SMs,
+/// and keeps the second kernel short (1.18 instead of 1.20 times the copy with 4096 blocks, measured on an H100 with
 /// bfloat16, 8192 tokens, 32 and 8 heads of 128).
 constexpr int64_t kMinHeadsInTurn = 4;
 constexpr int64_t kMaxSumBlocks = 1584;
 
-/// A grid and what else a launch needs.
+/// Grid and block of a launch.
 struct LaunchPlan {
   cuda::NormGrid grid;
   dim3 blocks, threads;
@@ -42,7 +43,7 @@ uint32_t mix_of(int64_t blocks_of_first, int64_t num_blocks) {
   return static_cast<uint32_t>(cuda::ceil_div(blocks_of_second << 32, num_blocks));
 }
 
-/// `sums`: every block forms a sum for the weights.
+/// @param sums  whether every block computes a sum for each weight.
 LaunchPlan plan_launch(const char* op, const RotaryProblem& problem, int vector_width, bool sums) {
   const int64_t num_chunks = cuda::num_chunks(vector_width, problem.num_pairs, problem.head_dim);
   int64_t lanes = 1;
@@ -62,7 +63,7 @@ LaunchPlan plan_launch(const char* op, const RotaryProblem& problem, int vector_
   const int64_t in_turn = sums ? std::max(kMinHeadsInTurn, cuda::ceil_div(all_groups, kMaxSumBlocks)) : int64_t{1};
   const int64_t blocks_of_first = cuda::ceil_div(row_groups[0], in_turn);
   const int64_t num_blocks = blocks_of_first + cuda::ceil_div(row_groups[1], in_turn);
-  // Rounded up to whole blocks, heads are numbered by 31 bits.
+  // The head index, padded to whole blocks, must stay below 2^31, which `Divider::quotient` requires.
   cuda::check(
       num_blocks * in_turn * rows <= cuda::kMaxGridX, op, ": expected at most ", cuda::kMaxGridX - 2 * in_turn * rows,
       " heads of all tokens of q and k on CUDA, got ", num_tokens * problem.operands[0].num_heads, " and ",
@@ -103,7 +104,7 @@ void warn_of_single_elements() {
   });
 }
 
-/// Whether everything but the tensors themselves can be read in vectors of V elements, and a warp holds a head.
+/// Whether a warp can hold a head, and tables, weights and outputs can be accessed in vectors of V elements.
 template <typename T, typename W, int V>
 bool holds_heads(const QKNormRotaryProblem& problem, bool interleaved) {
   using Real = cuda::arithmetic_t<T>;
@@ -141,7 +142,7 @@ bool is_whole(const RotaryProblem& problem) {
   return 2 * problem.num_pairs == problem.head_dim && (chunks & (chunks - 1)) == 0;
 }
 
-/// For heads that cannot be held. It serves all kinds of positions and of weights.
+/// For heads that a warp cannot hold. It accepts all kinds of positions and weights.
 template <typename T, bool Interleaved>
 using SinglePolicy = cuda::NormPolicy<1, Interleaved, /*IsSplat=*/false, /*HasAxes=*/true, cuda::arithmetic_t<T>>;
 
@@ -167,9 +168,9 @@ void run_typed(const QKNormRotaryProblem& problem) {
     launch<T, SinglePolicy<T, Interleaved>>(problem);
     return;
   }
-  if (rotary.positions.num_axes > 0 || !cuda::kHasSpecialKernels<T>) {
+  if (rotary.positions.num_axes > 0) {
     launch<T, cuda::NormPolicy<V, Interleaved, false, true, W>>(problem);
-  } else if constexpr (cuda::kHasSpecialKernels<T>) {
+  } else {
     cuda::for_bool(is_whole<V>(rotary), [&](auto whole) {
       launch<T, cuda::NormPolicy<V, Interleaved, false, false, W, decltype(whole)::value>>(problem);
     });
@@ -180,7 +181,7 @@ void run_typed(const QKNormRotaryProblem& problem) {
 
 constexpr const char* kBackward = "posenc::qk_norm_rotary_embedding_backward";
 
-/// Which kernel a call gets.
+/// The kernel that a call uses: single elements, vectors, or vectors with one incoming gradient for each head.
 enum class Access { single, vectors, one_value };
 
 template <typename T, typename W, int V>
@@ -190,7 +191,7 @@ Access access_of(const QKNormRotaryBackwardProblem& problem) {
     return Access::single;
   }
   bool vectors = true;
-  bool one_value = cuda::kHasSpecialKernels<T> && rotary.positions.num_axes == 0;  // no kernel for both
+  bool one_value = rotary.positions.num_axes == 0;  // there is no kernel for both
   for (int i = 0; i < rotary.num_operands; ++i) {
     const RotaryProblem::Operand& operand = rotary.operands[i];
     const bool input = cuda::holds_vectors<T, V>(problem.inputs[i].data, problem.inputs[i].strides);
@@ -230,23 +231,17 @@ void launch_backward(const QKNormRotaryBackwardProblem& problem) {
 template <typename T, typename W, bool Interleaved>
 void run_backward_typed(const QKNormRotaryBackwardProblem& problem) {
   constexpr int V = cuda::kMaxVectorBytes / sizeof(T);
-  const bool general = problem.call.rotary.positions.num_axes > 0 || !cuda::kHasSpecialKernels<T>;
+  const bool has_axes = problem.call.rotary.positions.num_axes > 0;
   switch (access_of<T, W, V>(problem)) {
     case Access::vectors:
-      if (general) {
+      if (has_axes) {
         return launch_backward<T, W, cuda::NormPolicy<V, Interleaved, false, true, W>>(problem);
       }
-      if constexpr (cuda::kHasSpecialKernels<T>) {
-        cuda::for_bool(is_whole<V>(problem.call.rotary), [&](auto whole) {
-          launch_backward<T, W, cuda::NormPolicy<V, Interleaved, false, false, W, decltype(whole)::value>>(problem);
-        });
-      }
-      return;
+      return cuda::for_bool(is_whole<V>(problem.call.rotary), [&](auto whole) {
+        launch_backward<T, W, cuda::NormPolicy<V, Interleaved, false, false, W, decltype(whole)::value>>(problem);
+      });
     case Access::one_value:
-      if constexpr (cuda::kHasSpecialKernels<T>) {
-        launch_backward<T, W, cuda::NormPolicy<V, Interleaved, true, false, W>>(problem);
-      }
-      return;
+      return launch_backward<T, W, cuda::NormPolicy<V, Interleaved, true, false, W>>(problem);
     case Access::single:
       warn_of_single_elements();
       return launch_backward<T, W, SinglePolicy<T, Interleaved>>(problem);

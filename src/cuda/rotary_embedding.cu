@@ -28,7 +28,7 @@ bool has_tail(const RotaryProblem& problem) {
   return 2 * problem.num_pairs < problem.head_dim;
 }
 
-/// Whether some chunks are copied: those of a tail, or of v.
+/// Whether some chunks are copied and not rotated: those of a tail or of v.
 bool has_copies(const RotaryProblem& problem) {
   return has_tail(problem) || problem.num_operands == 3;
 }
@@ -88,24 +88,24 @@ void warn_of_narrow_vectors() {
   });
 }
 
-/// Launches with vectors of V elements, or the widest that the call allows. Only 16-byte vectors are worth kernels
-/// of their own for expanded inputs and for heads without a tail.
+/// Launches with vectors of V elements, or with the widest narrower ones that the call allows. Separate kernels for
+/// expanded inputs and for heads without a tail exist for 16-byte vectors only.
 template <typename T, int V, bool Interleaved>
 void launch_widest(const RotaryProblem& problem) {
   if constexpr (V == 1) {
     launch<T, cuda::RotaryPolicy<V, Interleaved, false, true>>(problem);
   } else {
-    constexpr bool kSpecial = cuda::kHasSpecialKernels<T> && V * sizeof(T) == cuda::kMaxVectorBytes;
+    constexpr bool kWidest = V * sizeof(T) == cuda::kMaxVectorBytes;
     const bool copies = has_copies(problem);
     if (!cuda::divides(V, problem.num_pairs, problem.head_dim)) {
       launch_widest<T, V / 2, Interleaved>(problem);
     } else if (allows<T, V, Interleaved, false>(problem)) {
-      cuda::for_bool(copies || !kSpecial, [&](auto copying) {
-        launch<T, cuda::RotaryPolicy<V, Interleaved, false, !kSpecial || decltype(copying)::value>>(problem);
+      cuda::for_bool(copies || !kWidest, [&](auto copying) {
+        launch<T, cuda::RotaryPolicy<V, Interleaved, false, !kWidest || decltype(copying)::value>>(problem);
       });
-    } else if (kSpecial && allows<T, V, Interleaved, true>(problem)) {
+    } else if (kWidest && allows<T, V, Interleaved, true>(problem)) {
       cuda::for_bool(copies, [&](auto copying) {
-        launch<T, cuda::RotaryPolicy<V, Interleaved, kSpecial, !kSpecial || decltype(copying)::value>>(problem);
+        launch<T, cuda::RotaryPolicy<V, Interleaved, kWidest, !kWidest || decltype(copying)::value>>(problem);
       });
     } else {
       warn_of_narrow_vectors();
@@ -114,23 +114,21 @@ void launch_widest(const RotaryProblem& problem) {
   }
 }
 
-/// The same where pairs choose among axes of the positions: with 16-byte vectors or single elements.
+/// The same for positions with several axes: with 16-byte vectors or single elements.
 template <typename T, bool Interleaved>
 void launch_with_axes(const RotaryProblem& problem) {
-  if constexpr (cuda::kHasSpecialKernels<T>) {
-    constexpr int V = cuda::kMaxVectorBytes / sizeof(T);
-    if (cuda::divides(V, problem.num_pairs, problem.head_dim) && allows<T, V, Interleaved, false>(problem)) {
-      cuda::for_bool(has_copies(problem), [&](auto copying) {
-        cuda::for_bool(mixes_axes<V, Interleaved>(problem), [&](auto mixing) {
-          launch<T, cuda::RotaryPolicy<V, Interleaved, false, decltype(copying)::value, true, decltype(mixing)::value>>(
-              problem);
-        });
+  constexpr int V = cuda::kMaxVectorBytes / sizeof(T);
+  if (cuda::divides(V, problem.num_pairs, problem.head_dim) && allows<T, V, Interleaved, false>(problem)) {
+    cuda::for_bool(has_copies(problem), [&](auto copying) {
+      cuda::for_bool(mixes_axes<V, Interleaved>(problem), [&](auto mixing) {
+        launch<T, cuda::RotaryPolicy<V, Interleaved, false, decltype(copying)::value, true, decltype(mixing)::value>>(
+            problem);
       });
-      return;
-    }
+    });
+  } else {
     warn_of_narrow_vectors();
+    launch<T, cuda::RotaryPolicy<1, Interleaved, false, true, true>>(problem);
   }
-  launch<T, cuda::RotaryPolicy<1, Interleaved, false, true, true>>(problem);
 }
 
 }  // namespace

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <mutex>
 
-// Gradients of the tables, with those of the inputs or without.
+// Gradients of the tables, with or without the gradients of the inputs.
 namespace posenc::cuda {
 namespace {
 
@@ -54,7 +54,7 @@ void launch_rotary_backward(const char* op, const RotaryBackwardProblem& problem
       : tables.num_pairs / V;
   const int64_t num_heads = tables.operands[0].num_heads + tables.operands[1].num_heads;
   const int64_t chunks = std::min<int64_t>(num_chunks, kMaxThreads);
-  // As many threads along the items as leave none of them idle, where every row has as many items.
+  // The number of threads along the items that leaves none of them idle if every row has the same number of items.
   const int64_t items = std::max<int64_t>(1, tables.tokens_per_row) * num_heads;
   const int64_t rounds = ceil_div(items, kMaxThreads / chunks * kItemsInFlight);
   const int64_t lanes = ceil_div(items, rounds * kItemsInFlight);
@@ -80,8 +80,8 @@ void launch_rotary_backward(const char* op, const RotaryBackwardProblem& problem
   check_launch();
 }
 
-/// Launches with the widest vectors, or with single elements: tables with gradients are rare enough that widths between
-/// are not worth kernels of their own.
+/// Launches with 16-byte vectors or with single elements. Tables that require a gradient are too rare for kernels of
+/// other widths.
 template <bool WritesInputGrads>
 void run_rotary_backward(const char* op, const RotaryBackwardProblem& problem, DType dtype) {
   for_dtype(dtype, [&](auto type) {
@@ -94,10 +94,8 @@ void run_rotary_backward(const char* op, const RotaryBackwardProblem& problem, D
           chunks_have_one_axis<RotaryBackwardPolicy<V, kInterleaved, false, WritesInputGrads>>(problem.tables);
       if (in_chunks && backward_allows<T, V, kInterleaved, false, WritesInputGrads>(problem)) {
         launch_rotary_backward<T, RotaryBackwardPolicy<V, kInterleaved, false, WritesInputGrads>>(op, problem);
-      } else if (
-          kHasSpecialKernels<T> && in_chunks && backward_allows<T, V, kInterleaved, true, WritesInputGrads>(problem)) {
-        constexpr bool kSplat = kHasSpecialKernels<T>;
-        launch_rotary_backward<T, RotaryBackwardPolicy<V, kInterleaved, kSplat, WritesInputGrads>>(op, problem);
+      } else if (in_chunks && backward_allows<T, V, kInterleaved, true, WritesInputGrads>(problem)) {
+        launch_rotary_backward<T, RotaryBackwardPolicy<V, kInterleaved, true, WritesInputGrads>>(op, problem);
       } else {
         static std::once_flag once;
         std::call_once(once, [op] {

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compiled autograd over every node of the graph that libposenc makes: the gradients of eager mode.
+"""Compiled autograd over every autograd node of libposenc: gradients equal those of eager mode.
 
 POSENC_LIBRARY names the library. Plain unittest: python3 tests/python/compiled_autograd_test.py [cpu | cuda]
 """
@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from operator_cases import CASES
 
-# Without gradients of their own, or not of one node.
+# Of attention only alibi_attention: operators of its gradients have no gradients, or nodes that cannot be traced.
 NAMES = sorted(name for name in CASES if "attention" not in name or name == "alibi_attention")
 
 
@@ -29,7 +29,7 @@ def loss(sample, op):
 
 
 def captured():
-    """Compiled autograd whose graph is run as it was captured."""
+    """Compiled autograd that runs the captured graph without compiling it."""
     torch._dynamo.reset()
     return compiled_autograd._enable(torch.compile(backend="eager"))
 
@@ -40,11 +40,11 @@ class CompiledAutograd(OnDevice):
             if sample.leaves() and loss(sample, operator(name)) is not None:
                 check(name, case, sample)
 
-        # One case of each: a compilation takes a second. The last one has the most arguments.
+        # One case of each operator: a compilation takes a second. The last case has the most arguments.
         self.for_each_sample(with_loss, {name: CASES[name][-1:] for name in CASES}, size=4, names=names)
 
     def accumulated(self, sample, op, backend=None, **kw):
-        """The .grad of each input after one backward pass, in compiled autograd where a backend is named."""
+        """The .grad of each leaf after one backward pass, under compiled autograd if `backend` is given."""
         for leaf in sample.leaves():
             leaf.grad = None
         result = loss(sample, op)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""posenc::context_parallel_alibi_attention among several processes, held against the whole sequence.
+"""posenc::context_parallel_alibi_attention in several processes, compared with attention over the whole sequence.
 
-What is expected is worked out by tensor operations in float64, with the scores in memory and nothing of posenc.
+Expected values are computed by tensor operations in float64, with the scores in memory and without posenc.
 
 POSENC_LIBRARY names the library. Plain unittest: python3 tests/python/context_parallel_test.py [cpu | cuda]
 """
@@ -15,22 +15,22 @@ import traceback
 import unittest
 import warnings
 
-# Harmless, and said on import.
+# A harmless warning on import.
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-ALL_SKIPPED = 77  # what ctest is told to take for "skipped"
-TIMEOUT = datetime.timedelta(seconds=60)  # of a rank that waits for one that has failed
+ALL_SKIPPED = 77  # exit status that ctest reports as skipped
+TIMEOUT = datetime.timedelta(seconds=60)  # for a rank that waits for one that has failed
 
 
-# --- Calls and what they give -----------------------------------------------------------------------------------------
+# --- Calls and expected results ---------------------------------------------------------------------------------------
 
 
 class Case:
-    """One call on the whole sequence. `slopes` are multiples of 2^-6, which every dtype holds."""
+    """One call on the whole sequence. `slopes` are multiples of 2^-6, which are exact in every dtype."""
 
     def __init__(
         self, dtype=torch.float64, causal=True, batch=2, chunk=3, q_heads=4, k_heads=2, head_dim=8, scale=None
@@ -45,7 +45,7 @@ class Case:
         return 2 * ranks * self.chunk
 
     def inputs(self, ranks):
-        """q, k, v, slopes and the gradient of the output, of the whole sequence, float64 numbers of `dtype`."""
+        """float64 q, k, v, slopes and gradient of the output for the whole sequence, with values exact in `dtype`."""
         generator = torch.Generator().manual_seed(20210420)
         tokens = self.batch, self.seq_len(ranks)
         shapes = [(*tokens, heads, self.head_dim) for heads in (self.q_heads, self.k_heads, self.k_heads, self.q_heads)]
@@ -73,18 +73,18 @@ def expected(case, inputs):
 
 
 def my_tokens(seq_len, rank, ranks):
-    """Chunks `rank` and `2 ranks - 1 - rank` of `2 ranks`."""
+    """Token indices of chunks `rank` and `2 ranks - 1 - rank` of `2 ranks` chunks."""
     chunks = torch.arange(seq_len).chunk(2 * ranks)
     return torch.cat([chunks[rank], chunks[2 * ranks - 1 - rank]])
 
 
 def bounds(case, ranks):
-    """Of the errors of output and gradients, relative to their norms.
+    """Bounds of the errors of output and gradients, relative to their norms.
 
-    A result is off by its own rounding and by that of the part of each block, and, in the fused kernels, by that of
-    probabilities; gradients by that of the output and of the gradient of scores too: independent roundings, of which no
-    more than so many. Sums of so many terms in the wider type come on top; those of the gradient of a slope, of terms
-    as large as the distances, cancel most of them, on tensor cores too.
+    The output is rounded to its dtype, as is the partial output of each block and, in fused kernels, the probabilities.
+    Gradients also see the rounding of the output and of the gradient of the scores. These roundings are independent:
+    2 or 3 of them bound the error. Sums of `terms` terms in the wider dtype come on top. The gradient of a slope sums
+    terms as large as the distances, most of which cancel, on tensor cores too.
     """
     narrow = case.dtype in (torch.float16, torch.bfloat16)
     roundoff = torch.finfo(case.dtype).eps / 2 if narrow else 0
@@ -94,7 +94,7 @@ def bounds(case, ranks):
     return [of_sums + roundoff * times for times in (2, 3, 3, 3)] + [of_slopes]
 
 
-# --- What runs in the processes ---------------------------------------------------------------------------------------
+# --- Functions that run in the processes ------------------------------------------------------------------------------
 
 
 class Rank:
@@ -116,7 +116,7 @@ class Rank:
         return [x.to(self.device) for x in case.inputs(self.ranks)]
 
     def arguments(self, case, inputs):
-        """Those of this rank, leaves, and the gradient of the output."""
+        """Leaves q, k, v and slopes of this rank, and its part of the gradient of the output."""
         *qkv, grad = (self.shard(x).to(case.dtype) for x in (*inputs[:3], inputs[4]))
         slopes = inputs[3].to(torch.float64 if case.dtype == torch.float64 else torch.float32)
         return [x.detach().requires_grad_() for x in (*qkv, slopes)], grad
@@ -140,12 +140,12 @@ def equals_the_whole(rank, case):
     out = rank.call(*leaves, causal=case.causal, scale=case.scale)
     grads = list(torch.autograd.grad(out, leaves, grad))
     assert out.dtype == case.dtype and [g.dtype for g in grads] == [x.dtype for x in leaves]
-    dist.all_reduce(grads[3])  # as of every parameter
+    dist.all_reduce(grads[3])  # as for every parameter
     rank.compare(case, NAMES, (out, *grads), inputs)
 
 
 def slopes_get_their_own_share(rank, case):
-    """Without the all-reduce: what the queries of this rank contribute."""
+    """Without the all-reduce, the gradient of the slopes is what the queries of this rank contribute."""
     inputs = rank.inputs(case)
     leaves, grad = rank.arguments(case, inputs)
     (own,) = torch.autograd.grad(rank.call(*leaves, causal=case.causal), leaves[3:], grad)
@@ -170,7 +170,7 @@ def each_gradient_alone(rank, case):
 
 
 def log_sum_exp_has_gradients(rank, case):
-    """The operator's second result, against differences along (1, ..., 1) of each argument of all ranks at once."""
+    """Gradients of lse, compared with finite differences along (1, ..., 1) of one argument on all ranks at once."""
     inputs = rank.inputs(case)
     leaves, _ = rank.arguments(case, inputs)
     lse = torch.ops.posenc.context_parallel_alibi_attention(*leaves, rank.group, causal=case.causal)[1]
@@ -185,12 +185,12 @@ def log_sum_exp_has_gradients(rank, case):
             values.append((value * weights.to(lse.device)).sum())
         difference = (values[0] - values[1]) / (2 * step)
         pair = torch.stack([grad.sum(), difference])
-        dist.all_reduce(pair)  # a key of one rank moves the rows of all
+        dist.all_reduce(pair)  # a key of one rank changes the rows of all ranks
         torch.testing.assert_close(pair[0], pair[1], rtol=1e-6, atol=1e-6)
 
 
 def any_strides(rank, case):
-    """[B, H, S, D] in memory, a head size that is a part of a wider tensor, and the gradient of sum()."""
+    """q is [B, H, S, D] in memory, k and v are channels of wider tensors, and the gradient of sum() is expanded."""
     inputs = rank.inputs(case)
     inputs[4] = torch.ones_like(inputs[4])
     leaves, _ = rank.arguments(case, inputs)
@@ -204,7 +204,7 @@ def any_strides(rank, case):
 
 
 def layers_share_a_group(rank, case):
-    """Two calls, of which the second depends on the first, and their backward passes; the same bits each time."""
+    """Two calls, the second on the output of the first, and their backward passes. Two runs give the same bits."""
     leaves, grad = rank.arguments(case, rank.inputs(case))
 
     def step():
@@ -231,7 +231,7 @@ def no_gradient_is_recorded(rank, case):
 
 
 def a_subgroup_is_a_world_of_its_own(rank, case):
-    """The last two ranks, in a group by themselves; the others have none."""
+    """The last two ranks call the operator in a group of their own. The others do not take part."""
     members = [rank.ranks - 2, rank.ranks - 1]
     group = dist.new_group(members)
     if rank.rank not in members:
@@ -289,7 +289,7 @@ def errors_name_the_argument(rank, case):
     expect("slopes of dtype", q, k, v, slopes.half())
     if rank.device != "cpu":
         expect("slopes on the device", q, k, v, slopes.cpu())
-    # Nothing was sent: the group works as before.
+    # No rank has sent anything, so the group still works.
     equals_the_whole(rank, case)
 
 
@@ -311,7 +311,7 @@ def second_derivatives_are_refused(rank, case):
 
 
 def serve(rank, ranks, device, backend, store, pipe):
-    """Runs what comes through the pipe, and answers with what went wrong, or nothing."""
+    """Runs each function that comes through the pipe, and answers with the traceback of its error, or None."""
     torch.set_num_threads(1)
     if device == "cuda":
         device = f"cuda:{rank % torch.cuda.device_count()}"
@@ -331,7 +331,7 @@ def serve(rank, ranks, device, backend, store, pipe):
 
 
 class World:
-    """Processes of one group, started once and again after a failure: what a rank did not send stays in the way."""
+    """Processes of one group, started again after a failure: other ranks may wait for what a rank did not send."""
 
     worlds = {}
 
@@ -462,7 +462,7 @@ class CpuTest(Worlds, unittest.TestCase):
 
 
 class Cuda(Worlds):
-    """Of two ranks. Shapes of the fused path besides: half a shard of 256 tokens, heads of 128 channels."""
+    """Groups of two ranks. Also shapes that are fused: chunks (half a shard) of 256 tokens, head_dim 128."""
 
     device = "cuda"
     sizes = (2,)
@@ -476,7 +476,7 @@ class Cuda(Worlds):
                 for dtype, causal, chunk in (
                     (torch.bfloat16, True, 256),
                     (torch.bfloat16, False, 256),
-                    (torch.bfloat16, True, 320),  # no multiple of a tile
+                    (torch.bfloat16, True, 320),  # not a multiple of a tile
                     (torch.bfloat16, False, 320),
                     (torch.float16, True, 256),
                 )
@@ -484,10 +484,10 @@ class Cuda(Worlds):
         )
 
     def require(self, count, what):
-        """Processes that have no GPU of their own share one, where the backend allows it."""
+        """Skips the test if there are fewer than `count` GPUs. Processes share a GPU if the backend allows it."""
         if torch.cuda.device_count() >= count:
             return
-        # A machine with one GPU is a whole one: what needs two is not missing there.
+        # POSENC_REQUIRE_CUDA asks for one GPU only: without a second one, tests that need two are skipped.
         if os.environ.get("POSENC_REQUIRE_CUDA", "0") not in ("", "0") and not torch.cuda.is_available():
             self.fail("no CUDA device, and POSENC_REQUIRE_CUDA is set")
         self.skipTest(f"{what}, got {torch.cuda.device_count()}")

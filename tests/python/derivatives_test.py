@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Derivatives of every differentiable operator of libposenc, however its inputs depend on each other.
+"""Derivatives of every differentiable operator of libposenc, with independent and with dependent inputs.
 
-What is expected comes from plain PyTorch operations in float64 (operator_references.py), never from posenc.
+Expected values come from plain PyTorch operations in float64 (operator_references.py), never from posenc.
 
 POSENC_LIBRARY names the library. Plain unittest: python3 tests/python/derivatives_test.py [cpu | cuda]
 """
@@ -19,14 +19,14 @@ from operator_cases import CASES
 from operator_references import REFERENCES
 
 DIFFERENTIABLE = sorted(set(REFERENCES) - {"alibi_slopes"})
-# Gradients of attention over several processes cannot be differentiated: an error says so.
+# Gradients of context-parallel attention cannot be differentiated again: an error says so.
 TWICE = [name for name in DIFFERENTIABLE if name != "context_parallel_alibi_attention"]
 
 
 def weighted(results, which=None):
-    """A scalar of all results, or of the one of that number, in which no two elements weigh the same.
+    """A scalar of all results, or of result number `which`, with a different weight for each element.
 
-    Not linear, so that what comes into the backward pass depends on the inputs as well.
+    Not linear, so that the gradients which enter the backward pass depend on the inputs as well.
     """
     total = 0
     for number, result in enumerate(results):
@@ -42,14 +42,14 @@ def as_tuple(result):
 
 
 def resized(x, shape):
-    """Elements of x in another shape, over again where they do not suffice."""
+    """The elements of x in another shape, repeated if x has too few."""
     count = shape.numel()
     return x.flatten().repeat(-(-count // x.numel()))[:count].view(shape)
 
 
 # --- How inputs depend on each other ----------------------------------------------------------------------------------
-# For each, from the shapes of the inputs of a call: the shapes of the independent tensors, and the inputs as functions
-# of them.
+# Each function takes the shapes of the inputs of a call. It returns the shapes of the independent tensors, and a
+# function that computes the inputs from them.
 
 
 def separate(shapes):
@@ -57,7 +57,7 @@ def separate(shapes):
 
 
 def one_tensor_for_each_shape(shapes):
-    """f(x, x, x); k and v one tensor; cos and sin one tensor."""
+    """Inputs of one shape are one tensor: f(x, x, x), k and v, cos and sin."""
     distinct = list(dict.fromkeys(shapes))
     return distinct, lambda *tensors: [tensors[distinct.index(shape)] for shape in shapes]
 
@@ -103,7 +103,7 @@ class Call:
         self.num_outputs = len(outputs(expected(*inputs(*self.tensors))))
 
     def towards(self, directions=2):
-        """Both as functions of a vector t: each tensor moves along `directions` lines. Jacobians by t are small."""
+        """Both as functions of a vector t that moves each tensor along `directions` lines. Keeps Jacobians small."""
         generator = torch.Generator().manual_seed(1)
         lines = [torch.randn(directions, *x.shape, generator=generator, dtype=x.dtype).to(x) for x in self.tensors]
         start = [x.detach() for x in self.tensors]
@@ -124,7 +124,7 @@ class Derivatives(OnDevice):
         torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol, check_dtype=rtol < 1e-6)
 
     def for_each_call(self, check, names=DIFFERENTIABLE, arrangements=(separate,), size=4):
-        """`check(call)` of every case, in each arrangement of its inputs."""
+        """Runs `check(call)` for every case and each arrangement of its inputs."""
         for arrangement in arrangements:
             with self.subTest(inputs=arrangement.__name__):
                 self.for_each_sample(
@@ -163,7 +163,7 @@ class Derivatives(OnDevice):
                             found = torch.autograd.grad(call.actual(*tensors), wanted, create_graph=create_graph)
                             self.assert_equal(found, tuple(expected[n] for n in subset))
 
-        # Whether an input in place requires a gradient is a question of its own: at least the first does.
+        # Without operators in place, whose first input always requires a gradient here.
         self.for_each_sample(check, CASES, size=3, names=[name for name in DIFFERENTIABLE if not mutable(name)])
 
     def test_gradients_flow_through_each_output_alone(self):
@@ -190,7 +190,7 @@ class Derivatives(OnDevice):
                 self.assertEqual(actual.dtype, x.dtype)
                 self.assert_equal(actual.double(), value, rtol=1e-4)
 
-        # Not those whose cases have results or tables of float64.
+        # Without operators whose cases ask for float64 results.
         names = [name for name in TWICE if name not in ("alibi_bias", "rotary_tables") and not mutable(name)]
         self.for_each_call(check, names)
 
@@ -208,7 +208,7 @@ class Derivatives(OnDevice):
 
     def test_a_gradient_penalty_trains_a_small_model(self):
         def trained(f, tensors):
-            """Gradients of the factors of a model that multiplies its inputs, for a loss with a penalty."""
+            """Gradients of the parameters of a model that scales its inputs, for a loss with a gradient penalty."""
             factors = torch.linspace(0.5, 1.5, len(tensors), dtype=tensors[0].dtype, device=tensors[0].device)
             factors.requires_grad_()
             loss = f(*[(x * factor).sin() for x, factor in zip(tensors, factors)])
@@ -242,7 +242,7 @@ class Derivatives(OnDevice):
 
     def for_each_call_of_vmap(self, check, names):
         with warnings.catch_warnings():
-            # vmap loops over an operator without a batching rule, and says that this is slow.
+            # vmap loops over operators without a batching rule, and warns that this is slow.
             warnings.filterwarnings("ignore", message="There is a performance drop")
             self.for_each_call(check, [name for name in names if not mutable(name)], ARRANGEMENTS[:2], size=3)
 
@@ -272,7 +272,7 @@ class Derivatives(OnDevice):
 
         self.for_each_call_of_vmap(check, DIFFERENTIABLE)
 
-    # --- Values worked out apart, of attention without a mask: one head of one channel, slope 0.5, scale 1 ---
+    # --- Known values of attention without a mask: one head of one channel, slope 0.5, scale 1 ---
 
     def attention(self, q, k, v):
         def sequence(x):

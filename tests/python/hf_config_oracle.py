@@ -1,7 +1,7 @@
-"""What the models of transformers rotate with: their own modules, called on queries and keys.
+"""Rotation of queries and keys by the rotary modules of the models in transformers.
 
 `Oracle(config, layer_type)` finds the rotary module and the function that applies it, for an instance of a
-configuration class. Nothing here knows posenc.
+configuration class. Nothing here uses posenc.
 """
 
 import importlib
@@ -22,7 +22,7 @@ TEXT_KEYS = (
     "decoder",
 )
 
-# Rotary modules whose signature names another configuration class than the one that they are given.
+# Configuration classes, and their rotary modules whose signature names another configuration class.
 ROTARY_CLASSES = {
     "DeepseekOcr2VisionEncoderConfig": "DeepseekOcr2VisionRotaryEmbedding",
     "Ernie4_5_VL_MoeTextConfig": "Ernie4_5_VLMoeTextRotaryEmbedding",
@@ -55,7 +55,7 @@ class Fails(Exception):
 
 
 class NoOracle(Exception):
-    """The class has a rotary module that is no plain rotation of queries and keys by position."""
+    """The rotary module of the class is not a plain rotation of queries and keys by position."""
 
 
 def configuration_classes():
@@ -84,7 +84,7 @@ def modelling_of(config):
 
 
 def rotary_class(config):
-    """The rotary module of a configuration's model."""
+    """The class of the rotary module of a configuration's model."""
     modelling = modelling_of(config)
     found = [
         cls
@@ -108,7 +108,7 @@ def rotary_class(config):
 
 
 def text_config_of(config):
-    """The part of a configuration that is a text model, or the configuration."""
+    """The configuration of the text model inside `config`, or `config` itself."""
     for key in TEXT_KEYS:
         inner = getattr(config, key, None)
         if isinstance(inner, PreTrainedConfig):
@@ -117,7 +117,7 @@ def text_config_of(config):
 
 
 def layer_types_of(config):
-    """The values of layer_type that make a difference to the rotation, or [None]."""
+    """The values of layer_type whose rotations may differ, or [None]."""
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [key for key, value in parameters.items() if isinstance(value, dict) or (value is None and key.endswith("attention"))]
     if nested:
@@ -152,7 +152,7 @@ def is_rotated(config, layer_type):
 
 
 def may_be_rotary(config):
-    """Whether there is a rotary module, or parameters of one, for a configuration."""
+    """Whether a configuration has rope_parameters or a rotary module."""
     if getattr(config, "rope_parameters", None):
         return True
     try:
@@ -162,7 +162,7 @@ def may_be_rotary(config):
 
 
 class Oracle:
-    """`scores(q, k, positions)` of one kind of layers."""
+    """Computes `scores(q, k, positions)` for layers of one type."""
 
     def __init__(self, config, layer_type=None):
         if not is_rotated(config, layer_type):
@@ -187,7 +187,7 @@ class Oracle:
         self.num_axes = 2 if self.axial else (1 if axes is None or axes[1] == "len" else int(axes[1]))
 
     def tables(self, positions):
-        """cos and sin, or what the apply function takes, for positions [axes, S]."""
+        """cos and sin for positions [axes, S], or another form of table if the apply function takes one."""
         positions = torch.as_tensor(positions)
         length = positions.shape[1]
         x = torch.zeros(1, length, 8)
@@ -268,7 +268,7 @@ class Oracle:
             q, k = mod.apply_rotary_emb(q, k, tables)
             return q[0, 0], k[0, 0]
         cos, sin = tables
-        if name in ("PersimmonConfig", "PhiConfig", "StableLmConfig"):  # whose attention passes the rotated part alone
+        if name in ("PersimmonConfig", "PhiConfig", "StableLmConfig"):  # attention passes the rotated part alone
             width = cos.shape[-1]
             rotated = mod.apply_rotary_pos_emb(q[..., :width], k[..., :width], cos, sin)
             return tuple(torch.cat([part, x[..., width:]], -1)[0, 0] for part, x in zip(rotated, (q, k)))
@@ -290,7 +290,7 @@ class Oracle:
         return q.double() @ k.double().T
 
 
-# Rotary modules that rotate by something else than positions times frequencies.
+# Rotary modules whose angles are not positions times frequencies, and the reason.
 NO_ORACLE = {
     "DINOv3ViTRopePositionEmbedding": "angles of coordinates",
     "EomtDinov3RotaryEmbedding": "angles of coordinates",

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""RotaryEmbeddingOptions::from_hf_config beside transformers: every configuration class with rotary embedding.
+"""Compares RotaryEmbeddingOptions::from_hf_config with transformers, for every class with rotary embedding.
 
-Each configuration is given in full, as transformers saves it, with its defaults left out, in the form of older files
-and with each plan. What posenc makes of it rotates queries and keys; their scores are compared with those of the
-model's own rotary module and function. Scores see the frequencies, the pairing, the sign of the angle, the part that is
-rotated, the axes of the positions and the attention factor.
+Each configuration is given in full, as transformers saves it, as its model_type alone, and with each scaling plan,
+also in the form of older files. Queries and keys are rotated by posenc's options, and by the model's own rotary module
+and function; the scores must agree. Scores depend on the frequencies, the pairing, the sign of the angle, the rotated
+channels, the axes of the positions and the attention factor.
 
 POSENC_HF_CONFIG_TABLES names the program tests/hf_config_tables.cpp. Prints the counts of tests/data/hf_config_counts.md.
 """
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import warnings
 
-ALL_SKIPPED = 77  # what ctest is told to take for "skipped"
+ALL_SKIPPED = 77  # exit status that ctest reports as skipped
 
 warnings.filterwarnings("ignore")
 
@@ -27,7 +27,7 @@ except ImportError as error:
     print(f"skipped: {error}; ./dev hf-configs installs what this test needs")
     sys.exit(ALL_SKIPPED)
 
-VERSION = "5.24"  # whose defaults modules/detail/hf_models.json has
+VERSION = "5.24"  # modules/detail/hf_models.json has the defaults of this release
 if not transformers.__version__.startswith(VERSION + "."):
     print(f"skipped: expected transformers {VERSION}, got {transformers.__version__}; ./dev hf-configs installs it")
     sys.exit(ALL_SKIPPED)
@@ -38,7 +38,7 @@ transformers.logging.set_verbosity_error()
 
 LENGTH = 40  # tokens
 
-# What from_hf_config refuses, and why that is fair. The text is part of the message.
+# Errors of from_hf_config that are right: a part of the message, and the reason.
 FAIR_ERRORS = [
     ("which are not rotated", "a layer without rotary embedding"),
     ("expected a model with rotary embedding", "a model without rotary embedding"),
@@ -66,7 +66,7 @@ PLANS = {
 
 
 def rotate(x, answer, positions):
-    """x, [S, D], rotated in float64 as an answer of the program says."""
+    """x, [S, D], rotated in float64 by the options in `answer`, a line that the program printed."""
     frequencies = answer["frequencies"][0]
     inv_freq = torch.tensor(frequencies["inv_freq"], dtype=torch.float64)
     axes = answer["pair_axes"] or [0] * len(inv_freq)
@@ -87,12 +87,12 @@ def rotate(x, answer, positions):
 
 
 class Case:
-    """One configuration in one form, for one kind of layers."""
+    """One configuration in one form, for layers of one type."""
 
     def __init__(self, form, config, written, layer_type):
         self.form = form
-        self.config = config  # of transformers, the text model's
-        self.written = written  # what from_hf_config is given
+        self.config = config  # the text model's configuration in transformers
+        self.written = written  # the argument of from_hf_config
         self.layer_type = layer_type
         self.name = f"{type(config).__name__}, {form}" + ("" if layer_type is None else f", {layer_type}")
 
@@ -100,7 +100,7 @@ class Case:
         return {"config": self.written, "layer_type": self.layer_type, "lengths": [LENGTH]}
 
     def check(self, answer):
-        """'right', the reason of a fair error, or a line that begins with 'wrong'."""
+        """Returns 'right', the reason of an error that is right, or a line that begins with 'wrong'."""
         try:
             model = oracle.Oracle(self.config, self.layer_type)
             expected = None
@@ -113,7 +113,7 @@ class Case:
             if not reasons:
                 return f"wrong: {answer['error']}"
             if model is not None and "transformers fails too" in reasons[0]:
-                self.inputs(model)  # raises oracle.Fails, or else:
+                self.inputs(model)  # raises oracle.Fails if transformers fails too
                 return f"wrong: transformers rotates, but {answer['error']}"
             if model is not None and not reasons[0].startswith(MAY_HAVE_ORACLE):
                 return f"wrong: transformers rotates, but {answer['error']}"
@@ -123,7 +123,7 @@ class Case:
         return self.compare(model, answer)
 
     def inputs(self, model):
-        """Random queries, keys and positions, and the scores that transformers makes of them."""
+        """Random queries, keys and positions, and the scores that transformers computes from them."""
         generator = torch.Generator().manual_seed(20210420)
         q, k = (torch.randn(LENGTH, model.head_dim(), generator=generator) for _ in range(2))
         positions = torch.stack([torch.randperm(LENGTH, generator=generator) for _ in range(model.num_axes)])
@@ -135,14 +135,14 @@ class Case:
             return f"wrong: head_dim {answer['head_dim']} instead of {head_dim}"
         q, k, positions, expected = self.inputs(model)
         got = rotate(q, answer, positions) @ rotate(k, answer, positions).T
-        # transformers forms angles below LENGTH in float32, from frequencies with a few roundings: each score is a sum
-        # of head_dim products, whose errors of about LENGTH 2^-22 add up like a random walk.
+        # transformers computes angles (below LENGTH) in float32 from frequencies with a few roundings. A score sums
+        # head_dim products, whose errors of about LENGTH 2^-22 add up like a random walk.
         tolerance = 8 * LENGTH * 2.0**-22 * head_dim**0.5 * max(1.0, answer["frequencies"][0]["attention_factor"] ** 2)
         difference = (expected - got).abs().max().item()
         return "right" if difference <= tolerance else f"wrong: scores differ by {difference:.3g}, {answer['scaling']}, base {answer['base']}"
 
 
-# A model that transformers rotates may still be refused for these.
+# Reasons for which from_hf_config may refuse a model that transformers rotates.
 MAY_HAVE_ORACLE = ("a rotation that", "an odd", "a head of")
 
 
@@ -151,14 +151,14 @@ def saved(config):
 
 
 def nested_forms(cls, config):
-    """(form, configuration, what from_hf_config is given) of a class."""
+    """(form, configuration, argument of from_hf_config) of a class."""
     yield "full", config, json.loads(config.to_json_string(use_diff=False))
     yield "saved", config, saved(config)
     yield "minimal", config, {"model_type": cls.model_type}
 
 
 def with_parameters(cls, parameters, **fields):
-    """A configuration with these rope_parameters, or None where the class refuses them."""
+    """A configuration with these rope_parameters, or None if the class refuses them."""
     try:
         return cls(rope_parameters=json.loads(json.dumps(parameters)), **fields)
     except Exception:
@@ -166,20 +166,20 @@ def with_parameters(cls, parameters, **fields):
 
 
 def plan_forms(cls, config):
-    """The same with each plan and, where layers are alike, in the form of older files."""
+    """The same with each scaling plan and, if all layers share their parameters, in the form of older files."""
     parameters = getattr(config, "rope_parameters", None)
     if not parameters or any(value is None for value in parameters.values()):
         return
     if parameters.get("rope_type") == "axial":
-        return  # transformers knows no plan for these
+        return  # transformers has no scaling plans for axial rotation
     nested = any(isinstance(value, dict) for value in parameters.values())
     for name, plan in PLANS.items():
         if (name == "alpha") != type(config).__name__.startswith("HunYuan") and name in ("alpha", "dynamic"):
-            continue  # the dynamic plan of these has another meaning
+            continue  # HunYuan's dynamic plan is the one by alpha
         def planned_for(layer_type, values):
-            """`values` with the fields of the plan in place of those of another one."""
+            """`values` with the fields of this plan instead of those of the default plan."""
             changed = {key: value for key, value in values.items() if key not in ALL_PLAN_FIELDS}
-            if values.get("rope_type") == "proportional":  # whose part is of another kind
+            if values.get("rope_type") == "proportional":  # its partial_rotary_factor has another meaning
                 changed.pop("partial_rotary_factor", None)
             changed.update(plan)
             if name == "longrope":
@@ -199,7 +199,7 @@ def plan_forms(cls, config):
         fields = {"max_position_embeddings": 20} if name == "dynamic" else {}
         if "head_dim" in getattr(cls, "__dataclass_fields__", {}) and not config.is_heterogeneous:
             if config.head_dim is None:
-                fields["head_dim"] = 128  # the plans of some classes fail without
+                fields["head_dim"] = 128  # the plans of some classes fail without head_dim
         planned = with_parameters(cls, changed, **fields)
         if planned is None:
             continue
@@ -236,9 +236,9 @@ def cases(plans):
         try:
             config = cls()
         except Exception:
-            continue  # not without arguments
+            continue  # it has required arguments
         if not cls.model_type:
-            continue  # a part that no file is about
+            continue  # a part of another configuration, which no file has alone
         inner = oracle.text_config_of(config)
         if inner is config:
             yield from layered_cases(cls, config)
@@ -252,7 +252,7 @@ def cases(plans):
 
 
 def layered_cases(cls, config):
-    """A class whose default has fewer kinds of layers than it has parameters for, with a layer of each kind."""
+    """Cases with a layer of each type in rope_parameters, if the default layer_types of a class lack some."""
     parameters = getattr(config, "rope_parameters", None) or {}
     kinds = [key for key, value in parameters.items() if isinstance(value, dict)]
     if not kinds or set(kinds) <= set(getattr(config, "layer_types", None) or kinds):
@@ -266,7 +266,7 @@ def layered_cases(cls, config):
 
 
 def write_expected(checked):
-    """tests/data/hf_models.h: what was compared with transformers, of every model_type alone."""
+    """Prints tests/data/hf_models.h: options from each model_type alone that agreed with transformers."""
     print("#pragma once\n\n// Written by tests/python/hf_config_test.py --expected; not by hand. transformers", end=" ")
     print(f"{transformers.__version__}.\n\n#include <cstdint>\n\nnamespace posenc::test::data {{\n")
     print("/// The options of `{\"model_type\": ...}` alone. `axes` has a digit for each pair.\nstruct HfModel {")

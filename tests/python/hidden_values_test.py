@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""NaN and infinity in what a mask hides reach no visible result of libposenc's operators and no gradient.
+"""NaN and infinity in hidden (masked) elements reach no visible result of libposenc's operators and no gradient.
 
-What is expected is the same call with zeros in the hidden places. POSENC_LIBRARY names the library.
+Expected values come from the same call with zeros in the hidden elements. POSENC_LIBRARY names the library.
 Plain unittest: python3 tests/python/hidden_values_test.py [cpu | cuda]
 """
 
@@ -18,7 +18,7 @@ BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 2, 6, 4, 2, 64
 
 
 def over_trailing(mask, x):
-    """A mask of the leading dimensions of x, beside x."""
+    """A mask over the leading dimensions of x, in a shape that broadcasts to x."""
     return mask.view(mask.shape + (1,) * (x.dim() - mask.dim()))
 
 
@@ -34,10 +34,10 @@ class HiddenValues(OnDevice):
                     check(dtype, value)
 
     def check(self, call, tensors, hidden, seen, value, dtype):
-        """`call(*tensors)` with `value` where the mask of each tensor is true, against zeros there.
+        """Compares `call(*tensors)` with `value` where the mask in `hidden` is true to the call with zeros there.
 
-        `seen`, of a result, gives the part that sees nothing hidden. Gradients of that part are compared as well, and
-        are zero where a tensor is hidden.
+        `seen(result)` is the part that depends on no hidden element. Its gradients are compared as well, and must be
+        zero in hidden elements.
         """
 
         def run(filler):
@@ -58,7 +58,7 @@ class HiddenValues(OnDevice):
         torch.testing.assert_close(actual, expected)
         for number, (grad, expected_grad, mask) in enumerate(zip(grads, expected_grads, hidden)):
             self.assertTrue(grad.isfinite().all(), f"gradient {number}")
-            # The slopes' is a sum over all rows, and order matters to its last bits.
+            # The gradient of the slopes sums all rows, and its last bits depend on the order.
             torch.testing.assert_close(grad, expected_grad, rtol=1e-2 if dtype.itemsize == 2 else 1e-5, atol=1e-3)
             if mask is not None:
                 self.assertFalse(grad[mask.to(self.device)].any(), f"gradient {number} of hidden values")
@@ -73,7 +73,7 @@ class HiddenValues(OnDevice):
         return torch.tensor(values, device=self.device)
 
     def check_attention(self, tensors, hidden, options, seen=lambda out: out):
-        """`hidden`: of q, k and v, or None for nothing of it."""
+        """`hidden`: masks over the tokens of q, k and v; None hides no token."""
         masks = [
             torch.zeros(x.shape[:-2], dtype=torch.bool) if mask is None else mask for x, mask in zip(tensors, hidden)
         ] + [None]
@@ -84,7 +84,7 @@ class HiddenValues(OnDevice):
         self.for_each_value(lambda dtype, value: self.check(call, tensors, masks, seen, value, dtype))
 
     def check_values(self, tensors, mask, options, seen):
-        """Where other queries see what is hidden from those of `seen`, and so have gradients of NaN: values alone."""
+        """Compares outputs of the queries in `seen` alone: other queries see the hidden keys, so gradients are NaN."""
 
         def check(dtype, value):
             wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -126,7 +126,7 @@ class HiddenValues(OnDevice):
         self.check_attention(tensors, [None, mask, mask], {"causal": True, "query_offset": 2})
 
     def test_keys_that_later_queries_see(self):
-        # A head size that is not fused: fused attention multiplies such values with probabilities of 0.
+        # head_dim 5 is not fused: fused attention multiplies such values by probabilities of 0.
         tensors, mask = self.attention_tensors(BATCH, LENGTH, head_dim=5), self.behind([4, 4])
         self.check_values(tensors, mask, {"causal": True}, ~mask)
 

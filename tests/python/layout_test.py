@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Size, stride and dtype of every result of every operator of libposenc, whatever the memory layout of the inputs.
+"""Results of libposenc's operators have the size, stride and dtype of Meta, for any memory layout of the inputs.
 
 POSENC_LIBRARY names the library. Plain unittest: python3 tests/python/layout_test.py [cpu | cuda]
 """
@@ -15,9 +15,9 @@ from torch.utils import _pytree as pytree
 
 from operator_cases import CASES
 
-# Arguments that are float32 beside inputs of 16 bits, and results that follow them.
+# Arguments that are float32 if the inputs have 16 bits.
 WIDE = {"grad_grad_slopes", "cos", "sin", "table", "slopes", "inv_freq", "lse", "grad_lse", "grad_cos", "grad_sin"}
-# Tables of cosines and sines have no 16 bits.
+# Operators of tables of cosines and sines, which have no 16-bit dtype.
 WIDE_OPERATORS = {"rotary_tables", "rotary_tables_backward"}
 
 
@@ -36,7 +36,7 @@ def layouts(x):
 
 
 def described(results):
-    """Size, stride and dtype of each result. The stride of a dimension of size 1 says nothing, and is left out."""
+    """Size, stride and dtype of each result. Leaves out strides of dimensions of size 1, which have no meaning."""
 
     def of_tensor(x):
         return tuple(x.shape), [stride for size, stride in zip(x.shape, x.stride()) if size > 1], x.dtype
@@ -49,7 +49,7 @@ def on_meta(x):
 
 
 class Arguments:
-    """The arguments of one call in one dtype, as a flat list of which single tensors can be replaced."""
+    """The arguments of one call in one dtype, as a flat list in which single tensors can be replaced."""
 
     def __init__(self, name, sample, dtype, slopes_dtype=None):
         self.op = operator(name)
@@ -69,7 +69,7 @@ class Arguments:
         args = [converted(argument, value) for argument, value in zip(names, sample.args)]
         kwargs = {argument: converted(argument, value) for argument, value in sample.kwargs.items()}
         self.flat, self.spec = pytree.tree_flatten((args, kwargs))
-        # Tensors that the operator writes to take no expanded memory.
+        # Tensors that the operator writes to cannot be expanded.
         written = [x for x, argument in zip(args, self.schema) if argument.alias_info is not None]
         self.written = [any(x is one for one in written) for x in self.flat]
 
@@ -78,7 +78,7 @@ class Arguments:
         return self.op(*args, **kwargs)
 
     def replaced(self, one_by_one):
-        """The flat arguments: as they are; with all tensors in like layouts; `one_by_one` with one in every layout."""
+        """Flat arguments: unchanged; if `one_by_one`, one tensor in each layout; all tensors in the n-th layout."""
         yield list(self.flat)
         others = {
             number: [y for y in layouts(x) if not (self.written[number] and 0 in y.stride())]
@@ -100,7 +100,7 @@ class Layout(OnDevice):
             arguments = Arguments(name, sample, dtype, slopes_dtype)
             for flat in arguments.replaced(one_by_one):
                 meta = pytree.tree_map_only(torch.Tensor, on_meta, flat)
-                # In place: on copies in the same layout, as what is one call's result is not the next one's input.
+                # Operators in place get copies in the same layout, so that the next call sees the original values.
                 real = [x.clone() if written else x for x, written in zip(flat, arguments.written)]
                 actual, promised = described(arguments.call(real)), described(arguments.call(meta))
                 strides = [x.stride() for x in flat if isinstance(x, torch.Tensor)]
@@ -127,9 +127,9 @@ class Layout(OnDevice):
         self.check_dtype(torch.float64, slopes_dtype=torch.float32)
 
     def test_inductor_compiles_attention(self):
-        """Padded and packed, heads before tokens in memory as projections leave them.
+        """Padded and packed attention, with heads before tokens in memory, as projections leave them.
 
-        One compilation of nothing else: the code that checks the layouts needs no C++ compiler.
+        Compiled without other operations: Inductor's code that checks the layouts then needs no C++ compiler.
         """
 
         def both(padded, packed, cuts):

@@ -1,4 +1,4 @@
-"""Sample calls of every operator: for each one, functions from Inputs to a Sample."""
+"""Sample calls: `CASES` maps the name of every operator to functions from Inputs to a Sample."""
 
 import torch
 import torch.distributed
@@ -21,7 +21,7 @@ def rotary(make):
 
 
 def on_axes(make):
-    """The same with positions on three axes."""
+    """A call with positions on three axes."""
 
     def sample(i):
         positions = torch.arange(3 * i.size, device=i.device).view(3, i.size) % 9
@@ -31,7 +31,7 @@ def on_axes(make):
 
 
 def in_place(make):
-    """Calls whose tables require no gradient: it would need the input, which is gone."""
+    """Calls whose tables require no gradient: it would need the input, which is overwritten."""
 
     def without_table_gradients(i, tables, **kw):
         return make(i, [table.detach() for table in tables], **kw)
@@ -70,7 +70,7 @@ def rotary_embedding_backward(i, tables, **kw):
 
 def rotary_embedding_tables_backward(i, tables, **kw):
     shapes = [(2, i.size, 4, 8), (2, i.size, 2, 8)]
-    # Of the tables only shape and dtype are read.
+    # The operator reads only shape and dtype of the tables.
     return Sample([i.normal(*s) for s in shapes], [i.normal(*s) for s in shapes], *[t.detach() for t in tables], **kw)
 
 
@@ -91,7 +91,7 @@ def attention(i, heads=(4, 2), **kw):
 
 
 def packed_attention(i, **kw):
-    """Three sequences, one of them empty, and tokens of none behind them. Keys are cut in other places than queries."""
+    """Three sequences, one of them empty, then tokens of no sequence. cu_seqlens_q and cu_seqlens_k differ."""
     shapes = [(i.size, heads, 8) for heads in (4, 2, 2)]
     cuts = {"cu_seqlens_q": i.integers([0, 2, 2, i.size - 1]), "cu_seqlens_k": i.integers([0, 1, 2, i.size - 1])}
     longest = {"max_seqlen_q": i.size, "max_seqlen_k": i.size}
@@ -120,7 +120,7 @@ def attention_slope_sums(i, **kw):
 
 
 def group_of_one():
-    """The name of a group that needs no communication; tests/python/context_parallel_test.py has larger ones."""
+    """The name of a group of one rank; tests/python/context_parallel_test.py has larger groups."""
     if not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -128,7 +128,7 @@ def group_of_one():
 
 
 def even(i):
-    """Inputs of an even number of tokens, the two chunks of a rank."""
+    """Inputs with an even number of tokens: a rank holds two chunks."""
     return Inputs(i.device, 2 * (i.size // 2), i.grad)
 
 

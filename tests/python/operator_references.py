@@ -1,7 +1,7 @@
-"""What each forward operator computes, in plain PyTorch operations: nothing of posenc, differentiated by autograd.
+"""Every forward operator in plain PyTorch operations, without posenc and differentiable by autograd.
 
-`REFERENCES` has a function of the arguments of each operator. Those in place return what their arguments become. All of
-them compute in the dtype of their inputs, which is float64 in the tests.
+`REFERENCES` maps the name of each operator to a function of its arguments. Functions of operators in place return the
+new values of the arguments. All functions compute in the dtype of their inputs, which is float64 in the tests.
 """
 
 import torch
@@ -25,7 +25,7 @@ def rotary_embedding(x, cos, sin, positions=None, *, interleaved=False, conjugat
     s = -s if conjugate else s
     pairs = cos.size(-1)
     rotated, tail = x.split([2 * pairs, x.size(-1) - 2 * pairs], -1)
-    # The two channels of each pair beside each other, in the last dimension.
+    # Make the two channels of each pair the last dimension, and split it.
     a, b = (rotated.unflatten(-1, (pairs, 2)) if interleaved else rotated.unflatten(-1, (2, pairs)).mT).unbind(-1)
     turned = torch.stack([a * c - b * s, a * s + b * c], -1)
     return torch.cat([(turned if interleaved else turned.mT).flatten(-2), tail], -1)
@@ -93,7 +93,7 @@ def alibi_mask(grad, *, query_offset=None):
 
 
 def visible_softmax(logits, hidden):
-    """Probabilities and logarithms of the sums, zero and minus infinity where a row sees no key."""
+    """Probabilities and lse; they are 0 and -infinity in rows that see no key."""
     blind = hidden.all(-1, keepdim=True)
     logits = logits.masked_fill(hidden, -torch.inf).masked_fill(blind, 0)
     lse = logits.logsumexp(-1).masked_fill(blind.squeeze(-1), -torch.inf)
@@ -126,7 +126,7 @@ def integers(x):
 
 
 def rows_behind(out, lse, count):
-    """The same with `count` queries behind, which see nothing."""
+    """Appends `count` queries that see no key: output 0, lse -infinity."""
     out = torch.cat([out, out.new_zeros(count, *out.shape[1:])])
     return out, torch.cat([lse, lse.new_full((lse.size(0), count), -torch.inf)], -1)
 
@@ -167,7 +167,7 @@ def alibi_attention(
 
 
 def context_parallel_alibi_attention(q, k, v, slopes, group_name, *, scale=None, causal=False):
-    """Of a group of one rank, which holds the whole sequence."""
+    """For a group of one rank, which holds the whole sequence."""
     return alibi_attention(q, k, v, slopes, scale=scale, causal=causal)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Every operator of libposenc as Python sees it: torch.library.opcheck, gradcheck, Inductor.
+"""Every operator of libposenc from Python: torch.library.opcheck, gradcheck, Inductor.
 
 POSENC_LIBRARY names the library. Plain unittest: python3 tests/python/operators_test.py [cpu | cuda]
 """
@@ -16,7 +16,7 @@ import torch
 
 from operator_cases import CASES
 
-# Operators without a second derivative of their own: the gradients of attention say so when they are differentiated.
+# Operators without a second derivative: differentiating their gradients is an error.
 ONCE = {"context_parallel_alibi_attention"}
 
 
@@ -33,7 +33,7 @@ class Operators(OnDevice):
         self.for_each_sample(check, CASES, size=3)
 
     def check_differences(self, gradcheck, **options):
-        """Along one random direction: derivatives_test.py has every element of the forward operators."""
+        """Checks one random direction. derivatives_test.py checks every element for the forward operators."""
 
         def check(name, _, sample):
             call = sample.function(operator(name))

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The Python package: its functions against the schemas and the operators, and what `python -m posenc` prints.
+"""The Python package: its functions agree with the schemas and operators; output of `python -m posenc`.
 
 Plain unittest: python3 tests/python/package_test.py, with posenc installed or with python/ on PYTHONPATH and
 POSENC_LIBRARY.
@@ -13,7 +13,7 @@ import sys
 import unittest
 import warnings
 
-# Harmless, and said on import.
+# A harmless warning on import.
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 import posenc
@@ -21,7 +21,7 @@ import torch
 
 # Functions whose operator has another name.
 OPERATORS = {"alibi_attention_with_lse": "alibi_attention"}
-# What backward passes call.
+# Suffixes of operators that only backward passes call.
 INTERNAL = ("_backward", "_slope_sums", "alibi_mask")
 PLACES = ("cmake_dir", "include_dir", "library_path")
 FUNCTIONS = [name for name in posenc.__all__ if name not in PLACES]
@@ -57,7 +57,7 @@ class Signatures(unittest.TestCase):
                     if optional:
                         expected = argument.default_value
                         if str(argument.real_type) == "ScalarType" or parameter.name == "dtype":
-                            expected = torch.float32  # number 6 in a schema
+                            expected = torch.float32  # which is number 6 in a schema
                             self.assertEqual(argument.default_value, 6)
                         elif isinstance(expected, list):
                             expected = tuple(expected)
@@ -149,7 +149,7 @@ class Calls(unittest.TestCase):
                 self.assertEqual(len(result), len(expected))
                 for one, other in zip(result, expected):
                     torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
-        # A group of one process has a test of its own.
+        # The next test calls it in a group of one process.
         self.assertEqual(called, set(FUNCTIONS) - {"context_parallel_alibi_attention"})
 
     def test_a_group_of_one_process_is_attention(self):

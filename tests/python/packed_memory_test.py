@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Memory of packed attention: what its tokens cost, whatever the lengths of the sequences are.
+"""Memory of packed attention depends on the number of tokens, not on the lengths of the sequences.
 
-On the CPU the profiler's record of allocations is summed, on a GPU the caching allocator is asked what was requested of
-it: both are the same in every run. The sizes of its blocks are not, which depend on what was freed before.
+On the CPU the allocations that the profiler recorded are summed. On a GPU the caching allocator gives the requested
+bytes. Both are the same in every run. The sizes of its blocks are not: they depend on what was freed before.
 POSENC_LIBRARY names the library. Plain unittest: python3 tests/python/packed_memory_test.py [cpu | cuda]
 """
 
@@ -14,10 +14,10 @@ from support import OnDevice, main
 import torch
 
 HEADS, HEAD_DIM = 2, 128
-# Times the peak of one padded sequence of as many tokens. On a GPU, where the host does not see the lengths, a batch of
-# padded length L has room for as many sequences as may be of that length: twice the tokens, and up to a quarter more.
-# q, k, v, results and gradients are there as batches too, so a fused call holds 24 tensors of the size of q at its
-# peak, where a padded one holds 6: 4.0 times.
+# Bound on the peak, divided by the peak of one padded sequence of as many tokens. On a GPU, where the host does not see
+# the lengths, a batch of padded length L has room for as many sequences as may have that length: twice the tokens, and
+# up to a quarter more. q, k, v, results and gradients also exist as batches, so a fused call holds 24 tensors of the
+# size of q at its peak. A padded call holds 6: a ratio of 4.0.
 MOST = {"cpu": 2.0, "cuda": 4.5}
 
 
@@ -37,7 +37,7 @@ DISTRIBUTIONS = [
 
 
 def host_peak(run):
-    """The most bytes that `run` holds at once on the host."""
+    """Peak of the bytes that `run` holds on the host."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -58,7 +58,7 @@ def device_peak(run):
 
 class PackedMemory(OnDevice):
     def peak(self, lengths, packed, dtype, k_heads=HEADS):
-        """Of a forward and a backward pass over as many tokens as the lengths have together."""
+        """Peak bytes of a forward and a backward pass over sum(lengths) tokens."""
         tokens = sum(lengths)
         shapes = [(tokens, HEADS, HEAD_DIM), (tokens, k_heads, HEAD_DIM), (tokens, k_heads, HEAD_DIM)]
         q, k, v = (torch.ones(shape, dtype=dtype, device=self.device, requires_grad=True) for shape in shapes)
@@ -74,9 +74,9 @@ class PackedMemory(OnDevice):
             out, _ = torch.ops.posenc.alibi_attention(*arguments, slopes, **kw)
             torch.autograd.grad(out, (q, k, v, slopes), grad.view_as(out))
 
-        # In this thread: another one may release the first run's gradients in the middle of the second.
+        # Backward passes in this thread: another thread may free the first run's gradients during the second run.
         with torch.autograd.set_multithreading_enabled(False):
-            run()  # what is allocated once
+            run()  # makes allocations that are kept
             return device_peak(run) if self.device == "cuda" else host_peak(run)
 
     def check(self, dtype, **kw):

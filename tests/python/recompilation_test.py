@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""How many graphs torch.compile makes of libposenc's operators while offsets and lengths grow: at most two.
+"""torch.compile makes at most two graphs of libposenc's operators while offsets and lengths grow.
 
-The first step is a graph of its own numbers; at the second one torch.compile takes what has changed for a symbol. Zero
-and one are always graphs of their own, so no number starts there.
+The graph of the first step has that step's numbers as constants. In the second step torch.compile makes symbols of the
+numbers that have changed. 0 and 1 are always constants, so no number starts there.
 
 POSENC_LIBRARY names the library. Plain unittest: python3 tests/python/recompilation_test.py [cpu | cuda]
 """
@@ -32,10 +32,10 @@ def with_argument(*names):
 
 class Recompilation(OnDevice):
     def check(self, name, step, cases):
-        """Calls an operator once for each step, forward and backward, compiled; compares with eager.
+        """Runs the compiled operator forward and backward in each step, and compares with eager mode.
 
-        `step(case, number)` gives the sample of a step. All cases of the operator are one graph, which is cheaper.
-        torch.compile stops with an error at the first graph too many.
+        `step(case, number)` gives the sample of a step. All cases of the operator are one graph, to save time.
+        torch.compile raises an error if it needs more than MOST_GRAPHS graphs.
         """
         op = functional(operator(name))
 
@@ -54,7 +54,7 @@ class Recompilation(OnDevice):
             torch.testing.assert_close(actual, expected, rtol=0, atol=0)
             leaves = [leaf for sample in samples for leaf in sample.leaves()]
             if outputs(expected):
-                # Dense gradients in both: LibTorch may sum a product of expanded matrices in another order.
+                # Dense gradients for both: LibTorch may sum products of expanded matrices in another order.
                 found = [
                     torch.autograd.grad(
                         outputs(y), leaves, [torch.ones_like(x) for x in outputs(y)], allow_unused=True
@@ -65,7 +65,7 @@ class Recompilation(OnDevice):
         self.assertLessEqual(counter.frame_count, MOST_GRAPHS)
 
     def for_each_operator(self, names, step, takes=lambda sample: True):
-        """Over the cases whose sample `takes` accepts."""
+        """Checks the cases whose sample `takes` accepts."""
         for name in names:
             cases = [case for case in CASES[name] if takes(case(Inputs(self.device, 5)))]
             with self.subTest(operator=name):
@@ -82,7 +82,7 @@ class Recompilation(OnDevice):
     def test_packed_sequences_with_growing_maxima(self):
         def step(case, number):
             sample = case(Inputs(self.device, 5))
-            # Two numbers: equal ones would be one symbol.
+            # Different numbers: equal ones would be one symbol.
             sample.kwargs.update(max_seqlen_q=5 + number, max_seqlen_k=30 + 2 * number)
             return sample
 

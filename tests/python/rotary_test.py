@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The rotary operators of libposenc beside plain PyTorch operations: tangents over all flags, NaN and infinity.
+"""Compares libposenc's rotary operators with plain PyTorch: tangents under all flags, NaN and infinity.
 
 POSENC_LIBRARY names the library. Plain unittest: python3 tests/python/rotary_test.py [cpu | cuda]
 """
@@ -26,7 +26,7 @@ class Rotary(OnDevice):
     # --- Forward mode ---
 
     def grid(self):
-        """Keyword arguments of all flags, and whether positions have axes."""
+        """Keyword arguments: all flags, without positions and with positions of one or three axes."""
         for interleaved, conjugate, positions in itertools.product((False, True), (False, True), (None, 1, 3)):
             kw = {"interleaved": interleaved, "conjugate": conjugate}
             if positions is not None:

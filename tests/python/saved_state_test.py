@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""What the backward passes of libposenc's operators read: saved variables, and nothing else.
+"""The backward passes of libposenc's operators read saved variables and nothing else.
 
-A saved variable notices that its tensor has changed, goes through saved-tensor hooks, and is released by the backward
+A saved variable detects that its tensor has changed, goes through saved-tensor hooks, and is released by the backward
 pass. POSENC_LIBRARY names the library. Plain unittest: python3 tests/python/saved_state_test.py [cpu | cuda]
 """
 
@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from operator_cases import CASES
 
-# Operators whose own gradients are refused: attention differentiates by create_graph.
+# Operators of attention's gradients, whose samples require none: attention is differentiated by create_graph.
 NO_GRADIENTS = {
     name for name in CASES if "attention" in name and ("backward" in name or name.endswith("slope_sums"))
 }
@@ -25,7 +25,7 @@ ONCE = {"context_parallel_alibi_attention"}
 
 
 def change(x):
-    """Another value that is as valid: lengths and positions get smaller, masks are inverted."""
+    """Changes x in place to other valid values: lengths and positions get smaller, masks are inverted."""
     if x.dtype == torch.bool:
         x.logical_not_()
     elif x.is_floating_point():
@@ -35,7 +35,7 @@ def change(x):
 
 
 class Pass:
-    """A forward pass of one sample: `inputs`, all tensors among the arguments; `results`, those with a history."""
+    """A forward pass of one sample. `inputs`: all tensor arguments. `results`: the outputs that have a grad_fn."""
 
     def __init__(self, name, sample):
         # Copies: a leaf that requires a gradient cannot change in place.
@@ -61,7 +61,7 @@ class Pass:
 
 
 class Kept:
-    """What a pack hook gives for a tensor."""
+    """The object that a pack hook returns for a tensor."""
 
     def __init__(self, tensor):
         self.tensor = tensor.detach().clone()
@@ -75,7 +75,7 @@ class SavedState(OnDevice):
         )
 
     def for_each_graph(self, check):
-        """With and without `create_graph`, where an operator takes both."""
+        """Runs `check` without `create_graph` and, for operators with second derivatives, with it."""
         self.for_each_operator(lambda name, sample: check(name, sample, False))
         self.for_each_operator(lambda name, sample: None if name in ONCE else check(name, sample, True))
 
@@ -84,7 +84,7 @@ class SavedState(OnDevice):
             expected = Pass(name, sample).gradients(create_graph=create_graph)
             for number in range(len(Pass(name, sample).tensors())):
                 forward = Pass(name, sample)
-                # The gradients of the weighted sum need no values of the results: those are made before the change.
+                # Clones from before the change: only the operator's backward pass may read the tensor that changes.
                 results = forward.results
                 forward.results = [x.clone() for x in results]
                 with torch.no_grad():
@@ -107,7 +107,7 @@ class SavedState(OnDevice):
             originals = forward.tensors()
             forward.results = [x.clone() for x in forward.results]
             for x in originals:
-                change(x.data)  # which no version counts: what reads the tensor itself gets wrong values
+                change(x.data)  # no version counter sees it: reading the tensor itself gives wrong values
             found = forward.gradients(create_graph=create_graph)
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 

@@ -1,4 +1,4 @@
-"""What the Python tests of the operators share: the library, samples of calls, devices, and the program around them.
+"""Shared code of the Python tests of the operators: the library, sample calls, devices and the main program.
 
 POSENC_LIBRARY names the library.
 """
@@ -8,14 +8,14 @@ import sys
 import unittest
 import warnings
 
-# Harmless, and said on import.
+# A harmless warning on import.
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 import torch
 import torch.distributed
 from torch.utils import _pytree as pytree
 
-ALL_SKIPPED = 77  # what ctest is told to take for "skipped"
+ALL_SKIPPED = 77  # exit status that ctest reports as skipped
 
 torch.ops.load_library(os.environ["POSENC_LIBRARY"])
 
@@ -32,7 +32,7 @@ class Sample:
         return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if differentiable(leaf)]
 
     def function(self, op):
-        """`op` of the tensors that require a gradient, alone. One that mutates its first argument returns a copy."""
+        """`op` as a function of the tensors that require a gradient. In place, it changes and returns copies."""
         flat, spec = pytree.tree_flatten((self.args, self.kwargs))
         op = functional(op)
 
@@ -47,10 +47,10 @@ class Sample:
 
 
 def functional(op):
-    """`op`, also a plain function; of one in place, what has become of copies of the arguments that it changes."""
+    """`op`, or for an operator in place a function that changes copies of its arguments and returns them."""
     if not isinstance(op, torch._ops.OpOverload) or not op._schema.is_mutable:
         return op
-    # Looked up here: torch.compile traces what is below.
+    # Not inside of `call`, which torch.compile traces.
     changes = [argument.alias_info is not None and argument.alias_info.is_write for argument in op._schema.arguments]
 
     def call(*args, **kwargs):
@@ -66,7 +66,7 @@ def differentiable(value):
 
 
 class Inputs:
-    """Draws the tensors of one call. `size` is what varies between the calls of one compiled function."""
+    """Draws the tensors of one call. `size` is the length that varies between calls of a compiled function."""
 
     def __init__(self, device, size, grad=True):
         self.device = device
@@ -108,7 +108,7 @@ def outputs(result):
 
 
 def finite(x):
-    """Zero where a key is hidden: differences of infinities are none."""
+    """x with 0 for infinity (hidden keys), because differences of infinities are NaN."""
     return x.masked_fill(x.isinf(), 0)
 
 
@@ -125,7 +125,7 @@ class OnDevice:
         self.skipTest("no CUDA device")
 
     def for_each_sample(self, check, cases, size=5, grad=True, names=None):
-        """`check(name, case, sample)` of every case of `cases`, a dictionary of lists, each a subtest."""
+        """Runs `check(name, case, sample)` as a subtest for every case of `cases`, a dictionary of lists."""
         for name in sorted(cases) if names is None else names:
             for number, case in enumerate(cases[name]):
                 with self.subTest(operator=name, case=number):
@@ -141,8 +141,8 @@ def main():
     if result.wasSuccessful():
         status = ALL_SKIPPED if result.testsRun == len(result.skipped) else 0
     if torch.cuda.is_initialized():
-        # The thread in which LibTorch runs backward passes of a device may still take Python's lock while Python ends,
-        # which aborts the process now and then (pytorch/pytorch#38228). So Python does not end.
+        # LibTorch's thread for the backward passes of a device may still take the GIL while the interpreter shuts down,
+        # which sometimes aborts the process (pytorch/pytorch#38228). os._exit skips the shutdown.
         torch.cuda.synchronize()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""torch.func.vmap over every operator of libposenc, forward and backward: what a loop over the batch gives.
+"""torch.func.vmap over every operator of libposenc, forward and backward, equals a loop over the batch.
 
 POSENC_LIBRARY names the library. Plain unittest: python3 tests/python/vmap_test.py [cpu | cuda]
 """
@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from operator_cases import CASES
 
-# Their arguments are no batch: one call communicates with other processes, or has no tensors.
+# Without operators that cannot be batched: they communicate with other processes, or have no tensors.
 NAMES = sorted(name for name in CASES if not name.startswith("context_parallel") and name != "alibi_slopes")
 BATCH = 3
 
@@ -25,7 +25,7 @@ set_warning = torch._C._functorch._set_vmap_fallback_warning_enabled
 
 
 def variants(x):
-    """BATCH tensors as valid as x, which are different ones but where integers rise: those may be cumulative lengths."""
+    """BATCH valid variants of x. Ascending integers are repeated unchanged: they may be cu_seqlens."""
     if x.dtype == torch.bool:
         return torch.stack([x, ~x, x.roll(1, -1)])
     if not x.is_floating_point() and x.dim() == 1 and (x.diff() >= 0).all():
@@ -42,7 +42,7 @@ class Vmap(OnDevice):
         self.addCleanup(set_warning, True)
 
     def for_each_call(self, check, names=NAMES):
-        """`check(function, tensors)` of every case: `function` of all tensors among the arguments."""
+        """Runs `check(function, tensors, name)` for every case. `function` takes all tensors among the arguments."""
 
         def with_function(name, _, sample):
             flat, spec = pytree.tree_flatten((sample.args, sample.kwargs))
@@ -110,7 +110,7 @@ class Vmap(OnDevice):
             self.assertEqual([x.shape[1:] for x in empty], [x.shape[1:] for x in full])
             self.assertEqual([x.shape[0] for x in empty], [0] * len(full))
 
-        # Attention needs lengths of the tokens that are there.
+        # Without attention, whose lengths must fit the tokens that there are.
         self.for_each_call(check, [name for name in NAMES if "attention" not in name])
 
     def test_one_tensor_for_the_whole_batch_cannot_change_in_place(self):
@@ -135,7 +135,7 @@ class Vmap(OnDevice):
         x, cos, sin = i.normal(BATCH, 4, 2, 8), i.normal(4, 3), i.normal(4, 3)
 
         def said():
-            """What a call writes to standard error: warnings of an operator are none of Python's."""
+            """What a call writes to standard error. Warnings of an operator are not Python warnings."""
             with tempfile.TemporaryFile() as file:
                 before = os.dup(2)
                 os.dup2(file.fileno(), 2)

@@ -7,7 +7,7 @@
 
 #include <type_traits>
 
-// From run-time values to template arguments. No torch.
+// Maps run-time values to template arguments. No torch.
 namespace posenc::cuda {
 
 template <typename T>
@@ -15,10 +15,10 @@ struct Type {
   using type = T;
 };
 
-/// Calls `body` with `Type<T>`, T being the CUDA type of `dtype`.
+/// Calls `body` with `Type<T>`, where T is the CUDA type of `dtype`.
 template <typename Body>
 void for_dtype(DType dtype, Body&& body) {
-  switch (dtype) {
+  switch (dtype) {  // NOLINT(bugprone-branch-clone): each branch has another type
     case DType::float16:
       return body(Type<__half>{});
     case DType::bfloat16:
@@ -30,16 +30,11 @@ void for_dtype(DType dtype, Body&& body) {
   }
 }
 
-/// The same where a dtype is float32 or float64.
+/// The same for a dtype that is float32 or float64.
 template <typename Body>
 void for_real(DType dtype, Body&& body) {
   dtype == DType::float64 ? body(Type<double>{}) : body(Type<float>{});
 }
-
-/// Whether a dtype has kernels for special cases (no tail, expanded gradients, axes by vector) beside the general ones.
-/// float64 has not: it serves checks of gradients, and its special cases took 15 % of the time to compile the kernels.
-template <typename T>
-constexpr bool kHasSpecialKernels = sizeof(T) < sizeof(double);
 
 /// Calls `body` with `std::true_type` or `std::false_type`.
 template <typename Body>
