@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""posenc::context_parallel_alibi_attention on two GPUs beside alibi_attention on one: ./dev context-parallel
+"""Compares context_parallel_alibi_attention on two GPUs with alibi_attention on one: ./dev context-parallel
 
-Prints one table: bf16, batch 1, 16 heads of 128, causal, gradients given. Every figure is the median of some calls,
-each between CUDA events after a barrier, with the host ahead of the device; of two GPUs the slower one counts. Results
-are held against those of one GPU. Where there are no two GPUs, two processes and small sizes on the CPU, by the host's
-clock.
+Prints one table: bf16, batch 1, 16 heads of 128, causal, gradients given. Every figure is the median time of several
+calls, each between CUDA events after a barrier, with the host ahead of the device. Of two GPUs the slower one counts.
+Results are compared with those of one GPU. Without two GPUs, it runs two processes at small sizes on the CPU and uses
+the host's clock.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import tempfile
 import time
 import warnings
 
-# Harmless, and said on import.
+# A harmless warning on import.
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 import torch
@@ -30,13 +30,13 @@ RESULTS = ("out", "dq", "dk", "dv", "dslopes")
 
 
 class Clock:
-    """Milliseconds of a call that all ranks make; of `ranks` the slowest one's."""
+    """Median milliseconds of a call. With a group all ranks make the call, and the slowest rank counts."""
 
     def __init__(self, device, group, samples):
         self.device, self.group, self.samples = device, group, samples
 
     def __call__(self, call):
-        call()  # makes the plans
+        call()  # makes the cuDNN plans
         times = torch.tensor([self.sample(call) for _ in range(self.samples)], device=self.device)
         if self.group is not None:
             dist.all_reduce(times, dist.ReduceOp.MAX, group=self.group)
@@ -64,7 +64,7 @@ class Clock:
 
 
 class Problem:
-    """The whole of q, k, v and the gradient of the output, `[1, S, 16, 128]`, the same on every rank."""
+    """q, k, v and the gradient of the output for the whole sequence, `[1, S, 16, 128]`, the same on every rank."""
 
     def __init__(self, seq_len, device, dtype, slopes_grad):
         torch.manual_seed(0)
@@ -75,7 +75,7 @@ class Problem:
         self.slopes_grad = slopes_grad
 
     def part(self, tokens):
-        """That of some tokens; all for None."""
+        """Leaves q, k, v and slopes, and the gradient of the output, for the tokens given; None: all tokens."""
         take = (lambda x: x) if tokens is None else (lambda x: x.index_select(1, tokens))
         leaves = [take(x).detach().requires_grad_() for x in (self.q, self.k, self.v)]
         leaves.append(self.slopes.detach().requires_grad_(self.slopes_grad))
@@ -83,7 +83,7 @@ class Problem:
 
 
 def measure(clock, call, leaves, grad):
-    """Times of both passes, and the results."""
+    """Milliseconds of both passes, and the results in the order of RESULTS."""
     forward = clock(lambda: call(*leaves))
     out = call(*leaves)
     wanted = [x for x in leaves if x.requires_grad]
@@ -92,13 +92,13 @@ def measure(clock, call, leaves, grad):
 
 
 def my_tokens(seq_len, rank, device):
-    """The load-balanced halves of posenc/positions.h."""
+    """The tokens of a rank in the load-balanced division of posenc/positions.h."""
     chunks = torch.arange(seq_len, device=device).chunk(2 * RANKS)
     return torch.cat([chunks[rank], chunks[2 * RANKS - 1 - rank]])
 
 
 def errors(results, expected, tokens):
-    """Of the ranks' results, relative to the norm of those of one device, which rank 0 has."""
+    """Errors of the ranks' results, relative to the norm of `expected`, which rank 0 has from one device."""
     relative = []
     for name, x, whole in zip(RESULTS, results, expected):
         dist.broadcast(whole, 0)

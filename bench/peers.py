@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""posenc beside what is installed for Python: ./dev peers
+"""Compares posenc with other Python packages: ./dev peers
 
-Prints a table per configuration: eager tensor operations and what torch.compile makes of them always, FlexAttention
-and LibTorch's own attention beside ours; Liger, flash-attn, TransformerEngine, FlashInfer and transformers where they
-can be imported. Every implementation is held against float64 before it is timed; one that fails prints its error as its
-row. The protocol is `kernel` of README.md: device time between CUDA events, the L2 cache flushed and the host ahead of
-the device, gradients given, median.
+Prints a table per configuration. Attention is compared with FlexAttention and LibTorch's own attention, the other
+operators with eager tensor operations and torch.compile of them, and rotations also with Liger, flash-attn,
+TransformerEngine, FlashInfer and transformers, if they can be imported. Every implementation is checked against float64
+before it is timed; if it fails, its row shows the error. The protocol is `kernel` of README.md: device time between
+CUDA events, the L2 cache flushed and the host ahead of the device, gradients given, median.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import subprocess
 import time
 import warnings
 
-# Harmless, and said on import.
+# A harmless warning on import.
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 import torch
@@ -65,16 +65,16 @@ class Clock:
 
 
 # --- Problems ---------------------------------------------------------------------------------------------------------
-# A problem has its inputs, of which some require gradients, gradients of its outputs, and the expected outputs.
+# A problem has inputs (some require gradients), gradients of the outputs, and `exact`, the expected outputs.
 
 
 class Problem:
     def compared(self, outputs):
-        """What of the outputs `exact` gives."""
+        """The part of the outputs that `exact` computes."""
         return outputs
 
     def operations(self):
-        """Floating point operations forward and backward, where they are what limits them."""
+        """Floating point operations forward and backward, if the problem is compute-bound; else None."""
         return None
 
 
@@ -89,7 +89,7 @@ def rotate_half(x):
 
 
 def rotated(x, cos, sin):
-    """The usual formulation, on [B, S, H, D] and tables [S, 1, D]."""
+    """The usual formulation, for x [B, S, H, D] and tables [S, 1, D]."""
     return x * cos + rotate_half(x) * sin
 
 
@@ -108,7 +108,7 @@ class Rotary(Problem):
         self.cos, self.sin = theta.cos().float(), theta.sin().float()
         wide = torch.cat((theta, theta), -1)[:, None]
         self.wide_cos, self.wide_sin = wide.cos(), wide.sin()
-        # As models keep them: in the dtype of the activations.
+        # Tables as models keep them: in the dtype of the activations.
         self.usual = self.wide_cos.to(dtype), self.wide_sin.to(dtype)
 
     def exact(self, *inputs):
@@ -160,8 +160,8 @@ def alibi_softmax(scores, slopes):
 
 
 class AlibiAttention(Problem):
-    """Attention of q, k and v [B, S, H, 128] with the bias inside. Some rows of one sequence are compared: the scores
-    of all of them in float64 would not fit."""
+    """Attention of q, k and v [B, S, H, 128] with the ALiBi bias. Only ROWS rows of one sequence are compared: the
+    float64 scores of all rows would not fit in memory."""
 
     encoding = "ALiBi attention"
     ROWS = 256
@@ -193,13 +193,13 @@ class AlibiAttention(Problem):
         return (outputs[0][-1, self.rows],)
 
     def operations(self):
-        # Matrix products: two forward, five backward, of all scores or of the half that causality leaves.
+        # Matrix products: two forward, five backward, over all scores or, if causal, over half of them.
         product = 2 * self.batch * self.heads * self.seq_len**2 * HEAD_DIM / (2 if self.causal else 1)
         return 2 * product, 5 * product
 
 
 # --- Implementations --------------------------------------------------------------------------------------------------
-# name -> function of a problem that returns the call to time, a function of the problem's inputs.
+# From names to functions that take a problem and return the call to time, a function of the problem's inputs.
 
 
 def posenc_rotary(p):
@@ -216,7 +216,7 @@ def liger_rotary(p):
     cos, sin = (table[:, 0][None] for table in p.usual)  # [1, S, D]
 
     def call(q, k):
-        # [B, H, S, D] of memory [B, S, H, D], as its model code has them.
+        # [B, H, S, D], in memory [B, S, H, D], as in Liger's model code.
         out = LigerRopeFunction.apply(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
         return tuple(x.transpose(1, 2) for x in out)
 
@@ -294,7 +294,7 @@ def posenc_attention(p):
 def flex_attention(p):
     from torch.nn.attention import flex_attention as flex
 
-    # Made once: a model keeps it.
+    # The block mask is made once, as a model keeps it.
     visible = None
     if p.causal:
         visible = flex.create_block_mask(lambda b, h, i, j: i >= j, None, None, p.seq_len, p.seq_len, device=p.device)
@@ -304,7 +304,7 @@ def flex_attention(p):
             return score + slopes[h] * (j - i if p.causal else -(i - j).abs())
 
         if p.device == "cpu":
-            q, k, v, slopes = (x.detach() for x in (q, k, v, slopes))  # it has no backward pass there
+            q, k, v, slopes = (x.detach() for x in (q, k, v, slopes))  # FlexAttention has no backward pass on a CPU
         out = flex.flex_attention(*(x.transpose(1, 2) for x in (q, k, v)), score_mod=biased, block_mask=visible)
         return (out.transpose(1, 2),)
 
@@ -359,7 +359,7 @@ IMPLEMENTATIONS = {
     },
 }
 
-# What knows no positions and is no competitor, but what no bias can be expected to beat.
+# Attention without a bias. It bounds the speed of attention with one, and is not checked against float64.
 YARDSTICKS = [attention_without_bias]
 
 
@@ -367,11 +367,11 @@ YARDSTICKS = [attention_without_bias]
 
 
 def check(problem, call):
-    """Raises where an output is further from float64 than some roundings of the dtype, which usual tables cost too."""
+    """Raises if an output differs from float64 by more than 8 eps of its dtype: tables of that dtype cost a few eps."""
     copies = [x.detach().clone().requires_grad_() for x in problem.inputs]  # some implementations work in place
     with torch.no_grad():
         expected = problem.exact(*problem.inputs)
-    # A copy that is no leaf, for those that do.
+    # Copies that are not leaves: leaves cannot change in place.
     actual = problem.compared(call(*[x * 1 for x in copies]))
     for a, e in zip(actual, expected, strict=True):
         worst = (a.double() - e).abs().max().item()
@@ -381,13 +381,13 @@ def check(problem, call):
 
 
 def measure(problem, make, clock):
-    """Times of the forward and backward pass; the second is None where there is none."""
+    """Milliseconds of the forward and backward pass. The second is None if there is no backward pass."""
     call = make(problem)
     if make not in YARDSTICKS:
         check(problem, call)
     inputs = problem.inputs
     if any(x.requires_grad for x in call(*[x * 1 for x in inputs])):
-        inputs = [x * 1 for x in inputs]  # no leaves: Liger writes to its inputs
+        inputs = [x * 1 for x in inputs]  # not leaves: Liger writes to its inputs
     forward = clock(lambda: call(*inputs))
     outputs = call(*inputs)
     if not outputs[0].requires_grad:
@@ -418,11 +418,11 @@ def table(problem, clock):
         except ImportError:
             row(name, "not installed", *[""] * (len(columns) - 1))
             continue
-        except Exception as error:  # a row of its own: the others are still worth knowing
+        except Exception as error:  # shown in its row; the others still run
             reason = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:120].replace("|", "/")
             row(name, reason, *[""] * (len(columns) - 1))
             continue
-        # None where there is no backward pass, and so no total.
+        # Without a backward pass there is no total: None.
         times = [*times, None if None in times else sum(times)]
         cells = ["none" if ms is None else f"{ms:.4f}" for ms in times]
         if operations:
@@ -440,7 +440,7 @@ def name_of(dtype):
 
 
 def problems(device):
-    """Constructors, so that one problem is in memory at a time."""
+    """Yields classes with their arguments, so that only one problem is in memory at a time."""
     if device == "cuda":
         for dtype in (torch.float16, torch.bfloat16):
             for seq_len, heads in ((2048, 32), (4096, 40), (4096, 64), (8192, 64)):
@@ -464,7 +464,7 @@ def problems(device):
 
 
 def commit():
-    """As posenc_bench prints it; POSENC_COMMIT names it where the checkout has no history of its own."""
+    """The commit as posenc_bench prints it. POSENC_COMMIT names it if the checkout has no history."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return os.environ.get("POSENC_COMMIT") or found.stdout.strip() or "unknown"
@@ -500,7 +500,7 @@ def main():
     torch.ops.load_library(str(pathlib.Path(arguments.library).resolve()))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    torch._functorch.config.donated_buffer = False  # backward passes are run again and again
+    torch._functorch.config.donated_buffer = False  # the backward pass of a graph is run several times
     heading(device)
     clock = Clock(device, arguments.samples)
     for make, *parameters in problems(device):

@@ -1,7 +1,6 @@
-"""Draws the pictures of the README from what posenc_bench wrote with --benchmark_out.
+"""Draws the pictures of the README from the JSON that posenc_bench wrote with --benchmark_out.
 
-Run by ./dev plot, which has matplotlib. Nothing in the pictures is typed in: times, device and versions are those of
-the file.
+Run by ./dev plot, which has matplotlib. All times, the device and the versions in the pictures come from that file.
 """
 
 import argparse
@@ -12,12 +11,12 @@ import pathlib
 import matplotlib
 
 matplotlib.use("svg")
-matplotlib.rcParams["svg.hashsalt"] = "posenc"  # the same file every time
+matplotlib.rcParams["svg.hashsalt"] = "posenc"  # fixed ids, so that equal input gives equal files
 import matplotlib.pyplot as plt  # noqa: E402
 
 PASSES = ("forward", "backward")
 COLORS = {"forward": "tab:blue", "backward": "tab:orange"}
-# What the benchmark times beside an operator that is no implementation of it in LibTorch.
+# Timed by the benchmark for comparison, but not an implementation of the operator in LibTorch.
 YARDSTICKS = {"copy", "fill", "bare_cudnn", "without_bias"}
 OPERATORS = (
     "RoPE",
@@ -43,7 +42,7 @@ def read(path):
 
 
 def ratios(times, operator, passed, others):
-    """The time of the fastest of `others(name)` over that of posenc, one for each configuration that has both."""
+    """Time of the fastest implementation accepted by `others`, divided by posenc's, per configuration with both."""
     result = []
     for (of_operator, _), row in times.items():
         own = row.get((passed, "posenc"))
@@ -80,7 +79,7 @@ def operators(context, times, path):
     draw_ratios(right, times, lambda name: name in {"copy", "fill"}, title)
     right.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f} %")
     right.set_xlim(0, None)
-    right.invert_yaxis()  # of both
+    right.invert_yaxis()  # of both panels, which share the axis
     for passed in PASSES:
         right.plot([], [], lw=2, color=COLORS[passed], label=f"{passed}, median of its configurations")
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)

@@ -1,15 +1,15 @@
-# Fused attention: the headers of cuDNN, and those of its graph API (cudnn-frontend, headers only). libcudnn itself is
-# looked up at run time, in the copy that LibTorch has loaded: nothing is linked.
+# Finds the headers for fused attention: cuDNN and its graph API (cudnn-frontend, headers only). libcudnn is not linked:
+# its functions are looked up at run time in the copy that LibTorch has loaded.
 #
-# Sets POSENC_CUDNN to OFF, and says so, where headers are missing.
+# Sets POSENC_CUDNN to OFF, with a warning, if headers are missing.
 
-set(POSENC_CUDNN_FRONTEND_MINIMUM 1.32)  # the release the graphs were tried with
+set(POSENC_CUDNN_FRONTEND_MINIMUM 1.32)  # the release with which the graphs were validated
 
 if(NOT POSENC_CUDA)
   set(POSENC_CUDNN OFF)
 endif()
 if(POSENC_CUDNN)
-  # Beside the torch wheel, where its dependencies and the package nvidia-cudnn-frontend install them.
+  # site-packages, into which torch's dependencies and nvidia-cudnn-frontend install the headers.
   get_filename_component(packages "${TORCH_INSTALL_PREFIX}" DIRECTORY)
   find_path(POSENC_CUDNN_INCLUDE_DIR cudnn.h HINTS "${packages}/nvidia/cudnn/include"
             DOC "Folder of cudnn.h, version 9")

@@ -1,4 +1,4 @@
-# cmake --install: the library, its headers, its licence and the files behind find_package(posenc).
+# cmake --install: the library, its headers, its licence and the files for find_package(posenc).
 
 include(CMakePackageConfigHelpers)
 

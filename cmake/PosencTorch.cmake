@@ -1,15 +1,15 @@
-# The target `torch`, from LibTorch: named by Torch_DIR, CMAKE_PREFIX_PATH or LIBTORCH, else that of python3. And the
-# language level that its headers need.
+# Finds LibTorch (target `torch`) by Torch_DIR, CMAKE_PREFIX_PATH or LIBTORCH, else in python3. Sets the C++ standard
+# that its headers need.
 
-set(POSENC_TORCH_OLDEST 2.8)   # src/detail/torch_compat.h has the differences between these releases
-set(POSENC_TORCH_NEWEST 2.15)  # that this was compiled with
+set(POSENC_TORCH_OLDEST 2.8)   # src/detail/torch_compat.h handles the differences between releases
+set(POSENC_TORCH_NEWEST 2.15)  # the newest release that posenc was tested with
 
 if(DEFINED ENV{LIBTORCH})
   list(PREPEND CMAKE_PREFIX_PATH "$ENV{LIBTORCH}")
 endif()
 
-# LibTorch looks at this list and ignores CMAKE_CUDA_ARCHITECTURES. Unset, it asks the GPU, and without one takes
-# a list with architectures that nvcc 13 no longer knows.
+# LibTorch reads this list and ignores CMAKE_CUDA_ARCHITECTURES. If the list is unset, LibTorch asks the GPU; without a
+# GPU it uses architectures that nvcc 13 no longer supports.
 set(TORCH_CUDA_ARCH_LIST "")
 foreach(arch IN LISTS POSENC_CUDA_ARCHITECTURES)
   if(NOT arch MATCHES "^([0-9]+)([0-9][af]?)$")
@@ -20,7 +20,7 @@ endforeach()
 string(STRIP "${TORCH_CUDA_ARCH_LIST}" TORCH_CUDA_ARCH_LIST)
 string(APPEND TORCH_CUDA_ARCH_LIST "+PTX")
 
-# pip says by Python_EXECUTABLE in which environment it builds.
+# pip names the python of its environment by Python_EXECUTABLE.
 set(torch_python "${Python_EXECUTABLE}")
 if(NOT torch_python)
   set(torch_python python3)
@@ -28,7 +28,7 @@ endif()
 if(NOT Torch_DIR AND NOT DEFINED ENV{Torch_DIR} AND NOT TARGET torch)
   find_file(POSENC_TORCH_CONFIG TorchConfig.cmake PATH_SUFFIXES share/cmake/Torch Torch NO_CACHE)
   if(NOT POSENC_TORCH_CONFIG)
-    # Where the package lies, without the seconds that importing it takes.
+    # Finds the package without importing it, which takes seconds.
     execute_process(
       COMMAND "${torch_python}" -c "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])"
       OUTPUT_VARIABLE torch_package OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
@@ -38,7 +38,7 @@ if(NOT Torch_DIR AND NOT DEFINED ENV{Torch_DIR} AND NOT TARGET torch)
   endif()
 endif()
 
-# LibTorch's package looks for the toolkit on PATH alone.
+# LibTorch's package looks for the toolkit only on PATH.
 if(NOT DEFINED CUDA_TOOLKIT_ROOT_DIR AND DEFINED ENV{CUDA_HOME})
   set(CUDA_TOOLKIT_ROOT_DIR "$ENV{CUDA_HOME}" CACHE PATH "Folder of the CUDA Toolkit")
   if(NOT DEFINED CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
@@ -46,7 +46,7 @@ if(NOT DEFINED CUDA_TOOLKIT_ROOT_DIR AND DEFINED ENV{CUDA_HOME})
   endif()
 endif()
 
-# A project that has posenc as a subdirectory links with these targets too.
+# Global, because a project that has posenc as a subdirectory links with these targets too.
 set(CMAKE_FIND_PACKAGE_TARGETS_GLOBAL ON)
 find_package(Torch REQUIRED)  # tensors, dispatcher, autograd
 unset(CMAKE_FIND_PACKAGE_TARGETS_GLOBAL)
@@ -60,14 +60,14 @@ elseif(torch_series VERSION_GREATER POSENC_TORCH_NEWEST)
                   "${Torch_VERSION}: ${Torch_DIR}")
 endif()
 
-# LibTorch appends flags for its own headers to these; the standard it was given must survive.
+# Set again after find_package(Torch), which appends flags for its headers.
 if(torch_series VERSION_LESS 2.14)
   set(CMAKE_CUDA_STANDARD 17)
 else()
   set(CMAKE_CXX_STANDARD 20)  # headers of 2.14 stop with an error below C++20
   set(CMAKE_CUDA_STANDARD 20)
   if(NOT DEFINED CMAKE_CUDA20_STANDARD_COMPILE_OPTION)
-    # CMake 3.25 knows no CUDA 20 of nvcc, which has it.
+    # CMake 3.25 does not know that nvcc supports C++20.
     set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
     set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION -std=c++20)
   endif()
@@ -77,7 +77,7 @@ if(POSENC_CUDA AND NOT TARGET torch_cuda)
   message(FATAL_ERROR "This LibTorch is a CPU build (${Torch_DIR}): choose one for CUDA, or set POSENC_CUDA=OFF")
 endif()
 if(POSENC_CUDA)
-  # One line here rather than one error a source later.
+  # Reports one error here instead of one per source later.
   execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch OUTPUT_VARIABLE nvcc_architectures)
   string(REGEX MATCHALL "[0-9]+" nvcc_architectures "${nvcc_architectures}")
   foreach(arch IN LISTS POSENC_CUDA_ARCHITECTURES)

@@ -1,4 +1,4 @@
-# Installs the build, then configures, builds and runs the examples against it as a project of its own.
+# Installs the build, then configures, builds and runs the examples as a separate project that uses it.
 # Variables: BUILD_DIR, CONSUMER_DIR, WORK_DIR, GENERATOR, Torch_DIR, CUDA_TOOLKIT_ROOT_DIR, CMAKE_CXX_COMPILER,
 # CMAKE_CUDA_COMPILER.
 
@@ -12,7 +12,7 @@ endfunction()
 
 run("${CMAKE_COMMAND}" --install "${BUILD_DIR}" --prefix "${prefix}")
 
-# The files of the package name no path of this machine's LibTorch.
+# The installed CMake files must not contain the path of the build's LibTorch.
 file(GLOB_RECURSE files "${prefix}/*.cmake")
 cmake_path(GET Torch_DIR PARENT_PATH torch_root)
 foreach(file IN LISTS files)

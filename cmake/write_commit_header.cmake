@@ -1,5 +1,5 @@
 # cmake -DSOURCE_DIR=... -DHEADER=... -P write_commit_header.cmake
-# Writes the commit of the checkout, of the environment variable POSENC_COMMIT where there is none, or "unknown".
+# Writes the commit of the checkout; without one, the environment variable POSENC_COMMIT, or else "unknown".
 
 set(commit "")
 if(EXISTS "${SOURCE_DIR}/.git")

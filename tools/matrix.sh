@@ -1,11 +1,11 @@
 # shellcheck shell=bash
-# ./dev matrix: the library with every release of LibTorch that it takes. Read by ../dev, whose functions this uses.
+# ./dev matrix: tests the library with every supported release of LibTorch. Sourced by ../dev, whose functions it uses.
 
 # The last patch of each series between torch_oldest and torch_newest.
 readonly matrix_releases=(2.8.0 2.9.1 2.10.0 2.11.0 2.12.1 2.13.0 2.14.1 2.15.0)
 readonly matrix_folder=build/matrix
 
-# A row is a file, written when its release is done: an interrupted run goes on where it stopped.
+# Each row is a file that is written when its release is done, so an interrupted run can be continued.
 verb_matrix() {
   local smoke='' releases=() release row failed=0
   while (($# > 0)); do
@@ -24,7 +24,7 @@ verb_matrix() {
     if [[ -e $row ]]; then
       say "LibTorch $release: done before, $row; ./dev matrix --again forgets it"
     else
-      # Another ./dev: which release it takes is settled when it starts.
+      # In another ./dev, because a ./dev uses one release of LibTorch from its start.
       POSENC_TORCH=$release "$root/dev" matrix-row $smoke || failed=$((failed + 1))
     fi
   done
@@ -43,16 +43,16 @@ verb_matrix() {
   done
 }
 
-# matrix_row_file RELEASE SMOKE: one for each compiler.
+# matrix_row_file RELEASE SMOKE: name of the file of a row, different for each compiler.
 matrix_row_file() {
   local compiler
   compiler=$(basename "${CXX:-c++}")
   printf '%s\n' "$matrix_folder/$1$2-$compiler.row"
 }
 
-# One release, that of POSENC_TORCH: builds, runs the CPU tests and writes the row. A release that does not build or has
-# tests that fail has a row too. Where the CUDA compiler of the release can be neither found nor installed, the library
-# is built without CUDA kernels, and the row says so.
+# Builds with the release POSENC_TORCH, runs the CPU tests and writes the row, also if the build or tests fail. If the
+# CUDA compiler of the release can be neither found nor installed, the library is built without CUDA kernels, and the
+# row says so.
 verb_matrix-row() {
   local smoke=${1:-} build built=yes start=$SECONDS targets=() tests=(-LE cuda) row
   find_torch
@@ -74,14 +74,14 @@ verb_matrix-row() {
   local results=$build/results.xml
   rm -f "$results"
   if [[ $built == yes ]]; then
-    # It says by its status that tests failed; the row says how many.
+    # The status of ctest is ignored: the row has the number of failures.
     OMP_NUM_THREADS=1 ctest --test-dir "$build" --no-tests=error --output-junit "$root/$results" "${tests[@]}" >&2 || true
   fi
   matrix_row "$build" "$built" "$results" $((SECONDS - start)) >"$row.new"
   mv "$row"{.new,}
 }
 
-# matrix_row BUILD BUILT RESULTS SECONDS: the row, from what CMake and ctest have written.
+# matrix_row BUILD BUILT RESULTS SECONDS: prints the row, from files that CMake and ctest have written.
 matrix_row() {
   local compiler standard total failures skipped
   compiler=$(sed -n 's/^set(CMAKE_CXX_COMPILER_\(ID\|VERSION\) "\(.*\)")/\2/p' "$1"/CMakeFiles/*/CMakeCXXCompiler.cmake |
@@ -92,7 +92,7 @@ matrix_row() {
     "$2" $((total - failures - skipped)) "$failures" "$skipped" "$4"
 }
 
-# The CUDA that kernels were compiled for.
+# The CUDA version that kernels were compiled for.
 matrix_cuda() {
   if [[ -z $cuda_version ]]; then
     printf 'none\n'
@@ -103,7 +103,7 @@ matrix_cuda() {
   fi
 }
 
-# matrix_count NAME RESULTS: an attribute of the whole suite in ctest's JUnit file; 0 where there is none.
+# matrix_count NAME RESULTS: an attribute of the test suite in ctest's JUnit file; 0 if there is none.
 matrix_count() {
   local count=''
   [[ ! -e $2 ]] || count=$(sed -n "s/.*[[:space:]]$1=\"\([0-9]*\)\".*/\1/p" "$2" | head -n 1)

@@ -1,11 +1,11 @@
 # shellcheck shell=bash
-# ./dev ways: the examples as a project that gets posenc from sources, and posenc installed by pip. Read by ../dev, whose
-# functions this uses. What `cmake --install` gives is the ctest `package`.
+# ./dev ways: builds the examples with posenc from sources, and with posenc installed by pip. Sourced by ../dev, whose
+# functions it uses. The ctest `package` tests `cmake --install`.
 #
-# The library is built without CUDA kernels here: how it is found does not depend on them.
+# The library is built without CUDA kernels, because finding it does not depend on them.
 
 readonly ways_folder=build/ways
-readonly scikit_build_core_version=1.1.2 # pip's way to CMake, named in pyproject.toml; the release this was tried with
+readonly scikit_build_core_version=1.1.2 # build backend in pyproject.toml; the tested release
 
 verb_ways() {
   local way ways=("$@")
@@ -42,7 +42,7 @@ way_consumer() {
   step "$name: running them" "$folder/build/attention"
 }
 
-# way_pip FOLDER: pip in an environment of its own, in which the torch that was found counts as installed.
+# way_pip FOLDER: installs posenc by pip into a new environment, which sees the torch that was found.
 way_pip() {
   local folder=$1 python cmake_dir
   local package

@@ -2,7 +2,7 @@
 //
 //   attention [TEXT [STEPS]]
 //
-// Exits with 0 when the loss has fallen clearly. Runs on the GPU where there is one.
+// Exits with 0 if the loss falls below kClearly times the first loss. Runs on a GPU if there is one.
 
 #include "model.h"
 
@@ -21,19 +21,19 @@ namespace {
 
 constexpr int64_t kBatch = 8;
 constexpr int64_t kSeqLen = 128;
-constexpr int64_t kWarmup = 10;  // steps until the learning rate is reached
+constexpr int64_t kWarmup = 10;  // steps of linear warm-up of the learning rate
 constexpr double kLearningRate = 3e-3;
-constexpr double kClearly = 0.75;  // of the first loss, at the end
+constexpr double kClearly = 0.75;  // required ratio of the final (smoothed) to the first loss
 
-/// The bytes of a file as int64; empty when it cannot be read.
+/// The bytes of a file as int64; empty if it cannot be read.
 torch::Tensor read_bytes(const char* path) {
   std::ifstream file(path, std::ios::binary);
   const std::vector<uint8_t> bytes(std::istreambuf_iterator<char>(file), {});
   return torch::tensor(at::ArrayRef<uint8_t>(bytes), torch::kUInt8).to(torch::kInt64);
 }
 
-/// Random pieces of the text, `[kBatch, kSeqLen + 1]`: the model sees all bytes but the last and predicts all but
-/// the first.
+/// Random pieces of the text, `[kBatch, kSeqLen + 1]`. The model sees all bytes but the last and predicts all but the
+/// first.
 torch::Tensor sample(const torch::Tensor& text) {
   const auto starts = torch::randint(text.size(0) - kSeqLen, {kBatch, 1}, torch::kInt64);
   return text.index({(starts + torch::arange(kSeqLen + 1)).to(text.device())});

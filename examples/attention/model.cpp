@@ -15,7 +15,7 @@ AttentionImpl::AttentionImpl(int64_t channels, int64_t num_heads)
 
 torch::Tensor AttentionImpl::forward(const torch::Tensor& x) {
   const auto batch = x.size(0), seq_len = x.size(1), channels = x.size(2);
-  // [3, B, H, S, D]: three views of the projection. The rotation reads them in place, whatever their strides.
+  // [3, B, H, S, D]: three views of the projection. The rotation reads any strides without a copy.
   const auto qkv = qkv_->forward(x).view({batch, seq_len, 3, num_heads_, -1}).permute({2, 0, 3, 1, 4});
   const auto [q, k] = rope_->forward(qkv[0], qkv[1]);
   const auto y =

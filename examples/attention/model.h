@@ -9,7 +9,7 @@
 #include <torch/nn/modules/normalization.h>
 #include <torch/nn/pimpl.h>
 
-/// Causal self-attention; positions enter by rotating queries and keys.
+/// Causal self-attention with rotary position embedding of queries and keys.
 class AttentionImpl : public torch::nn::Module {
  public:
   AttentionImpl(int64_t channels, int64_t num_heads);
@@ -24,7 +24,7 @@ class AttentionImpl : public torch::nn::Module {
 };
 TORCH_MODULE(Attention);
 
-/// Attention and a two-layer perceptron, each behind a normalisation and beside a residual connection.
+/// Attention and a two-layer perceptron, each with LayerNorm before it and a residual connection.
 class BlockImpl : public torch::nn::Module {
  public:
   BlockImpl(int64_t channels, int64_t num_heads);
@@ -37,7 +37,7 @@ class BlockImpl : public torch::nn::Module {
 };
 TORCH_MODULE(Block);
 
-/// A language model over bytes: logits of the next byte at every place.
+/// A language model over bytes: logits of the next byte for every byte of the input.
 class ByteModelImpl : public torch::nn::Module {
  public:
   ByteModelImpl(int64_t channels, int64_t num_heads, int64_t num_blocks);

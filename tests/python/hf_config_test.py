@@ -2,11 +2,12 @@
 """Compares RotaryEmbeddingOptions::from_hf_config with transformers, for every class with rotary embedding.
 
 Each configuration is given in full, as transformers saves it, as its model_type alone, and with each scaling plan,
-also in the form of older files. Queries and keys are rotated by posenc's options, and by the model's own rotary module
-and function; the scores must agree. Scores depend on the frequencies, the pairing, the sign of the angle, the rotated
-channels, the axes of the positions and the attention factor.
+also in the form of older files. Queries and keys are rotated by posenc's options, and by the model's own rotary
+module and function; the scores must agree. Scores depend on the frequencies, the pairing, the sign of the angle, the
+rotated channels, the axes of the positions and the attention factor.
 
-POSENC_HF_CONFIG_TABLES names the program tests/hf_config_tables.cpp. Prints the counts of tests/data/hf_config_counts.md.
+POSENC_HF_CONFIG_TABLES names the program built from tests/hf_config_tables.cpp. Prints the counts that are committed as
+tests/data/hf_config_counts.md.
 """
 
 import collections

@@ -1,4 +1,5 @@
 #include <cuda/detail/cudnn_graph.h>
+#include <cuda/detail/plan_cache.h>
 #include <posenc/detail/stream_capture.h>
 #include <posenc/logging.h>
 
@@ -7,7 +8,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/cuda/CUDAFunctions.h>
-#include <c10/util/hash.h>
 
 // LibTorch has loaded libcudnn. Symbols are looked up in that copy, so posenc does not link cuDNN.
 #define NV_CUDNN_FRONTEND_USE_DYNAMIC_LOADING
@@ -18,11 +18,9 @@
 #include <array>
 #include <chrono>
 #include <cstring>
-#include <list>
 #include <memory>
 #include <mutex>
 #include <string>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -69,79 +67,11 @@ struct Plan {
   std::mutex mutex;  // a graph is executed by one thread at a time
 };
 
-/// Everything that a plan depends on.
-using PlanKey = std::vector<int64_t>;
+using Plans = PlanCache<Plan>;
 
-struct PlanKeyHash {
-  size_t operator()(const PlanKey& key) const { return c10::get_hash(key); }
-};
-
-/// The plans used last, and the plans of captured CUDA graphs, whose kernels run at every replay.
-class PlanCache {
- public:
-  /// The plan of `key`, built by `build` if there is none. Two threads with the same key build it once. Threads with
-  /// other keys do not wait.
-  template <typename Build>
-  std::shared_ptr<Plan> get(const PlanKey& key, bool capturing, const Build& build) {
-    const std::shared_ptr<Slot> slot = capturing ? captured_slot(key) : slot_of(key);
-    const std::lock_guard<std::mutex> lock(slot->mutex);
-    if (slot->plan == nullptr) {
-      slot->plan = build();
-    }
-    return slot->plan;
-  }
-
- private:
-  struct Slot {
-    explicit Slot(PlanKey key_) : key(std::move(key_)) {}
-
-    PlanKey key;
-    std::mutex mutex;            // held while the plan is built
-    std::shared_ptr<Plan> plan;  // null until then
-  };
-  using Slots = std::list<std::shared_ptr<Slot>>;
-
-  std::shared_ptr<Slot> slot_of(const PlanKey& key) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (const auto found = index_.find(key); found != index_.end()) {
-      slots_.splice(slots_.begin(), slots_, found->second);
-      return slots_.front();
-    }
-    slots_.push_front(std::make_shared<Slot>(key));
-    index_.emplace(key, slots_.begin());
-    if (slots_.size() > kMaxPlans) {
-      index_.erase(slots_.back()->key);
-      slots_.pop_back();
-    }
-    return slots_.front();
-  }
-
-  /// A slot whose plan is kept forever. No plan is dropped here: that would invalidate the capture.
-  std::shared_ptr<Slot> captured_slot(const PlanKey& key) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = index_.find(key);
-    const bool there = found != index_.end() && has_plan(**found->second);
-    TORCH_CHECK(
-        there,
-        "posenc::alibi_attention: expected a cuDNN plan for these sizes before a CUDA graph is captured, got none: "
-        "call the same forward and backward pass once before the capture");
-    return captured_.emplace(key, *found->second).first->second;
-  }
-
-  static bool has_plan(Slot& slot) {
-    const std::lock_guard<std::mutex> lock(slot.mutex);
-    return slot.plan != nullptr;
-  }
-
-  std::mutex mutex_;
-  Slots slots_;  // most recent first
-  std::unordered_map<PlanKey, Slots::iterator, PlanKeyHash> index_;
-  std::unordered_map<PlanKey, std::shared_ptr<Slot>, PlanKeyHash> captured_;
-};
-
-PlanCache& plans() {
+Plans& plans() {
   // Never destroyed: at exit cuDNN may be unloaded first.
-  static auto* const cache = new PlanCache;  // NOLINT(cppcoreguidelines-owning-memory)
+  static auto* const cache = new Plans(kMaxPlans);  // NOLINT(cppcoreguidelines-owning-memory)
   return *cache;
 }
 
