@@ -2,8 +2,8 @@
 
     python3 bench/compare.py --before a.json [b.json ...] --after c.json [d.json ...]
 
-The files are written by posenc_bench --benchmark_out, all of them on one machine. Of several files of one side each row
-is the smallest median: host times in particular vary from run to run.
+The files are written by posenc_bench --benchmark_out, all of them on one machine. If a side has several files, each row
+takes the smallest of their medians, because times, above all those of the host, vary from run to run.
 """
 
 import argparse

@@ -183,7 +183,7 @@ RotaryFrequencies rotary_frequencies(int64_t rotary_dim, double base, const Long
   check_length(kPlan, "original_max_position_embeddings", scaling.original_max_position_embeddings);
   check_seq_len(kPlan, seq_len);
   const Tensor inv_freq = rotary_inv_freq(rotary_dim, base);
-  // Checks both, although one is used, so that an error shows before the first long sequence.
+  // Checks both factors, although only one is used, so that an error is reported before the first long sequence.
   const auto check_factors = [&](const char* field, const std::vector<double>& factors) {
     TORCH_CHECK(
         static_cast<int64_t>(factors.size()) == rotary_dim / 2, "posenc::rotary_frequencies: LongRoPE: expected ",

@@ -309,7 +309,8 @@ std::tuple<Tensor, Tensor> mrope_positions(
     valid = mask.flatten().ne(0);
   }
 
-  // The step from each token to the next, and the part of it by which the token itself is shifted.
+  // positions = cumsum(advance) - own + relative. A text token has advance = own = 1. All tokens of an image, or of a
+  // frame with separate_frames, have own = extent; only the first one advances, by the extent, the others by 0.
   Tensor advance = valid.defined() ? valid.to(at::kLong) : at::ones_like(ids, at::kLong);
   Tensor own = at::ones_like(ids, at::kLong);
   Tensor relative = at::zeros({3, ids.size(0)}, own.options());
@@ -358,7 +359,7 @@ Tensor grid_positions(const Tensor& grids, int64_t num_tokens, int64_t spatial_m
   const int64_t side = spatial_merge_size;
   const Tensor window = place.floor_divide(side * side);
   const Tensor place_in_window = place.remainder(side * side);
-  const Tensor windows = columns.floor_divide(side).clamp_min(1);  // from left to right
+  const Tensor windows = columns.floor_divide(side).clamp_min(1);  // in each row of the grid
   const Tensor positions = at::stack(
       {window.floor_divide(windows).mul(side).add(place_in_window.floor_divide(side)),
        window.remainder(windows).mul(side).add(place_in_window.remainder(side))});

@@ -25,7 +25,7 @@ Tensor alibi_slopes(int64_t num_heads, double max_bias) {
   // Computed in tensor operations, so that it can be traced without data.
   const Tensor h = at::arange(num_heads, at::TensorOptions().dtype(at::kDouble));
   const auto n = static_cast<double>(power);
-  // Head h >= power has slope 2 (h - power) of the slopes for 2 power heads.
+  // Head h >= power has the slope of head 2 (h - power) among 2 power heads.
   const Tensor exponents = at::where(h < n, (h + 1) / n, (2 * (h - n) + 1) / (2 * n));
   return at::exp2(exponents.mul(-max_bias)).to(at::kFloat);
 }

@@ -18,7 +18,7 @@ ScoreStrides strides_of_scores(const Tensor& tensor) {
       tensor.size(-1) == 1 ? 1 : tensor.stride(-1)};
 }
 
-/// The call of `alibi_add` or `alibi_add_`, called `op`, without its output.
+/// Describes a call of `op`, `alibi_add` or `alibi_add_`, without its output.
 AlibiAddProblem add_problem(const char* op, const AlibiAddArguments<int64_t>& a) {
   AlibiAddProblem problem{};
   problem.shape = alibi_shape({op, a.causal, a.query_offset}, "scores", a.scores);
@@ -43,7 +43,7 @@ AlibiShape alibi_shape(const AlibiOptions& a, int64_t batch, int64_t num_heads, 
       num_heads == 0 || batch <= kMax / num_heads, a.op, ": expected at most ", kMax, " heads of all batches, got ",
       num_heads, " heads and ", batch, " batches");
   const int64_t offset = a.query_offset.value_or(k_len - q_len);
-  // Without sums of the user's numbers, which may overflow.
+  // Not written with `query_offset + q_len`, which may overflow.
   TORCH_CHECK(
       offset >= k_len - kMax && offset <= kMax - q_len, a.op,
       ": expected a query_offset for which all distances are below 2^31, ", k_len - kMax, " to ", kMax - q_len, " for ",

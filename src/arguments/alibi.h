@@ -89,10 +89,10 @@ struct AlibiOptions {
 at::ScalarType alibi_slopes_dtype(at::ScalarType dtype);
 
 /// Checks a tensor of the shape of scores; `name` is its name in the schema.
-/// @throws c10::Error  naming the argument, what was expected and what came; as all functions here.
+/// @throws c10::Error  naming the argument, what was expected and what was given. The functions below throw the same.
 AlibiShape alibi_shape(const AlibiOptions& options, const char* name, const at::Tensor& scores);
 
-/// The same for sizes without a tensor: checks that all distances are below 2^31.
+/// The same for sizes without a tensor. Checks that positions, distances and `batch * num_heads` are below 2^31.
 AlibiShape alibi_shape(const AlibiOptions& options, int64_t batch, int64_t num_heads, int64_t q_len, int64_t k_len);
 
 /// Checks slopes that belong to a tensor of `dtype` on `device`, whose name in messages is `beside`.
@@ -134,7 +134,7 @@ AlibiSlopesGradient allocate_slopes_gradient(const at::Tensor& probs, AlibiSoftm
 template <typename Problem>
 using AlibiKernel = void (*)(const Problem& problem, const at::Tensor& like);
 
-// The operators for a dispatch key: checks, outputs, kernel.
+// The operators for one dispatch key. Each checks its arguments, allocates its outputs and runs the kernel.
 
 template <AlibiKernel<AlibiAddProblem> kKernel>
 at::Tensor alibi_bias(const AlibiBiasArguments<int64_t>& arguments) {

@@ -28,7 +28,7 @@ struct AttentionOptions {
   }
 };
 
-/// The options that a public struct holds.
+/// Converts the options of the public function.
 template <typename Int>
 AttentionOptions<Int> attention_options(const ALiBiAttentionOptions& o) {
   return {o.scale(),        o.causal(),       o.query_offset(), o.seqlens_q(),   o.seqlens_k(),
@@ -64,7 +64,7 @@ struct AttentionBackwardArguments {
 };
 
 struct AttentionDoubleBackwardArguments {
-  const std::optional<at::Tensor>& grad_grad_q;  // of dq, dk, dv and dslopes; nullopt means zero
+  const std::optional<at::Tensor>& grad_grad_q;  // gradient of dq; below of dk, dv and dslopes; nullopt means zero
   const std::optional<at::Tensor>& grad_grad_k;
   const std::optional<at::Tensor>& grad_grad_v;
   const std::optional<at::Tensor>& grad_grad_slopes;
@@ -109,7 +109,7 @@ struct AlibiAttention {
 };
 
 /// Checks a call of the operator `op`.
-/// @throws c10::Error  naming the argument, what was expected and what came; as all functions here.
+/// @throws c10::Error  naming the argument, what was expected and what was given. The functions below throw the same.
 AlibiAttention check_attention(const char* op, const AttentionTensors& inputs, const ConcreteAttentionOptions& options);
 AlibiAttention check_attention_backward(
     const char* op,

@@ -8,7 +8,7 @@
 
 namespace posenc {
 
-/// Strides in elements of scores read as `[B, H, Sq, Sk]`. Scores `[H, Sq, Sk]` are B = 1.
+/// Strides in elements of scores read as `[B, H, Sq, Sk]`. Scores `[H, Sq, Sk]` have B = 1.
 struct ScoreStrides {
   int64_t batch, head, query, key;
 
@@ -40,7 +40,7 @@ struct SlopesView {
   }
 };
 
-/// Visibility of keys and distances. All positions and distances fit into int32, which the checks ensure.
+/// Sizes of a call, and which keys a query sees. The checks ensure that all positions and distances fit into int32.
 struct AlibiShape {
   int64_t batch, num_heads;
   int32_t q_len, k_len;
@@ -72,7 +72,7 @@ struct AlibiShape {
   POSENC_HOST_DEVICE static double sum_of_distances(int32_t position, int32_t visible) {
     const int64_t p = position;
     const int64_t n = visible;
-    const int64_t before = p < 0 ? 0 : (p < n ? p + 1 : n);  // keys at most at the position
+    const int64_t before = p < 0 ? 0 : (p < n ? p + 1 : n);  // number of keys at or before the position
     const int64_t sum_before = before * (before - 1) / 2;
     const int64_t sum_after = n * (n - 1) / 2 - sum_before;
     return static_cast<double>(before * p - sum_before) + static_cast<double>(sum_after - (n - before) * p);

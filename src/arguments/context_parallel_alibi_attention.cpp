@@ -8,7 +8,7 @@ namespace {
 
 using at::Tensor;
 
-/// `check` of the call on this rank alone, then the requirements of the other ranks.
+/// Runs `check` on the tensors of this rank, and checks that they are a shard of a sequence among `world_size` ranks.
 template <typename Check, typename Arguments>
 AlibiAttention check_rank(
     const Check& check,

@@ -21,7 +21,7 @@ struct ContextParallelOptions {
 
 /// Checks a call among `world_size` ranks. `arguments` are the tensors of the forward or of the backward operator.
 /// @return the attention call on the tensors of this rank alone.
-/// @throws c10::Error  naming the argument, what was expected and what came; as all functions here.
+/// @throws c10::Error  naming the argument, what was expected and what was given. The functions below throw the same.
 AlibiAttention check_context_parallel_attention(
     const char* op,
     const AttentionTensors& arguments,

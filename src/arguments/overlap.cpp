@@ -18,25 +18,24 @@ int64_t extent_in_bytes(const Tensor& tensor) {
   return (last + 1) * static_cast<int64_t>(tensor.element_size());
 }
 
-/// A dimension of two tensors: the difference of two indices times `stride`, from `-below` to `above` of them.
+/// A dimension of two tensors a and b: its stride, and the range `-below` to `above` of (index in a) - (index in b).
 struct Difference {
   int64_t stride, below, above;
 };
 
-/// Whether some choice of differences adds up to `target`. Strides descend.
+/// Whether a choice of differences in `dims[next]` and later has offsets that sum to `target`. Strides descend.
 bool reaches(const std::vector<Difference>& dims, size_t next, int64_t target) {
   if (next == dims.size()) {
     return target == 0;
   }
-  int64_t below = 0;  // range of the sums of the dimensions after this one
+  int64_t below = 0;  // the sum over later dimensions is from -below to above
   int64_t above = 0;
   for (size_t d = next + 1; d < dims.size(); ++d) {
     below += dims[d].stride * dims[d].below;
     above += dims[d].stride * dims[d].above;
   }
   const auto& [stride, least, most] = dims[next];
-  // stride * index is in [target - above, target + below]. If no two elements of a tensor share memory, these are two
-  // or three indices.
+  // stride * index is in [target - above, target + below]: two or three indices if no two elements of a tensor overlap.
   const int64_t first = std::max(-least, (target - above) / stride - 1);
   const int64_t last = std::min(most, (target + below) / stride + 1);
   for (int64_t index = first; index <= last; ++index) {
@@ -60,7 +59,7 @@ bool may_overlap(const Tensor& tensor) {
     }
   }
   std::sort(dims.begin(), dims.end());
-  int64_t last = 0;  // offset of the last element of the dimensions so far
+  int64_t last = 0;  // largest offset in the dimensions so far
   for (const auto& [stride, size] : dims) {
     if (stride <= last) {
       return true;

@@ -46,7 +46,7 @@ QKNormRotaryProblem::Weight weight_view(const Tensor& weight) {
   return {weight.const_data_ptr(), used_stride(weight, 0)};
 }
 
-/// A call whose arguments have been checked.
+/// Describes a call whose arguments have been checked, without its outputs.
 QKNormRotaryProblem describe(const char* op, const QKNormRotation& a, const Tensor& q, const Tensor& k) {
   QKNormRotaryProblem problem{};
   problem.rotary = describe_rotary(op, a.rotation, {{"q", q}, {"k", k}});

@@ -19,7 +19,7 @@ void check_qk_norm_rotary_backward(const QKNormRotation& rotation, const QKNormR
 /// Checks all arguments and describes the call, without its outputs.
 QKNormRotaryProblem qk_norm_rotary_problem(const QKNormRotation& rotation, const at::Tensor& q, const at::Tensor& k);
 
-/// Allocates the gradients that `inputs` ask for; the others are undefined.
+/// Allocates the gradients of the inputs whose incoming gradient is given, and if `mask.weights_grad` of their weights.
 QKNormRotaryGradients allocate_qk_norm_rotary_gradients(
     const QKNormRotaryGradMask& mask,
     const QKNormRotaryGradInputs& inputs,
@@ -37,7 +37,7 @@ QKNormRotaryBackwardProblem qk_norm_rotary_backward_problem(
 using QKNormRotaryKernel = void (*)(const QKNormRotaryProblem& problem, const at::Tensor& like);
 using QKNormRotaryBackwardKernel = void (*)(const QKNormRotaryBackwardProblem& problem, const at::Tensor& like);
 
-// The operators for a dispatch key: checks, outputs, kernel.
+// The operators for one dispatch key. Each checks its arguments, allocates its outputs and runs the kernel.
 
 template <QKNormRotaryKernel kKernel>
 std::tuple<at::Tensor, at::Tensor> qk_norm_rotary_embedding(

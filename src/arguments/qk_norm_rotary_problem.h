@@ -16,9 +16,9 @@ struct QKNormRotaryProblem {
   };
 
   RotaryProblem rotary;
-  Weight weights[2];      // of each operand
-  bool weights_are_wide;  // dtype of the weights: the arithmetic type, else the dtype of the operands
-  bool unit_offset;       // weights are 1 + w
+  Weight weights[2];      // one for each operand
+  bool weights_are_wide;  // weights are float32, float64 for float64 operands; else of the dtype of the operands
+  bool unit_offset;       // multiply by 1 + w instead of w
   double eps;
 };
 

@@ -83,7 +83,7 @@ void check_positions(const char* op, const Rotation& a, const Rotated& q) {
   const int64_t batch = batch_of(q.tensor);
   const int64_t seq_len = seq_len_of(q.tensor);
   const bool packed = is_packed(q.tensor);
-  const int64_t of_axes = a.pair_axes.empty() ? 0 : 1;  // number of dimensions before those of the tokens
+  const int64_t of_axes = a.pair_axes.empty() ? 0 : 1;  // number of dimensions before the token dimensions
   const bool per_token = positions.dim() == of_axes + 1 && positions.size(of_axes) == seq_len;
   const bool per_batch = !packed && positions.dim() == of_axes + 2 && positions.size(of_axes) == batch &&
       positions.size(of_axes + 1) == seq_len;
@@ -193,8 +193,8 @@ bool has_equal_halves(const Tensor& table) {
   return table.size(-1) == 2 * half && at::equal(table.narrow(-1, 0, half), table.narrow(-1, half, half));
 }
 
-/// Refuses tables with a column for each channel and equal halves, as transformers makes them. The row of position 0
-/// has equal halves in correct tables too. Waits for the device.
+/// Throws if the tables have a column for each channel, `cat(freqs, freqs)`, as in transformers. Tables with sin = 0
+/// pass: for position 0, correct tables have equal halves too. Waits for the device.
 void check_table_width(const char* op, const Rotation& a, int64_t head_dim) {
   const int64_t rotary_dim = 2 * a.cos.size(-1);
   TORCH_CHECK_VALUE(

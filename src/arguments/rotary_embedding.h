@@ -26,12 +26,13 @@ using RotatedList = at::ArrayRef<Rotated>;
 void check_rotary(const char* op, const Rotation& rotation, RotatedList inputs);
 
 /// `check_rotary` for inputs that are overwritten.
-/// @throws c10::Error  as `check_rotary`; also where the memory of an input overlaps itself, the other input, a table
-///   or the positions.
+/// @throws c10::Error  as `check_rotary`, and if the memory of an input overlaps itself, the other input, a table or
+///   the positions.
 void check_rotary_in_place(const char* op, const Rotation& rotation, RotatedList inputs);
 
 /// Describes a call whose arguments have been checked, without its outputs.
-/// @throws c10::Error  if `position_check()` is on and a position is outside the tables.
+/// @throws c10::Error  if `position_check()` is on and a position is outside the tables, or the tables have a column
+///   for each channel.
 RotaryProblem describe_rotary(const char* op, const Rotation& rotation, RotatedList inputs);
 
 /// `check_rotary`, then `describe_rotary`.
@@ -43,7 +44,7 @@ RotaryProblem rotary_in_place_problem(const char* op, const Rotation& rotation, 
 /// Allocates the output for `input`, in its memory layout if that is dense, and enters it into `operand`.
 at::Tensor allocate_output(const at::Tensor& input, RotaryProblem::Operand& operand);
 
-/// An operand that reads `input`, and the entry of its output.
+/// Describes `input` as an operand without output. `set_output` adds the output.
 RotaryProblem::Operand operand_of(const at::Tensor& input);
 void set_output(const at::Tensor& output, RotaryProblem::Operand& operand);
 
@@ -58,7 +59,7 @@ Strides strides_of(const at::Tensor& tensor);
 /// A kernel of one dispatch key. It fills the outputs of `problem`, whose dtype and device are those of `like`.
 using RotaryKernel = void (*)(const RotaryProblem& problem, const at::Tensor& like);
 
-// The operators for a dispatch key: checks, outputs, kernel.
+// The operators for one dispatch key. Each checks its arguments, allocates its outputs and runs the kernel.
 
 template <RotaryKernel kKernel>
 at::Tensor rotary_embedding(const Rotation& rotation, const at::Tensor& x) {

@@ -41,14 +41,14 @@ struct RotaryQkvCall {
 };
 RotaryQkvCall rotary_qkv_call(const char* op, const Rotation& rotation, const PackedViews& from);
 
-/// A checked call of `rotary_embedding_pack`.
+/// A checked call of `rotary_embedding_pack`; `packed` is its output.
 struct RotaryPackCall {
   RotaryProblem problem;
   at::Tensor packed;
 };
 RotaryPackCall rotary_pack_call(const char* op, const PackRotation& rotation, const PackedViews& from);
 
-// The operators for a dispatch key: checks, outputs, kernel.
+// The operators for one dispatch key. Each checks its arguments, allocates its outputs and runs the kernel.
 
 template <RotaryKernel kKernel>
 std::tuple<at::Tensor, at::Tensor, at::Tensor> rotary_embedding_qkv(

@@ -30,7 +30,7 @@ void check_rotary_tables(const char* op, const Rotation& rotation, at::TensorLis
   }
 }
 
-/// A call whose arguments have been checked.
+/// Describes a call whose arguments have been checked.
 RotaryTablesCall describe_rotary_tables(const Rotation& rotation, at::TensorList grads, at::TensorList inputs) {
   const Tensor& table = rotation.cos;
   RotaryTablesCall call;

@@ -19,7 +19,7 @@ struct RotaryTablesCall {
 
 /// Checks the arguments of `rotary_embedding_tables_backward` and allocates dcos and dsin. With positions it sorts the
 /// tokens by the row that they read, on the device of the tensors; the host does not wait.
-/// @throws c10::Error  naming the argument, what was expected and what came, before anything is launched.
+/// @throws c10::Error  naming the argument, what was expected and what was given, before anything is launched.
 RotaryTablesCall rotary_tables_call(const Rotation& rotation, at::TensorList grads, at::TensorList inputs);
 
 /// A checked call of `rotary_embedding_backward` with positions of one axis.

@@ -22,7 +22,7 @@ struct FrequenciesArguments {
 };
 
 /// Checks all arguments.
-/// @throws c10::Error  naming the argument, what was expected and what came.
+/// @throws c10::Error  naming the argument, what was expected and what was given.
 void check_frequencies(const FrequenciesArguments<int64_t>& arguments);
 
 /// A checked call of `rotary_tables` and its outputs.
@@ -39,13 +39,13 @@ struct FrequenciesBackwardArguments {
   const at::Tensor& grad_sin;
   const at::Tensor& cos;
   const at::Tensor& sin;
-  at::ScalarType dtype;  // of the result, that of `inv_freq`
+  at::ScalarType dtype;  // dtype of `inv_freq`, and of the result
 
   auto flat() const { return std::tie(grad_cos, grad_sin, cos, sin, dtype); }
 };
 
 /// Checks all arguments.
-/// @throws c10::Error  naming the argument, what was expected and what came.
+/// @throws c10::Error  naming the argument, what was expected and what was given.
 void check_frequencies_backward(const FrequenciesBackwardArguments& arguments);
 
 /// Checks all arguments and describes the call.

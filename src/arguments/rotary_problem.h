@@ -59,9 +59,9 @@ struct RotaryProblem {
 
   int64_t batch, seq_len, head_dim;
   int64_t num_pairs;  // R / 2
-  int64_t
-      table_rows;  // a position outside [0, table_rows) gives NaN: in the token, with axes in the pairs that read it
-  static constexpr int32_t kCopied = 2;  // the operand that is copied and not rotated, v
+  // A position outside [0, table_rows) gives NaN: in all channels of the token, or with axes in the pairs that read it.
+  int64_t table_rows;
+  static constexpr int32_t kCopied = 2;  // index of v, which is copied and not rotated
   Operand operands[3];
   int32_t num_operands;
   RotaryTable cos, sin;
@@ -107,7 +107,7 @@ struct RotaryTablesProblem {
     const int64_t* order;  // null: tokens first, first + step, ...
     int64_t first, step, count;
 
-    /// The `i`-th of them, as `batch * seq_len + seq`.
+    /// The `i`-th token, as `batch * seq_len + seq`.
     POSENC_HOST_DEVICE int64_t token(int64_t i) const { return order != nullptr ? order[i] : first + i * step; }
   };
 

@@ -21,7 +21,7 @@ namespace {
 
 using at::Tensor;
 
-/// A mask of the leading dimensions, for a tensor of `dim` dimensions.
+/// Appends dimensions of size 1 to `mask` until it has `dim` dimensions.
 Tensor over_trailing(const Tensor& mask, int64_t dim) {
   Tensor result = mask;
   while (result.dim() < dim) {
@@ -48,7 +48,7 @@ int64_t round_up(int64_t x) {
   return (x + unit - 1) / unit * unit;
 }
 
-/// Padded length of the shortest sequences on a GPU: fused attention does not accept sequences of one token.
+/// Padded length of the shortest sequences on a GPU. cuDNN attention is not used for one query and one key.
 constexpr int64_t kShortest = 2;
 
 }  // namespace

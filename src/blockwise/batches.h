@@ -11,7 +11,7 @@
 namespace posenc::blockwise {
 
 /// Maps tokens of packed tensors `[T, ...]` to a padded batch `[n, max_len, ...]` of some of their sequences. It forms
-/// no index beyond the tensors, whatever `cu_seqlens` contains.
+/// no index beyond the tensors, whatever values `cu_seqlens` has.
 class Packing {
  public:
   /// @param begins,lengths  int64 `[n]`: first token and length of each sequence of the batch.
@@ -22,7 +22,7 @@ class Packing {
   /// The lengths of the sequences of the batch, int64 `[n]`.
   const at::Tensor& seqlens() const { return seqlens_; }
 
-  /// Copies `packed` to `[n, max_len, ...]`, with zeros behind the lengths.
+  /// Copies `packed` to `[n, max_len, ...]`, with zeros past the length of each sequence.
   at::Tensor pad(const at::Tensor& packed) const;
 
   /// Copies the rows of `padded` to their tokens in `packed`. Other tokens keep their values.
@@ -32,7 +32,7 @@ class Packing {
   int64_t max_len_;
   at::Tensor seqlens_;
   at::Tensor sources_;  // int64 [n * max_len]: the token of each row
-  at::Tensor behind_;   // bool [n, max_len]: rows behind the lengths
+  at::Tensor behind_;   // bool [n, max_len]: rows past the length of their sequence
   at::Tensor rows_;     // the row of each token of `tokens_`, or of all tokens if `tokens_` is undefined
   at::Tensor tokens_;   // the tokens of the batch; defined on a CPU only
   at::Tensor others_;   // bool [T]: tokens that are not in the batch; defined on other devices only
@@ -42,10 +42,10 @@ class Packing {
 /// and up to L, for L = 1, 2, 4, .... Memory therefore grows with the number of tokens, not with the number of
 /// sequences times the longest of them.
 ///
-/// On a CPU the host reads the lengths, and a batch has one entry for each of its sequences. On other devices the host
-/// does not wait for the lengths. T tokens contain at most `2 T / L` sequences of the batch for L, so this batch has
-/// that many entries, some of them empty. If padding all sequences to the longest takes at most twice the tokens, all
-/// sequences are one batch.
+/// On a CPU the host reads the lengths. A batch has one entry for each of its sequences, and separate L for queries and
+/// keys. On other devices the host does not wait for the lengths, and L >= 2 bounds the longer of queries and keys. T
+/// tokens contain at most `2 T / L` sequences of the batch for L, so it has about that many entries, some of them
+/// empty. If padding all sequences to `max_seqlen` takes at most twice the tokens, all sequences are one batch.
 ///
 /// Sequences without queries or without keys are in no batch.
 class PackedBatches {
@@ -78,7 +78,7 @@ class PackedBatches {
   struct Extent {
     at::Tensor first, count;  // int64 [1]
     int64_t entries;          // at least `count`
-    int64_t q_len, k_len;     // at least the lengths
+    int64_t q_len, k_len;     // at least the longest sequence of the batch
   };
 
   void divide_on_cpu();

@@ -44,9 +44,9 @@ Tensor row_shift(const Blocks& blocks, const Tensor& grad_out, const Tensor& gra
   return grad_lse.defined() ? shift - grad_lse : shift;
 }
 
-/// Adds the terms of a block to the gradient of the slopes, in float64. In exact arithmetic the dS of a row sum up to
-/// the gradient of its lse. `out` is rounded to the dtype of q, so here they do not, and the error times a distance of
-/// thousands is larger than the gradient. Distances are counted from their mean in the row, which removes that error.
+/// Adds the terms of a block to the gradient of the slopes, in float64. In exact arithmetic the sum of dS over a row is
+/// the gradient of its lse. It is not here, because `out` is rounded to the dtype of q. That error times a distance of
+/// thousands is larger than the gradient. Subtracting the mean distance of the row from the distances removes it.
 void add_slope_terms(const Tensor& total, const BlockGradient& gradient, const Tensor& grad_lse, const Block& block) {
   const Tensor means = (gradient.p * block.distances).sum(-1, /*keepdim=*/true);
   total.sub_((gradient.ds * (block.distances - means)).sum({0, 2, 3}, /*keepdim=*/false, at::kDouble));

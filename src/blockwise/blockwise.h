@@ -9,11 +9,11 @@
 // Attention in LibTorch's matrix products, one block of query rows at a time, for every device, dtype and head size.
 namespace posenc::blockwise {
 
-/// @return `(out, lse)`: like q, and `[B, Hq, Sq]` in the dtype of sums.
+/// @return `(out, lse)`: out like q, lse `[B, Hq, Sq]` in the dtype of sums.
 std::tuple<at::Tensor, at::Tensor> blockwise(const Padded& call);
 
-/// @param grad_lse  may be undefined.
-/// @return gradients of q, k, v, and of the slopes where `slopes_grad`.
+/// @param grad_lse  undefined means zero.
+/// @return the gradients of q, k, v and the slopes; the last is undefined unless `slopes_grad`.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> blockwise_backward(
     const Padded& call,
     const at::Tensor& grad_out,
@@ -22,7 +22,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> blockwise_backward(
     const at::Tensor& lse,
     bool slopes_grad);
 
-/// `alibi_attention_slope_sums`.
+/// Computes `alibi_attention_slope_sums`, float64 `[4, B, Hq, Sq]`.
 at::Tensor blockwise_slope_sums(const Padded& call, const at::Tensor& grad_out, const at::Tensor& lse);
 
 }  // namespace posenc::blockwise

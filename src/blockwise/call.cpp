@@ -58,7 +58,7 @@ Tensor filled_lse(const AlibiAttention& call, const Tensor& q, double value) {
   return at::full({q.size(0), call.q_heads}, value, wide).t();
 }
 
-/// Fills tokens with NaN whose sequence is longer than `max_seqlen` or not within the tensor.
+/// Sets tokens to NaN whose sequence is longer than `max_seqlen` or not within the tensor.
 void set_nan(const Tensor& x, const Tensor& invalid_tokens) {
   if (invalid_tokens.defined()) {
     x.masked_fill_(invalid_tokens.view({-1, 1, 1}), kNaN);
@@ -81,7 +81,7 @@ Tensor zeros_of_slopes(const AlibiAttention& call, const Tensor& q) {
   return at::zeros({call.q_heads}, q.options().dtype(arguments::alibi_slopes_dtype(q.scalar_type())));
 }
 
-/// `x` with zeros behind `seqlens`, in dimension `dim` of the tokens; `x` itself if `seqlens` is undefined.
+/// `x` with zeros past `seqlens` in `dim`, the dimension of the tokens; `x` itself if `seqlens` is undefined.
 Tensor zeros_behind(const Tensor& x, const Tensor& seqlens, int64_t dim) {
   if (!seqlens.defined() || !x.defined()) {
     return x;
@@ -93,7 +93,7 @@ Tensor zeros_behind(const Tensor& x, const Tensor& seqlens, int64_t dim) {
   return x.clone().masked_fill_(behind.view(sizes), 0);  // clone() keeps the memory layout, masked_fill() would not
 }
 
-/// A call of padded tensors, with zeros behind the lengths. A NaN there would reach other rows as 0 * NaN.
+/// A call of padded tensors, with zeros past the lengths. A NaN there would reach other rows as 0 * NaN.
 Padded padded_call(const AlibiAttention& call, const AttentionTensors& inputs) {
   const auto& [q, k, v, slopes] = inputs;
   Padded result = scalars_of(call, slopes);
@@ -112,7 +112,7 @@ Padded padded_call(const AlibiAttention& call, const AttentionTensors& inputs) {
   result.q = zeros_behind(q, result.seqlens_q, 1);
   result.k = zeros_behind(k, result.seqlens_k, 1);
   result.v = zeros_behind(v, result.seqlens_k, 1);
-  // On a CPU a length beyond its tensor is an error.
+  // On a CPU the checks have thrown for a length beyond its tensor.
   if (broken.defined() && !broken.is_cpu()) {
     const auto wide = q.options().dtype(arguments::alibi_slopes_dtype(q.scalar_type()));
     result.nan_if_too_long = at::zeros({call.batch}, wide).masked_fill_(broken, kNaN);

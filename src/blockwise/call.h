@@ -13,10 +13,10 @@
 // between the dispatch keys.
 namespace posenc::blockwise {
 
-/// Computes `(out, lse)` of a batch: of the shape and dtype of q, and `[B, Hq, Sq]` in the dtype of sums.
+/// Computes `(out, lse)` of a batch: out of the shape and dtype of q, lse `[B, Hq, Sq]` in the dtype of sums.
 using Forward = c10::function_ref<std::tuple<at::Tensor, at::Tensor>(const Padded&)>;
 
-/// Computes the gradients of q, k, v, and with `slopes_grad` those of the slopes, of a batch.
+/// Computes the gradients of q, k, v and the slopes of a batch. The last is undefined unless `slopes_grad`.
 /// @param grad_lse  undefined means zero.
 using Backward = c10::function_ref<std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
     const Padded& batch,
@@ -26,7 +26,7 @@ using Backward = c10::function_ref<std::tuple<at::Tensor, at::Tensor, at::Tensor
     const at::Tensor& lse,
     bool slopes_grad)>;
 
-/// Computes the sums of `alibi_attention_slope_sums` of a batch.
+/// Computes the sums of `alibi_attention_slope_sums` for a batch.
 using SlopeSums = c10::function_ref<at::Tensor(const Padded& batch, const at::Tensor& grad_out, const at::Tensor& lse)>;
 
 std::tuple<at::Tensor, at::Tensor> forward(
@@ -46,7 +46,7 @@ at::Tensor slope_sums(
     const arguments::AttentionSlopeSumsArguments& arguments,
     SlopeSums compute);
 
-/// Computed in the same way on all devices.
+/// Uses `blockwise_double_backward` on all devices.
 /// @param grad_lse  undefined means zero.
 SecondOrderResult double_backward(
     const arguments::AlibiAttention& call,

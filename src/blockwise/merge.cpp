@@ -10,7 +10,7 @@ namespace {
 
 using at::Tensor;
 
-/// `[B, H, S]` beside `[B, S, H, D]`.
+/// `[B, H, S]` as `[B, S, H, 1]`, which broadcasts with out.
 Tensor beside_out(const Tensor& x) {
   return x.transpose(1, 2).unsqueeze(-1);
 }

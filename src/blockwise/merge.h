@@ -8,7 +8,7 @@ namespace posenc::blockwise {
 /// `lse` with 0 in the place of -inf, which rows without visible keys have: exp(-inf - lse) is then 0 and not NaN.
 at::Tensor finite(const at::Tensor& lse);
 
-/// Rows whose keys are added part by part. Two parts are merged as
+/// Output rows of attention over the keys of all parts that have been added. Two parts are merged as
 ///
 ///     lse = log(exp(lse_1) + exp(lse_2)),   out = exp(lse_1 - lse) out_1 + exp(lse_2 - lse) out_2.
 class MergedRows {

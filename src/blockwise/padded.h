@@ -13,7 +13,7 @@ inline constexpr double kInfinity = std::numeric_limits<double>::infinity();
 /// A call of `softmax(scale q k^T + bias + mask) v` on tensors `[B, S, H, D]`. All calls of attention, padded or
 /// packed, are computed in this form.
 struct Padded {
-  at::Tensor q, k, v;                   // zeros behind the lengths
+  at::Tensor q, k, v;                   // zeros past the lengths
   at::Tensor slopes;                    // [Hq]
   at::Tensor seqlens_q, seqlens_k;      // int64 [B]; undefined: all rows, all keys
   at::Tensor nan_if_too_long;           // [B], NaN where a length is beyond its tensor, else 0; or undefined

@@ -18,7 +18,7 @@ Tensor sum_of_rows(const Tensor& x) {
   return x.sum(-1, /*keepdim=*/true);
 }
 
-/// Adds `alpha rows^T x` to the keys of a block of `total`.
+/// Adds `alpha scores^T x` to the keys of a block in `total`.
 void add_to_keys(
     const Blocks& blocks,
     const Block& block,
@@ -38,7 +38,7 @@ SecondOrderResult blockwise_double_backward(
     const SecondOrderGrads& grads) {
   const Blocks blocks(call);
   const double scale = call.scale;
-  // b and c of the header as matrices of keys.
+  // b and c of second_order.h, as key matrices.
   const Tensor b = grads.k.defined() ? blocks.key_matrices(grads.k) : Tensor();
   const Tensor c = grads.v.defined() ? blocks.key_matrices(grads.v) : Tensor();
   SecondOrderResult result;

@@ -4,7 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
-// The derivative of the backward pass of attention, a block of query rows at a time.
+// The derivative of the backward pass of attention, one block of query rows at a time.
 namespace posenc::blockwise {
 
 /// Gradients of the results of the backward pass, in the shapes of q, k, v and the slopes. Undefined means zero.

@@ -34,8 +34,8 @@ NodePtr new_node(Args&&... args) {
 #endif
 
 /// The collective of c10d that sends `sent[r]` elements of `input` to rank r and receives `received[r]` from it. 2.13
-/// renamed it as in Python and deprecates the old name. `Group` is `c10d::ProcessGroup`, a template parameter because
-/// not every build of LibTorch has it.
+/// renamed it to the name in Python and deprecated the old name. `Group` is `c10d::ProcessGroup`, a template parameter
+/// because not every build of LibTorch has it.
 template <typename Group>
 auto all_to_all_single(
     Group& group,

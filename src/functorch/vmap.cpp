@@ -23,7 +23,7 @@ class FunctorchLevel {
     return dim.has_value() ? std::optional<Tensor>(value.movedim(*dim, 0)) : std::nullopt;
   }
 
-  /// A tensor whose first dimension is that of the batch.
+  /// Makes the first dimension of `tensor` the batch dimension of this level.
   Tensor wrapped(const Tensor& tensor) const { return at::functorch::makeBatched(tensor, 0, level_); }
 
  private:
