@@ -28,40 +28,42 @@ struct POSENC_API ContextParallelALiBiAttentionOptions {
   TORCH_ARG(bool, causal) = false;
 };
 
-/// `posenc::alibi_attention` of sequences that are divided among the C ranks of a process group: what it gives for the
-/// whole sequences, of which each rank holds the part of its own tokens. Distances are those of the whole sequence.
+/// `posenc::alibi_attention` over sequences that are divided among the C ranks of a process group. Each rank passes its
+/// own tokens and gets the output for them. Distances and causal mask are those of the whole sequence.
 ///
-/// Rank r holds chunks r and 2 C - 1 - r of the 2 C chunks of equal length of every sequence, in this order, so that
-/// all ranks have as much of a causal mask: the tokens of `posenc::context_parallel_positions`.
+/// Each sequence is 2 C chunks of equal length. Rank r holds chunks r and 2 C - 1 - r, in this order, so that a causal
+/// mask leaves all ranks the same work; `posenc::context_parallel_positions` returns these tokens.
 ///
-/// Keys and values travel around the ranks, a block at a time, while the block before is computed (ring attention, Liu
-/// et al. 2023, https://arxiv.org/abs/2310.01889, section 3); outputs over parts of the keys are merged by their
-/// log-sum-exp in float32 (float64 for float64). The backward pass goes around once more, and gradients of keys and
-/// values travel with their block, in the dtype of sums. What a rank holds grows with S / C, in the backward pass too;
-/// q, k, v, slopes, the output and its log-sum-exp are saved for it. Blocks are computed as `alibi_attention` computes
-/// them: fused where half a shard meets its conditions.
+/// Keys and values are passed around the ranks in blocks, and the transfer of a block overlaps with the computation on
+/// the block before (ring attention, Liu et al. 2023, https://arxiv.org/abs/2310.01889, section 3). Outputs over parts
+/// of the keys are merged by their log-sum-exp in float32 (float64 for float64). The backward pass passes keys and
+/// values around once more, together with their gradients in the dtype of sums. The memory of a rank grows with S / C,
+/// also in the backward pass: q, k, v, slopes, the output and its log-sum-exp are saved. Blocks are computed by
+/// `alibi_attention`, in a fused kernel if half a shard meets its conditions.
 ///
-/// All ranks call it, in the same order among the collectives of the group, with the same shapes, dtypes, options and
-/// tensors that require a gradient, and run its backward pass likewise. That cannot be seen from one rank: where it
-/// does not hold, ranks wait until the group's timeout. The host waits for nothing with NCCL; the collective is
-/// `alltoall_base`, so Gloo serves as well. A group of one rank is `alibi_attention` itself. Results are the same bits
-/// every time where those of `alibi_attention` are.
+/// All ranks must call it in the same order among the collectives of the group, with the same shapes, dtypes, options
+/// and tensors that require grad, and run its backward pass likewise. A rank cannot check this: if it does not hold,
+/// ranks wait until the timeout of the group. With NCCL the host does not wait. The only collective is `alltoall_base`,
+/// which Gloo has as well. A group of one rank calls `alibi_attention`. Results are deterministic if those of
+/// `alibi_attention` are.
 ///
-/// Gradients reach q, k, v and slopes, once: they cannot be differentiated again. That of the slopes, of which each
-/// rank has a copy, is what the queries of this rank contribute, and the sum over the ranks is that of the whole
-/// sequence: so it is with every parameter of a model whose tokens are divided, and what reduces the others (DDP, FSDP
-/// or an all-reduce over the group) reduces this one.
+/// q, k, v and slopes have first derivatives only. The gradient of the slopes, of which each rank has a copy, is the
+/// contribution of the queries of this rank; the sum over the ranks is the gradient for the whole sequence. This is the
+/// same for every parameter of a model whose tokens are divided: DDP, FSDP or an all-reduce over the group sums it.
 ///
 /// @param q  `[B, S / C, Hq, D]`: float16, bfloat16, float32 or float64, any strides. S / C is even.
-/// @param k,v  `[B, S / C, Hk, D]`, of the dtype and device of q; Hq is a multiple of Hk (GQA, MQA). With more than one
-///   rank they are written into one buffer to be sent.
+/// @param k,v  `[B, S / C, Hk, D]`, of the dtype and device of q; Hq is a multiple of Hk (GQA, MQA). With more than
+///   one rank they are copied into one buffer that is sent.
 /// @param slopes  `[Hq]` of any stride: float32, or float64 with float64 q. The same on all ranks. Stays float32 under
 ///   autocast.
-/// @param group  the ranks, in the order of the chunks; or the name that a group is registered by: in Python
-///   `torch.distributed` registers all of them, by their `group_name`.
-/// @return a tensor of the shape and dtype of q, in its memory layout where that is dense.
-/// @throws c10::Error  naming the argument, what was expected and what came, before anything is sent; that LibTorch has
-///   no c10d, where it was built without.
+/// @param group  the ranks, in the order of the chunks. It is passed on by its registered name, as LibTorch's
+///   functional collectives do; a group that is not registered is registered by a name of posenc. The autograd graph
+///   keeps it alive.
+/// @param group_name  the name that the group is registered by; `torch.distributed` registers all groups by their
+///   `group_name`.
+/// @return a tensor of the shape and dtype of q, in its memory layout if that is dense.
+/// @throws c10::Error  naming the argument, what was expected and what came, before anything is sent; also if LibTorch
+///   was built without c10d.
 ///
 /// Example:
 /// ```
