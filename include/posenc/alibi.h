@@ -11,20 +11,20 @@
 /// operators: `posenc::alibi_bias`, `alibi_add`, `alibi_add_` and `alibi_softmax`, with kernels for CPU, CUDA and
 /// Meta, and derivatives of any order.
 ///
-/// Query i sits at key position `query_offset + i`, and the bias of key j is
+/// Query i is at key position `query_offset + i`, and the bias of key j is
 ///
 ///     bias[h, i, j] = -slopes[h] * |query_offset + i - j|.
 ///
-/// Where no `query_offset` is given it is `k_len - q_len`: the last query sits at the last key, as in decoding.
-/// Distances are integers, products and sums float32 (float64 for float64 scores), rounded once to the dtype of the
-/// result. With `causal`, keys beyond the position of the query are minus infinity.
+/// The default of `query_offset` is `k_len - q_len`: the last query is at the last key, as in decoding. Distances are
+/// integers. Products and sums are float32 (float64 for float64 scores) and rounded once to the dtype of the result.
+/// With `causal`, keys beyond the position of the query are minus infinity.
 ///
-/// In all operators `slopes` is `[H]` of any stride: float32, or float64 where the scores or the result are float64.
-/// Slopes receive a gradient where they require one; it is deterministic.
+/// In all operators `slopes` is `[H]` of any stride: float32, or float64 if the scores or the result are float64. The
+/// gradient of the slopes is deterministic.
 namespace posenc {
 
-/// The published slopes: for `n = 2^k` heads `2^(-max_bias (h + 1) / n)`; otherwise those of the power of two below,
-/// followed by every other one of the power of two above, never sorted. Computed in float64.
+/// The published slopes: for `n = 2^k` heads `2^(-max_bias (h + 1) / n)`. For other numbers of heads: the slopes of the
+/// power of two below, followed by every other slope of the power of two above, not sorted. Computed in float64.
 ///
 /// @param num_heads  H: positive. With tensor parallelism take the slice of the whole model's slopes.
 /// @param max_bias  8 in the paper; positive.
@@ -36,10 +36,10 @@ namespace posenc {
 /// ```
 POSENC_API at::Tensor alibi_slopes(int64_t num_heads, double max_bias = 8.0);
 
-/// The bias itself. `alibi_add` and `alibi_softmax` do not need it: they never store it.
+/// The bias as a tensor. `alibi_add` and `alibi_softmax` compute the bias without storing it.
 ///
 /// @param q_len,k_len  Sq and Sk: number of queries and of keys, not negative.
-/// @param causal  minus infinity where the key lies beyond the query.
+/// @param causal  minus infinity for keys beyond the position of the query.
 /// @param dtype  float16, bfloat16, float32 or float64.
 /// @param query_offset  position of query 0; default `k_len - q_len`.
 /// @return `[H, Sq, Sk]`, contiguous, on the device of `slopes`.
@@ -61,11 +61,11 @@ POSENC_API at::Tensor alibi_bias(
 ///
 /// @param scores  `[B, H, Sq, Sk]` or `[H, Sq, Sk]`: float16, bfloat16, float32 or float64, any strides (also 0)
 ///   without a copy; dense keys are fastest.
-/// @return a new tensor of the shape and dtype of `scores`, in its memory layout where that is dense.
+/// @return a new tensor of the shape and dtype of `scores`, in its memory layout if that is dense.
 /// @throws c10::Error  naming the argument, what was expected and what came, before anything is launched.
 ///
-/// The gradient of `scores` is the incoming gradient itself, without a kernel or a copy; with `causal`, zero where
-/// the mask hides the key.
+/// The gradient of `scores` is the incoming gradient, without a kernel or a copy; with `causal` it is zero for hidden
+/// keys.
 ///
 /// Example:
 /// ```
@@ -89,15 +89,15 @@ POSENC_API at::Tensor& alibi_add_(
 
 /// `softmax(scale * scores + bias + mask)` over the keys, in one pass; arguments as in `alibi_add`.
 ///
-/// @param scale  of the scores, not of the bias.
+/// @param scale  factor of the scores, not of the bias.
 /// @param key_padding_mask  `[B, Sk]` bool on the device of `scores`, true where a key is hidden; B is 1 for scores
 ///   of three dimensions.
-/// @return probabilities of the shape and dtype of `scores`, in its memory layout where that is dense. A row that
-///   sees no key is zero, and so are its gradients.
+/// @return probabilities of the shape and dtype of `scores`, in its memory layout if that is dense. A row that sees no
+///   key is zero, and so are its gradients.
 ///
-/// The backward pass saves the result alone. In half and bfloat16 the gradient of slopes is therefore as exact as
-/// rounded probabilities allow: its error is below 1 % of the root of the sum of its squared terms, which is more than
-/// 1 % of the gradient itself where terms cancel to a small part of that.
+/// Only the result is saved for the backward pass. In float16 and bfloat16 the gradient of the slopes is therefore
+/// computed from rounded probabilities: its error is below 1 % of the root of the sum of its squared terms. This is
+/// more than 1 % of the gradient if the terms nearly cancel.
 ///
 /// Example:
 /// ```

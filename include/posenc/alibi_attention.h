@@ -25,17 +25,19 @@ struct POSENC_API ALiBiAttentionOptions {
   /// Key position of query 0, in every sequence of the batch. Default: the last query of a sequence sits at its last
   /// key.
   TORCH_ARG(std::optional<int64_t>, query_offset) = std::nullopt;
-  /// Queries and keys of each sequence of a right-padded batch: int32 or int64 `[B]` on the device of q, 0 to Sq and
-  /// 0 to Sk. Give both, or one with `query_offset`: where the last query sits must be known. What lies behind the
-  /// lengths is not read and may be NaN: k, v and q are copied for that, with zeros there. Default: Sq and Sk.
+  /// Numbers of queries and keys of each sequence of a right-padded batch: int32 or int64 `[B]` on the device of q, 0
+  /// to Sq and 0 to Sk. Set both, or one with `query_offset`: the position of the last query must be known. Values
+  /// behind the lengths may be NaN: q, k and v are copied with zeros there. Default: Sq and Sk.
   TORCH_ARG(std::optional<at::Tensor>, seqlens_q) = std::nullopt;
   TORCH_ARG(std::optional<at::Tensor>, seqlens_k) = std::nullopt;
-  /// Where each of N sequences begins in packed q, and in packed k and v: int32 or int64 `[N + 1]` on the device of q,
-  /// not descending, at most T. `cu_seqlens_k` defaults to `cu_seqlens_q`. Required for packed tensors.
+  /// The first token of each of N sequences in packed q, and in packed k and v, and the end of the last one: int32 or
+  /// int64 `[N + 1]` on the device of q, not descending, at most T. Required for packed tensors; `cu_seqlens_k`
+  /// defaults to `cu_seqlens_q`.
   TORCH_ARG(std::optional<at::Tensor>, cu_seqlens_q) = std::nullopt;
   TORCH_ARG(std::optional<at::Tensor>, cu_seqlens_k) = std::nullopt;
-  /// At least the length of the longest packed sequence. Default on the CPU: that length; required on a GPU, where the
-  /// host cannot see it without waiting. `max_seqlen_k` defaults to `max_seqlen_q` where `cu_seqlens_k` is left out.
+  /// At least the length of the longest packed sequence. Default on the CPU: that length. Required on a GPU, where the
+  /// host cannot read the lengths without waiting. `max_seqlen_k` defaults to `max_seqlen_q` if `cu_seqlens_k` is not
+  /// set.
   TORCH_ARG(std::optional<int64_t>, max_seqlen_q) = std::nullopt;
   TORCH_ARG(std::optional<int64_t>, max_seqlen_k) = std::nullopt;
 };
@@ -44,34 +46,34 @@ struct POSENC_API ALiBiAttentionOptions {
 ///
 ///     out[b, i, h] = sum over j of softmax over j of (scale * q[b, i, h] . k[b, j, g] + bias[h, i, j]) * v[b, j, g]
 ///
-/// with g = h / (Hq / Hk) and the bias of `posenc/alibi.h`. As the dispatcher operator `posenc::alibi_attention` it has
-/// kernels for CPU, CUDA and Meta, and takes part in autocast as LibTorch's `scaled_dot_product_attention` does.
+/// with g = h / (Hq / Hk) and the bias of `posenc/alibi.h`. The dispatcher operator `posenc::alibi_attention` has
+/// kernels for CPU, CUDA and Meta. Autocast casts q, k and v as for LibTorch's `scaled_dot_product_attention`.
 ///
 /// Memory grows with Sq + Sk, not with their product. Scores, softmax and sums are float32 (float64 for float64).
-/// Gradients reach q, k, v and slopes, and can be differentiated again, in the same memory; from the third derivative
-/// on with the scores in memory, and not under `torch.func`.
+/// q, k, v and slopes have first and second derivatives, in memory that grows likewise. Higher derivatives hold the
+/// scores in memory and are not available under `torch.func`.
 ///
-/// Packed sequences are computed as padded batches of sequences of similar length, so memory grows with the tokens. On
-/// a CPU time grows with the sum of the squared lengths. On a GPU the host does not wait for the lengths: there, where
-/// padding all sequences to the longest would take more than twice the tokens, time is that of at most four times the
+/// Packed sequences are computed as padded batches of sequences of similar length, so memory grows with the number of
+/// tokens. On a CPU time grows with the sum of the squared lengths. On a GPU the host does not wait for the lengths: if
+/// padding all sequences to `max_seqlen` would take more than twice the tokens, time is at most that of four times the
 /// tokens in sequences of `max_seqlen`.
 ///
-/// NaN and infinity in keys and values that lengths hide reach no result and no gradient. Behind a causal mask they
-/// reach no row that does not see them where attention is not fused; fused attention multiplies them with a
-/// probability of 0 where they share a tile of keys with a visible key, and NaN is the result.
+/// NaN and infinity in keys and values behind the lengths reach no result and no gradient. Those that a causal mask
+/// hides from a row do not reach it if attention is not fused. Fused attention multiplies them by a probability of 0 if
+/// they are in the same tile of keys as a visible key, which gives NaN.
 ///
-/// On GPUs of compute capability 9.0, float16 and bfloat16 heads of 32, 64, 80, 96, 128, 192 or 256 channels are one
-/// fused kernel of cuDNN's; a gradient that flows through lse is not. Its plans are made at the first call for a shape:
-/// make that call before a CUDA graph is captured, else the capture is an error. All else is computed in blocks of
-/// matrix products, slower; on a GPU a warning says so once. Results are the same bits every time; gradients of q, k
-/// and v through cuDNN where LibTorch's deterministic algorithms are on.
+/// On GPUs of compute capability 9.0, float16 and bfloat16 heads of 32, 64, 80, 96, 128, 192 or 256 channels are
+/// computed by a fused kernel of cuDNN, unless a gradient flows through lse. Its plans are built at the first call for
+/// a shape. A CUDA graph can be captured only after such a call; otherwise the capture is an error. All other calls are
+/// computed in blocks of matrix products, which is slower; on a GPU a warning is logged once. Results have the same
+/// bits every time. For gradients of q, k and v through cuDNN this needs LibTorch's deterministic algorithms.
 ///
 /// @param q  `[B, Sq, Hq, D]`, or packed sequences `[T, Hq, D]`: float16, bfloat16, float32 or float64, any strides.
 /// @param k,v  `[B, Sk, Hk, D]` or `[Tk, Hk, D]`, of the dtype and device of q; Hq is a multiple of Hk (GQA, MQA).
 /// @param slopes  `[Hq]` of any stride: float32, or float64 with float64 q. Stays float32 under autocast.
-/// @return a tensor of the shape and dtype of q, in its memory layout where that is dense. Queries that see no key, or
-///   lie behind the length of their sequence, give zeros and have zero gradients. A length beyond its tensor, which
-///   the host cannot see on a GPU, gives NaN for that sequence; on the CPU it is an error.
+/// @return a tensor of the shape and dtype of q, in its memory layout if that is dense. Queries that see no key, or are
+///   behind the length of their sequence, give zeros and have zero gradients. A length beyond its tensor is an error on
+///   the CPU. On a GPU, where the host cannot read it, it gives NaN for that sequence.
 /// @throws c10::Error  naming the argument, what was expected and what came, before anything is launched.
 ///
 /// Example:
@@ -86,8 +88,8 @@ POSENC_API at::Tensor alibi_attention(
     const at::Tensor& slopes,
     const ALiBiAttentionOptions& options = {});
 
-/// The same with the logarithm of each row's sum of exponentials, by which outputs over parts of the keys are merged:
-/// `out = sum of exp(lse_i - lse) out_i` with `lse = logsumexp of lse_i`. Gradients flow through both.
+/// `alibi_attention` with the log-sum-exp of the logits of each row, by which outputs over parts of the keys can be
+/// merged: `out = sum of exp(lse_i - lse) out_i` with `lse = logsumexp of lse_i`. Gradients flow through both.
 ///
 /// @return `(out, lse)`; the second is `[B, Hq, Sq]`, or `[Hq, T]` for packed sequences, float32 (float64 for float64)
 ///   and minus infinity where a query sees no key.
