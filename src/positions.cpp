@@ -1,3 +1,4 @@
+#include <arguments/tensor.h>
 #include <posenc/positions.h>
 
 #include <ATen/TensorOperators.h>
@@ -40,7 +41,7 @@ void check_fits(const char* op, const char* name, int64_t count, at::ScalarType 
 }
 
 void check_integers(const char* op, const char* name, const Tensor& tensor) {
-  TORCH_CHECK(tensor.defined(), op, ": expected ", name, " to be a tensor, got an undefined one");
+  arguments::check_defined(op, name, tensor);
   TORCH_CHECK(
       is_position_dtype(tensor.scalar_type()), op, ": expected ", name, " of dtype int32 or int64, got ",
       tensor.scalar_type());

@@ -46,7 +46,7 @@ bool is_packed(const Tensor& x) {
 }
 
 void check_rotated(const char* op, const Rotated& x) {
-  TORCH_CHECK(x.tensor.defined(), op, ": expected ", x.name, " to be a tensor, got an undefined one");
+  check_defined(op, x.name, x.tensor);
   TORCH_CHECK(
       x.tensor.dim() == 4 || x.tensor.dim() == 3, op, ": expected ", x.name,
       " of shape [B, S, H, D] or [T, H, D], got ", x.tensor.sizes());
@@ -73,7 +73,7 @@ void check_pair(const char* op, const Rotated& q, const Rotated& k) {
 
 void check_positions(const char* op, const Rotation& a, const Rotated& q) {
   const Tensor& positions = *a.positions;
-  TORCH_CHECK(positions.defined(), op, ": expected positions to be a tensor, got an undefined one");
+  check_defined(op, "positions", positions);
   TORCH_CHECK(
       positions.scalar_type() == at::kInt || positions.scalar_type() == at::kLong, op,
       ": expected positions of dtype int32 or int64, got ", positions.scalar_type());

@@ -1,4 +1,5 @@
 #include <arguments/rotary_embedding_qkv.h>
+#include <arguments/tensor.h>
 
 #include <ATen/ops/empty.h>
 
@@ -28,7 +29,7 @@ PackedViews packed_views(
     const Tensor& packed,
     int64_t num_q_heads,
     int64_t num_kv_heads) {
-  TORCH_CHECK(packed.defined(), op, ": expected ", name, " to be a tensor, got an undefined one");
+  check_defined(op, name, packed);
   check_head_counts(op, num_q_heads, num_kv_heads);
   TORCH_CHECK(
       packed.dim() >= 2 && packed.dim() <= 5, op, ": expected ", name,
@@ -59,7 +60,7 @@ PackedViews packed_views(
 
 void check_rotary_pack(const char* op, const PackRotation& rotation, const PackedViews& from) {
   check_rotary(op, rotation.rotation, {{"q", from.q}, {"k", from.k}});
-  TORCH_CHECK(from.v.defined(), op, ": expected v to be a tensor, got an undefined one");
+  check_defined(op, "v", from.v);
   TORCH_CHECK(
       from.v.sizes() == from.k.sizes() && from.v.scalar_type() == from.k.scalar_type() &&
           from.v.device() == from.k.device(),

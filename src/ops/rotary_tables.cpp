@@ -1,5 +1,6 @@
 #include <ops/rotary_tables.h>
 
+#include <arguments/tensor.h>
 #include <ops/dispatch.h>
 #include <posenc/frequencies.h>
 
@@ -37,8 +38,7 @@ std::tuple<Tensor, Tensor> rotary_tables(
     int64_t length,
     at::ScalarType dtype,
     double attention_factor) {
-  // Without a tensor the dispatcher has no device to dispatch on, and its own message does not name the argument.
-  TORCH_CHECK(inv_freq.defined(), "posenc::rotary_tables: expected inv_freq to be a tensor, got an undefined one");
+  arguments::check_defined("posenc::rotary_tables", "inv_freq", inv_freq);
   return dispatch::rotary_tables({inv_freq, length, dtype, attention_factor});
 }
 
