@@ -22,8 +22,8 @@ class ALiBiBiasImpl::FixedSlopes {
  public:
   explicit FixedSlopes(Tensor on_cpu) : copies_{std::move(on_cpu)} {}
 
-  /// Whether these slopes equal `on_cpu`. Clones of a module share this object, and another one may add a copy
-  /// meanwhile.
+  /// Whether these slopes equal `on_cpu`. Locks, because clones of a module share this object, and another clone may
+  /// add a copy at the same time.
   bool serve(const Tensor& on_cpu) const {
     const std::lock_guard<std::mutex> lock(mutex_);
     return on_cpu.equal(copies_.front());
@@ -55,7 +55,7 @@ class ALiBiBiasImpl::FixedSlopes {
 
 namespace {
 
-/// The slopes of the heads of a module, float32 on the CPU, a copy.
+/// A copy of the slopes of the heads of a module, float32 `[num_heads]` on the CPU.
 Tensor slopes_of(const ALiBiBiasOptions& options) {
   const int64_t num_heads = options.num_heads();
   const int64_t total = options.total_heads().value_or(num_heads);

@@ -21,8 +21,8 @@ namespace {
 
 constexpr const char* kRotaryName = "posenc::RotaryEmbedding";
 
-/// The number of positions of a call, as far as the host knows it. Positions on a CPU are read and checked here.
-/// Positions on an accelerator cannot be read without waiting.
+/// The number of table rows that a call needs: the number of tokens, or the largest position plus one. Positions on a
+/// CPU are read and checked here. nullopt for positions on an accelerator, which cannot be read without waiting.
 std::optional<int64_t> visible_length(const Tensor& x, const std::optional<Tensor>& positions) {
   if (!positions.has_value()) {
     return x.size(-3);
@@ -223,11 +223,11 @@ std::tuple<Tensor, Tensor, Tensor> RotaryEmbeddingImpl::forward_qkv(
     std::optional<int64_t> seq_len) {
   TORCH_CHECK(qkv.defined(), kRotaryName, ": expected qkv to be a tensor, got an undefined one");
   const Layout layout = options.layout();
-  const int64_t of_tokens = layout == Layout::thd ? 1 : 2;  // number of dimensions of tokens
+  const int64_t of_tokens = layout == Layout::thd ? 1 : 2;  // number of token dimensions, [T] or [B, S]
   const int64_t head_dim = options.head_dim();
   const bool stacked = qkv.dim() == of_tokens + 3;
   const bool flat = qkv.dim() == of_tokens + 1;
-  // The sum of the user's numbers may overflow.
+  // The limits on the numbers of heads keep their sum from overflowing.
   const bool heads_fit = flat && num_q_heads >= 1 && num_kv_heads >= 1 && num_q_heads <= qkv.size(-1) &&
       num_kv_heads <= qkv.size(-1) && qkv.size(-1) == (num_q_heads + 2 * num_kv_heads) * head_dim;
   TORCH_CHECK(
@@ -236,7 +236,7 @@ std::tuple<Tensor, Tensor, Tensor> RotaryEmbeddingImpl::forward_qkv(
       " dimensions of tokens, then (num_q_heads + 2 num_kv_heads) head_dim channels or 3, heads ", "and head_dim, for ",
       num_q_heads, " and ", num_kv_heads, " heads of ", head_dim, ", got ", qkv.sizes());
   const Tensor view = layout == Layout::sbhd ? qkv.transpose(0, 1) : qkv;
-  // A view of one head of each token has the number of tokens in the dimension that `tables_for` reads.
+  // A view with one head for each token: `tables_for` reads the number of tokens in dimension -3.
   const Tensor tokens = stacked ? view.select(-3, 0) : view.unsqueeze(-2);
   const auto [cos, sin] = tables_for(tokens, positions, seq_len);
   const auto [q, k, v] = rotary_embedding_qkv(

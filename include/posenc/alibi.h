@@ -8,7 +8,7 @@
 #include <optional>
 
 /// Attention with linear biases (ALiBi, Press et al. 2021, https://arxiv.org/abs/2108.12409) as dispatcher
-/// operators: `posenc::alibi_bias`, `alibi_add`, `alibi_add_` and `alibi_softmax`, with kernels for CPU, CUDA and
+/// operators: `posenc::alibi_bias`, `alibi_add`, `alibi_add_` and `alibi_softmax`. They have kernels for CPU, CUDA and
 /// Meta, and derivatives of any order.
 ///
 /// Query i is at key position `query_offset + i`, and the bias of key j is
@@ -92,12 +92,12 @@ POSENC_API at::Tensor& alibi_add_(
 /// @param scale  factor of the scores, not of the bias.
 /// @param key_padding_mask  `[B, Sk]` bool on the device of `scores`, true where a key is hidden; B is 1 for scores
 ///   of three dimensions.
-/// @return probabilities of the shape and dtype of `scores`, in its memory layout if that is dense. A row that sees no
-///   key is zero, and so are its gradients.
+/// @return probabilities of the shape and dtype of `scores`, in its memory layout if that is dense. A row without a
+///   visible key is zero, and so are its gradients.
 ///
 /// Only the result is saved for the backward pass. In float16 and bfloat16 the gradient of the slopes is therefore
-/// computed from rounded probabilities: its error is below 1 % of the root of the sum of its squared terms. This is
-/// more than 1 % of the gradient if the terms nearly cancel.
+/// computed from rounded probabilities: its error is below 1 % of the square root of the sum of its squared terms. This
+/// is more than 1 % of the gradient if the terms nearly cancel.
 ///
 /// Example:
 /// ```

@@ -20,14 +20,13 @@ namespace posenc {
 struct POSENC_API ALiBiAttentionOptions {
   /// Factor of the products of queries and keys, not of the bias. Default: `1 / sqrt(D)`.
   TORCH_ARG(std::optional<double>, scale) = std::nullopt;
-  /// Hide the keys beyond the position of the query. Default: false.
+  /// Whether to hide the keys beyond the position of the query. Default: false.
   TORCH_ARG(bool, causal) = false;
-  /// Key position of query 0, in every sequence of the batch. Default: the last query of a sequence sits at its last
-  /// key.
+  /// Key position of query 0, in every sequence of the batch. Default: the last query of a sequence is at its last key.
   TORCH_ARG(std::optional<int64_t>, query_offset) = std::nullopt;
   /// Numbers of queries and keys of each sequence of a right-padded batch: int32 or int64 `[B]` on the device of q, 0
-  /// to Sq and 0 to Sk. Set both, or one with `query_offset`: the position of the last query must be known. Values
-  /// behind the lengths may be NaN: q, k and v are copied with zeros there. Default: Sq and Sk.
+  /// to Sq and 0 to Sk. Set both, or one and `query_offset`, whose default is the difference of both lengths. Values
+  /// past the lengths may be NaN: q, k and v are copied with zeros there. Default: Sq and Sk.
   TORCH_ARG(std::optional<at::Tensor>, seqlens_q) = std::nullopt;
   TORCH_ARG(std::optional<at::Tensor>, seqlens_k) = std::nullopt;
   /// The first token of each of N sequences in packed q, and in packed k and v, and the end of the last one: int32 or
@@ -54,13 +53,13 @@ struct POSENC_API ALiBiAttentionOptions {
 /// scores in memory and are not available under `torch.func`.
 ///
 /// Packed sequences are computed as padded batches of sequences of similar length, so memory grows with the number of
-/// tokens. On a CPU time grows with the sum of the squared lengths. On a GPU the host does not wait for the lengths: if
-/// padding all sequences to `max_seqlen` would take more than twice the tokens, time is at most that of four times the
-/// tokens in sequences of `max_seqlen`.
+/// tokens. On a CPU time grows with the sum of the squared lengths. On a GPU the host does not wait for the lengths. If
+/// the sequences padded to `max_seqlen` have more than 2 T tokens, the time is at most that of 4 T tokens in sequences
+/// of `max_seqlen`.
 ///
-/// NaN and infinity in keys and values behind the lengths reach no result and no gradient. Those that a causal mask
-/// hides from a row do not reach it if attention is not fused. Fused attention multiplies them by a probability of 0 if
-/// they are in the same tile of keys as a visible key, which gives NaN.
+/// NaN and infinity in keys and values past the lengths affect no result and no gradient. Those that a causal mask
+/// hides from a row do not affect it if attention is not fused. Fused attention multiplies them by a probability of 0
+/// if they are in the same tile of keys as a visible key, which gives NaN.
 ///
 /// On GPUs of compute capability 9.0, float16 and bfloat16 heads of 32, 64, 80, 96, 128, 192 or 256 channels are
 /// computed by a fused kernel of cuDNN, unless a gradient flows through lse. Its plans are built at the first call for
@@ -71,9 +70,9 @@ struct POSENC_API ALiBiAttentionOptions {
 /// @param q  `[B, Sq, Hq, D]`, or packed sequences `[T, Hq, D]`: float16, bfloat16, float32 or float64, any strides.
 /// @param k,v  `[B, Sk, Hk, D]` or `[Tk, Hk, D]`, of the dtype and device of q; Hq is a multiple of Hk (GQA, MQA).
 /// @param slopes  `[Hq]` of any stride: float32, or float64 with float64 q. Stays float32 under autocast.
-/// @return a tensor of the shape and dtype of q, in its memory layout if that is dense. Queries that see no key, or are
-///   behind the length of their sequence, give zeros and have zero gradients. A length beyond its tensor is an error on
-///   the CPU. On a GPU, where the host cannot read it, it gives NaN for that sequence.
+/// @return a tensor of the shape and dtype of q, in its memory layout if that is dense. Queries without a visible key,
+///   or past the length of their sequence, give zeros and have zero gradients. A length beyond its tensor is an error
+///   on the CPU. On a GPU, where the host cannot read it, it gives NaN for that sequence.
 /// @throws c10::Error  naming the argument, what was expected and what came, before anything is launched.
 ///
 /// Example:
@@ -88,11 +87,11 @@ POSENC_API at::Tensor alibi_attention(
     const at::Tensor& slopes,
     const ALiBiAttentionOptions& options = {});
 
-/// `alibi_attention` with the log-sum-exp of the logits of each row, by which outputs over parts of the keys can be
-/// merged: `out = sum of exp(lse_i - lse) out_i` with `lse = logsumexp of lse_i`. Gradients flow through both.
+/// `alibi_attention` with the log-sum-exp (lse) of the logits of each row. Outputs over parts of the keys can be merged
+/// by it: `out = sum of exp(lse_i - lse) out_i` with `lse = logsumexp of lse_i`. Both results have gradients.
 ///
-/// @return `(out, lse)`; the second is `[B, Hq, Sq]`, or `[Hq, T]` for packed sequences, float32 (float64 for float64)
-///   and minus infinity where a query sees no key.
+/// @return `(out, lse)`; lse is `[B, Hq, Sq]`, or `[Hq, T]` for packed sequences, float32 (float64 for float64), and
+///   minus infinity for queries without a visible key.
 POSENC_API std::tuple<at::Tensor, at::Tensor> alibi_attention_with_lse(
     const at::Tensor& q,
     const at::Tensor& k,

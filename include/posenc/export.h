@@ -1,7 +1,7 @@
 #pragma once
 
-// Visibility of the public symbols of libposenc. The library is built with hidden visibility; what is
-// marked POSENC_API is its interface. The build system defines POSENC_BUILDING while compiling the library.
+// Visibility of the public symbols of libposenc. The library is built with hidden visibility, and exports only
+// symbols marked POSENC_API. The build system defines POSENC_BUILDING while compiling the library.
 
 #if defined(_WIN32)
 #if defined(POSENC_BUILDING)

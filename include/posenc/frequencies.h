@@ -11,7 +11,7 @@
 #include <variant>
 #include <vector>
 
-/// Inverse frequencies of rotary embeddings, the plans that stretch them to longer contexts, and the tables that the
+/// Inverse frequencies of rotary embeddings, the plans that scale them for longer contexts, and the tables that the
 /// operators read. Everything here is computed in float64.
 namespace posenc {
 
@@ -22,15 +22,15 @@ namespace posenc {
 /// @return float64 `[R/2]` on the CPU.
 POSENC_API at::Tensor rotary_inv_freq(int64_t rotary_dim, double base = 10000.0);
 
-/// Inverse frequencies, and what the tables of cosines and sines are multiplied with.
+/// Inverse frequencies, and a factor of the tables.
 struct RotaryFrequencies {
-  at::Tensor inv_freq;            ///< float64 `[R/2]` on the CPU.
-  double attention_factor = 1.0;  ///< Multiplies q and k, and so scores with its square.
+  at::Tensor inv_freq;            ///< float64 `[R/2]` on the CPU, in radians per position.
+  double attention_factor = 1.0;  ///< Multiplies cos and sin, so q and k, and the scores by its square.
 };
 
 // --- Plans ----------------------------------------------------------------------------------------------------
-// Below, w_i = base^(-2i/R) are the frequencies without a plan, w'_i those with it, and s is `factor`. Factors,
-// lengths and the like must be positive and finite; a field without a default must be set.
+// Below, w_i = base^(-2i/R) are the inverse frequencies without a plan, w'_i those of the plan, and s is `factor`.
+// Factors and lengths must be positive and finite. A field that is initially 0 or empty must be set.
 
 /// No plan: w' = w.
 struct DefaultScaling {
@@ -45,17 +45,17 @@ struct LinearScaling {
 };
 
 /// Dynamic NTK (Peng et al. 2023, https://arxiv.org/abs/2309.00071, appendix B.2, as `dynamic` in transformers): the
-/// base grows with the sequence,
+/// base grows with the length of the sequence,
 ///
 ///     n = max(seq_len, L),    base' = base (s n/L - (s - 1))^(R/(R-2)),
 ///
-/// where L is `max_position_embeddings`. Up to L positions the frequencies are those without a plan. R is at least 4.
+/// where L is `max_position_embeddings`. Up to L positions the base is unchanged. R is at least 4.
 struct DynamicNtkScaling {
   double factor = 1.0;
   int64_t max_position_embeddings = 0;
-  /// Sequences beyond L count as if their length were rounded up to a multiple of this. 1, the default, is the rule as
-  /// published, where every length has frequencies of its own; a cache that grows by one token a step then has new
-  /// tables in every step, and with 256 in every 256th.
+  /// A length beyond L is rounded up to a multiple of this. With 1, the published rule, every length has different
+  /// frequencies, and a cache that grows by one token in each step needs new tables in each step. With 256 it needs new
+  /// tables in every 256th step. Default: 1.
   int64_t seq_len_multiple = 1;
 
   friend bool operator==(const DynamicNtkScaling& a, const DynamicNtkScaling& b) {
@@ -72,22 +72,22 @@ struct StaticNtkScaling {
 };
 
 /// YaRN (Peng et al. 2023, https://arxiv.org/abs/2309.00071, section 3.2). With L0 =
-/// `original_max_position_embeddings` and c(b) = R ln(L0 / (2 pi b)) / (2 ln base), the pair that turns b times in L0
-/// positions,
+/// `original_max_position_embeddings` and c(b) = R ln(L0 / (2 pi b)) / (2 ln base), the index of the pair that turns b
+/// times in L0 positions,
 ///
-///     lo = max(floor(c(beta_fast)), 0),    hi = min(ceil(c(beta_slow)), R - 1),    hi + 0.001 where they are equal,
+///     lo = max(floor(c(beta_fast)), 0),    hi = min(ceil(c(beta_slow)), R - 1),    hi += 0.001 if lo = hi,
 ///     g_i = clamp((i - lo)/(hi - lo), 0, 1),    w' = g w/s + (1 - g) w.
 ///
-/// The base is more than 1. DeepSeek's models also multiply the scale of their softmax with the square of
-/// `0.1 mscale_all_dim ln s + 1`: that is a matter of the attention and not part of the tables.
+/// The base is greater than 1. DeepSeek's models also multiply the scale of the softmax by the square of
+/// `0.1 mscale_all_dim ln s + 1`. The tables do not contain this factor; attention must apply it.
 struct YarnScaling {
   double factor = 1.0;
   int64_t original_max_position_embeddings = 0;
-  double beta_fast = 32.0;  ///< Pairs that turn more often are left alone. At least `beta_slow`.
+  double beta_fast = 32.0;  ///< Pairs that turn more often are unchanged. At least `beta_slow`.
   double beta_slow = 1.0;   ///< Pairs that turn less often are interpolated.
-  bool truncate = true;     ///< Take floor and ceil in lo and hi.
-  /// Default: m(mscale)/m(mscale_all_dim) where both are given and not zero, else m(1), with m(k) = 0.1 k ln s + 1, or
-  /// 1 where s is at most 1.
+  bool truncate = true;     ///< Apply floor and ceil in lo and hi.
+  /// Default: m(mscale)/m(mscale_all_dim) if both are set and not zero, else m(1), where m(k) = 0.1 k ln s + 1, or 1 if
+  /// s is at most 1.
   std::optional<double> attention_factor = std::nullopt;
   std::optional<double> mscale = std::nullopt;
   std::optional<double> mscale_all_dim = std::nullopt;
@@ -103,7 +103,7 @@ struct YarnScaling {
 };
 
 /// The plan of Llama 3.1 (`apply_scaling` of https://github.com/meta-llama/llama-models). With the wavelength
-/// lam = 2 pi/w and L0 = `original_max_position_embeddings`: w' = w where lam < L0/high_freq_factor, w' = w/s where
+/// lam = 2 pi/w and L0 = `original_max_position_embeddings`: w' = w if lam < L0/high_freq_factor, w' = w/s if
 /// lam > L0/low_freq_factor, and between them
 ///
 ///     t = (L0/lam - low_freq_factor)/(high_freq_factor - low_freq_factor),    w' = (1 - t) w/s + t w.
@@ -129,9 +129,9 @@ struct LongRopeScaling {
   int64_t original_max_position_embeddings = 0;
   /// s. Default: `max_position_embeddings` / L0.
   std::optional<double> factor = std::nullopt;
-  /// Positions that the model was extended to; needed where s and an attention factor are to be derived.
+  /// Number of positions that the model was extended to. Required unless `factor` or both attention factors are set.
   std::optional<int64_t> max_position_embeddings = std::nullopt;
-  /// Default of both: sqrt(1 + ln s / ln L0), or 1 where s is at most 1.
+  /// Default of both: sqrt(1 + ln s / ln L0), or 1 if s is at most 1.
   std::optional<double> short_attention_factor = std::nullopt;
   std::optional<double> long_attention_factor = std::nullopt;
 
@@ -146,8 +146,8 @@ struct LongRopeScaling {
 };
 
 /// Partial rotation over the full head (`proportional` in transformers, as in Gemma 4): with p =
-/// `partial_rotary_factor` and r = floor(p R/2), w'_i = w_i/s for i < r, and 0 for the rest, which stays as it is. R is
-/// the head size.
+/// `partial_rotary_factor` and r = floor(p R/2), w'_i = w_i/s for i < r, and 0 for the other pairs, which are therefore
+/// not rotated. R is the head size.
 struct ProportionalScaling {
   double partial_rotary_factor = 1.0;  ///< 0 to 1.
   double factor = 1.0;
@@ -157,7 +157,7 @@ struct ProportionalScaling {
   }
 };
 
-/// Any of the plans.
+/// Any plan.
 using RotaryScaling = std::variant<
     DefaultScaling,
     LinearScaling,
@@ -172,7 +172,7 @@ using RotaryScaling = std::variant<
 ///
 /// @param rotary_dim  R: positive and even.
 /// @param base  positive; `rope_theta` in model configurations.
-/// @param seq_len  positions of the sequence, not negative. Only dynamic NTK and LongRoPE look at it.
+/// @param seq_len  length of the sequence, not negative. Only dynamic NTK and LongRoPE read it.
 /// @throws c10::Error  naming the plan and its field, what was expected and what came.
 ///
 /// Example:
@@ -196,7 +196,7 @@ POSENC_API RotaryFrequencies rotary_frequencies(int64_t rotary_dim, double base,
 POSENC_API RotaryFrequencies
 rotary_frequencies(int64_t rotary_dim, double base, const RotaryScaling& scaling, int64_t seq_len = 0);
 
-/// What the frequencies of a plan depend on: sequences with the same value have the same frequencies.
+/// A key for the frequencies of a plan: lengths `seq_len` with the same key have the same frequencies.
 ///
 /// @return dynamic NTK: n, see `DynamicNtkScaling`. LongRoPE: L0 for the short factors, L0 + 1 for the long ones.
 ///   All other plans: 0.
@@ -209,12 +209,12 @@ POSENC_API bool depends_on_length(const RotaryScaling& scaling);
 POSENC_API std::string to_string(const RotaryScaling& scaling);
 
 /// Scales of xPos (Sun et al. 2022, https://arxiv.org/abs/2212.10554): z_i^((t - floor(n/2))/scale_base) with
-/// z_i = (2i + 0.4 R)/(1.4 R), for the tokens t = 0 .. n - 1 of a causal model. Queries are multiplied with them and
-/// keys divided by them: both tables of q times the scales, both of k divided by them.
+/// z_i = (2i + 0.4 R)/(1.4 R), for the tokens t = 0 .. n - 1 of a causal model. xPos multiplies queries by the scales
+/// and divides keys by them: multiply cos and sin for q by the scales, and divide cos and sin for k by them.
 ///
 /// @param rotary_dim  R: positive and even.
 /// @param length  n: number of positions, not negative.
-/// @param scale_base  positive; 512 in the paper.
+/// @param scale_base  positive. Default: 512, as in the paper.
 /// @return float64 `[n, R/2]` on the CPU.
 ///
 /// Example:
@@ -228,22 +228,22 @@ POSENC_API at::Tensor rotary_xpos_scales(int64_t rotary_dim, int64_t length, dou
 
 // --- Tables ---------------------------------------------------------------------------------------------------
 
-/// The dtype of the tables that go with tensors of `dtype`: float64 for float64, float32 for all others.
+/// The dtype of the tables that operators require for tensors of `dtype`: float64 for float64, float32 for all others.
 POSENC_API at::ScalarType rotary_table_dtype(at::ScalarType dtype);
 
 /// Cosines and sines of `position * inv_freq`, times `attention_factor`, for positions 0 to `length - 1`.
 ///
-/// Angles are formed in float64 whatever the dtype of the result: a float32 angle is already wrong by
-/// 0.03 rad at position 1,000,000, and a bfloat16 one beyond position 256.
+/// Angles are computed in float64 whatever the dtype of the result: a float32 angle is already wrong by 0.03 rad at
+/// position 1,000,000, and a bfloat16 one beyond position 256.
 ///
-/// An operator of the dispatcher, `posenc::rotary_tables`, differentiable with respect to `inv_freq`, any number of
-/// times; deterministic. On a GPU it is one launch. The last bit of an entry may differ between devices: tables that
-/// must not are built on the CPU and copied.
+/// This is the dispatcher operator `posenc::rotary_tables`. It is differentiable with respect to `inv_freq`, any number
+/// of times; deterministic. On a GPU it is one launch. The last bit of an entry may differ between devices. For the
+/// same bits on all devices, build the tables on the CPU and copy them.
 ///
 /// @param inv_freq  float32 or float64 `[R/2]`.
 /// @param length  number of rows, not negative.
 /// @param dtype  float32 or float64; see `rotary_table_dtype`.
-/// @param attention_factor  what both tables are multiplied with, positive and finite; see `RotaryFrequencies`.
+/// @param attention_factor  factor of both tables, positive and finite; see `RotaryFrequencies`. Default: 1.
 /// @return `(cos, sin)`, each `[length, R/2]` on the device of `inv_freq`.
 /// @throws c10::Error  naming the argument, what was expected and what came, before anything is launched.
 ///

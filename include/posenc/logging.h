@@ -4,11 +4,11 @@
 
 #include <string_view>
 
-/// What the library has to say while it runs goes to standard error through one logger.
+/// The library logs messages to standard error through one logger.
 ///
 /// The level is read once from the environment variable `POSENC_LOG_LEVEL`: one of `trace`, `debug`, `info`,
-/// `warning`, `error`, `critical`, `off`; default `warning`. At `debug` the library reports tables that it
-/// builds and the kernels that it chooses; at `warning`, once each, the cases that run slower than they could.
+/// `warning`, `error`, `critical`, `off`; default `warning`. At `debug` the library reports the tables that it
+/// builds and the kernels that it chooses. At `warning` it reports each kind of call that uses a slower kernel, once.
 ///
 /// Example:
 /// ```
@@ -21,10 +21,10 @@ enum class LogLevel : int { trace, debug, info, warning, error, critical, off };
 /// Replaces the level taken from `POSENC_LOG_LEVEL`. Safe to call from any thread.
 POSENC_API void set_log_level(LogLevel level);
 
-/// The level in force.
+/// The current level.
 POSENC_API LogLevel log_level();
 
-/// Writes one line at `level`; nothing when the level in force is higher. Safe to call from any thread.
+/// Writes one line at `level`, or nothing if the current level is higher. Safe to call from any thread.
 POSENC_API void log(LogLevel level, std::string_view message);
 
 }  // namespace posenc

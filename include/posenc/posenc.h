@@ -1,6 +1,6 @@
 #pragma once
 
-// Everything: the operators, the modules, the reference versions.
+// All public headers: operators, modules and reference implementations.
 
 #include <posenc/alibi.h>
 #include <posenc/alibi_attention.h>

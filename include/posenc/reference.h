@@ -10,11 +10,11 @@
 #include <optional>
 #include <tuple>
 
-/// The operators of this library in plain LibTorch tensor operations: the statement of what each one computes,
-/// differentiated by autograd itself. Tests hold the kernels against these; they are slow on purpose.
+/// The operators of this library in plain LibTorch tensor operations, differentiated by LibTorch's autograd. They
+/// define what each operator computes, and tests compare the kernels with them. They are not optimised.
 namespace posenc::reference {
 
-/// `posenc::rotary_embedding` in tensor operations. `x` is widened to the dtype of the tables and the result
+/// `posenc::rotary_embedding` in tensor operations. `x` is converted to the dtype of the tables, and the result is
 /// rounded once.
 POSENC_API at::Tensor rotary_embedding(
     const at::Tensor& x,
@@ -68,7 +68,7 @@ POSENC_API std::tuple<at::Tensor, at::Tensor> rotary_tables(
     at::ScalarType dtype = at::kFloat,
     double attention_factor = 1.0);
 
-/// `posenc::qk_norm_rotary_embedding` in tensor operations, in the dtype of the tables and rounded once.
+/// `posenc::qk_norm_rotary_embedding` in tensor operations, computed in the dtype of the tables and rounded once.
 POSENC_API std::tuple<at::Tensor, at::Tensor> qk_norm_rotary_embedding(
     const at::Tensor& q,
     const at::Tensor& k,
@@ -92,7 +92,7 @@ POSENC_API at::Tensor alibi_bias(
     at::ScalarType dtype = at::kFloat,
     std::optional<int64_t> query_offset = std::nullopt);
 
-/// `posenc::alibi_add` in tensor operations. Scores are widened to float32 (float64 stays) and the sum rounded once.
+/// `posenc::alibi_add` in tensor operations. The sum is computed in float32 (float64 for float64) and rounded once.
 POSENC_API at::Tensor alibi_add(
     const at::Tensor& scores,
     const at::Tensor& slopes,
@@ -108,8 +108,8 @@ POSENC_API at::Tensor alibi_softmax(
     const std::optional<at::Tensor>& key_padding_mask = std::nullopt,
     std::optional<int64_t> query_offset = std::nullopt);
 
-/// `posenc::alibi_attention_with_lse` in tensor operations, with the scores in memory. Of packed sequences the host
-/// reads where they begin.
+/// `posenc::alibi_attention_with_lse` in tensor operations. It stores the scores. For packed sequences the host reads
+/// `cu_seqlens`, which waits for the device.
 POSENC_API std::tuple<at::Tensor, at::Tensor> alibi_attention(
     const at::Tensor& q,
     const at::Tensor& k,

@@ -10,43 +10,43 @@
 #include <tuple>
 
 /// Rotary position embedding (RoFormer, Su et al. 2021, https://arxiv.org/abs/2104.09864, eq. 34) as
-/// dispatcher operators: `posenc::rotary_embedding` and `posenc::rotary_embedding_qk`, both also in place, and
-/// `posenc::rotary_embedding_qkv` for packed projections, with kernels for CPU, CUDA and Meta, and derivatives of any
-/// order.
+/// dispatcher operators: `posenc::rotary_embedding` and `rotary_embedding_qk`, both also in place, and
+/// `rotary_embedding_qkv` and `rotary_embedding_pack` for packed projections. They have kernels for CPU, CUDA and Meta,
+/// and derivatives of any order.
 namespace posenc {
 
-/// Rotates the first `R = 2 * cos.size(-1)` channels of every head of `x` by the angle of its token.
+/// Rotates the first `R = 2 * cos.size(-1)` channels of each head of `x` by the angles of its token.
 ///
-/// With pair `(x1, x2)` of one head and the table row of its token,
+/// For each pair `(x1, x2)` of channels, with cos and sin from the table row of the token,
 ///
-///     y1 = x1 cos - x2 sin,    y2 = x1 sin + x2 cos;
+///     y1 = x1 cos - x2 sin,    y2 = x1 sin + x2 cos.
 ///
-/// channels `R` to `D - 1` pass through. Narrow dtypes are computed in float32 and rounded once.
+/// Channels `R` to `D - 1` are copied. float16 and bfloat16 are computed in float32 and rounded once.
 ///
-/// NaN and infinity follow from these two lines and go no further: one in `x` reaches its own pair, of one head of one
-/// token; one in a table its pair of all tokens that read the row. The same holds for gradients of `x`; in those of the
-/// tables, a NaN in `x` or in the gradient of the output reaches its pair of the row that its token read.
+/// NaN and infinity spread only as these equations say. One in `x` affects its own pair in one head of one token. One
+/// in a table affects its pair in all tokens that read the row. The same holds for gradients of `x`. In gradients of
+/// the tables, a NaN in `x` or in the gradient of the output affects its pair in the row that its token read.
 ///
 /// @param x  `[B, S, H, D]`, or `[T, H, D]` for packed sequences: float16, bfloat16, float32 or float64, any
 ///   strides (also 0) without a copy. Other layouts are views of these, made with `transpose`.
-/// @param cos,sin  `[P, R/2]`: looked up by position, or row s for token s where `positions` is absent
-///   (`P >= S`). Or `[B, S, R/2]` (B may be 1), one row a token, for `x` of four dimensions and without `positions`.
-///   float32, or float64 when `x` is float64. Any strides; dense rows are fastest. Each pair has one column:
-///   transformers' tables of full width, `cat(freqs, freqs)` of `[.., R]`, are `table.narrow(-1, 0, R / 2)` here. Given
-///   whole where R is at most half of D, they would rotate 2 R channels by the wrong angles: no shape tells (see
+/// @param cos,sin  `[P, R/2]`: looked up by position, or row s for token s without `positions` (`P >= S`). Or
+///   `[B, S, R/2]` (B may be 1), one row for each token, for `x` of four dimensions and without `positions`.
+///   float32, or float64 if `x` is float64. Any strides; dense rows are fastest. There is one column for each pair. Of
+///   the full-width tables of transformers, `cat(freqs, freqs)` of `[.., R]`, pass `table.narrow(-1, 0, R / 2)`. If R
+///   is at most D/2, a full-width table passes the checks of shapes and rotates 2 R channels by wrong angles (see
 ///   `set_position_check`).
 /// @param positions  `[S]` or `[B, S]` (`[T]` for packed `x`), int32 or int64, on the device of `x`. With `pair_axes`
-///   there are 1 to 4 axes in front: `[A, S]` or `[A, B, S]` (`[A, T]`). A position outside `[0, P)` gives NaN for
-///   its token, or, with `pair_axes`, for the pairs that read it: the host cannot see it without waiting for the
-///   device (see `set_position_check`).
+///   a dimension of 1 to 4 axes comes first: `[A, S]` or `[A, B, S]` (`[A, T]`). A position outside `[0, P)` gives NaN
+///   for its token or, with `pair_axes`, for the pairs that read it. It is not an error because the host would have to
+///   wait for the device to see it (see `set_position_check`).
 /// @param interleaved  false: pairs are channels `(i, i + R/2)` (GPT-NeoX, Llama in Hugging Face's layout);
 ///   true: `(2i, 2i + 1)` (RoFormer, GPT-J, Llama's own layout).
-/// @param conjugate  rotate backwards, which undoes the rotation; the backward pass is this operator with the
-///   flag flipped.
-/// @param pair_axes  the axis of `positions`, 0 to A - 1, that each of the `R/2` pairs reads, R/2 at most 512: the
-///   sections of M-RoPE (Qwen2-VL, Wang et al. 2024, https://arxiv.org/abs/2409.12191, section 2.1) and of 2-D grids.
-///   Tables are then looked up by position. Default, empty: all pairs read the one position of their token.
-/// @return a new tensor of the shape and dtype of `x`, in its memory layout where that is dense.
+/// @param conjugate  rotate by the negative angles, which undoes the rotation. The backward pass is this operator with
+///   the flag flipped.
+/// @param pair_axes  the axis of `positions`, 0 to A - 1, that each of the `R/2` pairs reads, for the sections of
+///   M-RoPE (Qwen2-VL, Wang et al. 2024, https://arxiv.org/abs/2409.12191, section 2.1) and for 2-D grids. R/2 is at
+///   most 512, and tables are `[P, R/2]`. Default: empty, all pairs read the one position of their token.
+/// @return a new tensor of the shape and dtype of `x`, in its memory layout if that is dense.
 /// @throws c10::Error  naming the argument, what was expected and what came, before anything is launched.
 ///
 /// Differentiable with respect to `x`, `cos` and `sin`, any number of times; deterministic.
@@ -67,8 +67,7 @@ POSENC_API at::Tensor rotary_embedding(
 
 /// Rotates queries and keys of one attention layer in one launch; everything else as `rotary_embedding`.
 ///
-/// @param q,k  `[B, S, Hq, D]` and `[B, S, Hk, D]`, or `[T, Hq, D]` and `[T, Hk, D]`: same dtype, device and
-///   sizes but for the number of heads.
+/// @param q,k  `[B, S, Hq, D]` and `[B, S, Hk, D]`, or `[T, Hq, D]` and `[T, Hk, D]`, of the same dtype and device.
 /// @return the rotated pair `(q', k')`.
 ///
 /// Example:
@@ -85,15 +84,15 @@ POSENC_API std::tuple<at::Tensor, at::Tensor> rotary_embedding_qk(
     bool conjugate = false,
     at::IntArrayRef pair_axes = {});
 
-/// `rotary_embedding` in place: `x` becomes the rotated tensor.
+/// `rotary_embedding` in place: `x` is overwritten by the rotated tensor.
 ///
-/// Differentiable with respect to `x`, any number of times, and nothing of `x` is saved. Values of `x` that other
-/// operators saved for their backward pass are stale, and autograd says so.
+/// Differentiable with respect to `x`, any number of times; `x` is not saved. If another operator saved `x` before,
+/// autograd raises an error in the backward pass of that operator.
 ///
-/// @return `x`. As a dispatcher operator it returns nothing, which is what `torch.compile` needs.
-/// @throws c10::Error  as `rotary_embedding`; also where `x` is a leaf that requires grad, where `cos` or `sin`
-///   requires grad (its gradient needs the input, which is gone), where two elements of `x` are the same memory, and
-///   where it overlaps the tables or positions.
+/// @return `x`. The dispatcher operator returns nothing, because `torch.compile` requires that.
+/// @throws c10::Error  as `rotary_embedding`; also if `x` is a leaf that requires grad, if `cos` or `sin` requires grad
+///   (its gradient needs the input, which is overwritten), if two elements of `x` share memory, or if `x` overlaps the
+///   tables or positions.
 ///
 /// Example:
 /// ```
@@ -109,8 +108,8 @@ POSENC_API at::Tensor& rotary_embedding_(
     at::IntArrayRef pair_axes = {});
 
 /// `rotary_embedding_qk` in place, in one launch; everything else as `rotary_embedding_`. `q` and `k` may be slices of
-/// one packed projection, but must not overlap. As such views, they are one launch each in the backward pass, as
-/// autograd keeps the history of every view by itself.
+/// one packed projection, but must not overlap. If one of them is a view, the backward pass launches a kernel for each,
+/// because autograd updates the history of a view by a node with one output.
 ///
 /// @return `(q, k)`.
 ///
@@ -130,18 +129,18 @@ POSENC_API std::tuple<at::Tensor&, at::Tensor&> rotary_embedding_qk_(
     bool conjugate = false,
     at::IntArrayRef pair_axes = {});
 
-/// Splits a packed projection into rotated queries, rotated keys and values, in one launch that reads it once.
+/// Splits a packed projection into rotated queries, rotated keys and values, in one launch that reads `qkv` once.
 ///
-/// @param qkv  `[B, S, (Hq + 2 Hk) D]` or `[T, (Hq + 2 Hk) D]`: all heads of q, then those of k, then those of v, as
-///   one linear layer gives them. Or `[B, S, 3, H, D]` or `[T, 3, H, D]` with `Hq = Hk = H`. Any strides; dtypes as in
+/// @param qkv  `[B, S, (Hq + 2 Hk) D]` or `[T, (Hq + 2 Hk) D]`: all heads of q, then of k, then of v, as returned by
+///   one linear layer. Or `[B, S, 3, H, D]` or `[T, 3, H, D]` with `Hq = Hk = H`. Any strides; dtypes as in
 ///   `rotary_embedding`.
-/// @param num_q_heads,num_kv_heads  Hq and Hk, at least 1; the head size D follows from the sizes.
+/// @param num_q_heads,num_kv_heads  Hq and Hk, at least 1. The head size D follows from them and the shape of `qkv`.
 /// @param cos,sin,positions,interleaved,conjugate,pair_axes  as in `rotary_embedding`.
-/// @return `(q', k', v)`: new contiguous tensors `[B, S, Hq, D]` and twice `[B, S, Hk, D]`, or without B, `[T, ..]`.
-///   v is a copy: an operator may not return a view of its input to `torch.compile`, and attention wants it dense.
-/// @throws c10::Error  as `rotary_embedding`; also where the sizes of `qkv` do not go with the numbers of heads.
+/// @return `(q', k', v)`: new contiguous tensors `[B, S, Hq, D]`, `[B, S, Hk, D]` and `[B, S, Hk, D]`, or `[T, ..]`. v
+///   is a dense copy for attention. Under `torch.compile` an operator must not return a view of its input.
+/// @throws c10::Error  as `rotary_embedding`; also if the shape of `qkv` does not match the numbers of heads.
 ///
-/// Differentiable with respect to `qkv`, `cos` and `sin`, any number of times; the gradient to `qkv` is written by one
+/// Differentiable with respect to `qkv`, `cos` and `sin`, any number of times. The gradient of `qkv` is written by one
 /// launch of `rotary_embedding_pack`, without a concatenation.
 ///
 /// Example:
@@ -159,12 +158,12 @@ POSENC_API std::tuple<at::Tensor, at::Tensor, at::Tensor> rotary_embedding_qkv(
     bool conjugate = false,
     at::IntArrayRef pair_axes = {});
 
-/// Rotates queries and keys and writes them, and the values as they are, into one packed tensor: with `conjugate`
-/// flipped it undoes `rotary_embedding_qkv` and is its backward pass, as that is the backward pass of this.
+/// Rotates queries and keys and writes them and the unchanged values into one packed tensor. With `conjugate` flipped,
+/// it is the inverse and the backward pass of `rotary_embedding_qkv`, and `rotary_embedding_qkv` is its backward pass.
 ///
-/// @param q,k,v  `[B, S, Hq, D]`, and twice `[B, S, Hk, D]`; or without B, `[T, ..]`. Any strides.
-/// @param stacked  the result is `[B, S, 3, H, D]` or `[T, 3, H, D]`, which needs `Hq = Hk`. Default: false,
-///   `[B, S, (Hq + 2 Hk) D]` or `[T, (Hq + 2 Hk) D]`.
+/// @param q,k,v  `[B, S, Hq, D]`, `[B, S, Hk, D]` and `[B, S, Hk, D]`, or `[T, ..]`. Any strides.
+/// @param stacked  true: the result is `[B, S, 3, H, D]` or `[T, 3, H, D]`, which requires `Hq = Hk = H`. Default:
+///   false, `[B, S, (Hq + 2 Hk) D]` or `[T, (Hq + 2 Hk) D]`.
 /// @param cos,sin,positions,interleaved,conjugate,pair_axes  as in `rotary_embedding`.
 /// @return a new contiguous tensor.
 ///
@@ -187,14 +186,13 @@ POSENC_API at::Tensor rotary_embedding_pack(
     bool conjugate = false,
     at::IntArrayRef pair_axes = {});
 
-/// Turns the check of `positions` against the tables on or off (default off; on at start when the environment
-/// variable `POSENC_CHECK_POSITIONS` is set to something other than 0). While it is on, a position outside
-/// the tables is an error instead of NaN, and so are tables whose left and right halves are equal, as those of
-/// transformers are (`cat(freqs, freqs)`); not where `pair_axes` are given, as tables of grids may be like that. The
-/// price is waiting for the device in every call.
+/// Turns the check of `positions` and tables on or off. Default: off, or on if the environment variable
+/// `POSENC_CHECK_POSITIONS` has a value other than 0. While it is on, a position outside the tables is an error instead
+/// of NaN. Full-width tables of transformers (`cat(freqs, freqs)`), whose left and right halves are equal, are an error
+/// too, except with `pair_axes`, since tables of grids may have equal halves. Every call then waits for the device.
 POSENC_API void set_position_check(bool enabled);
 
-/// Whether positions are checked; see `set_position_check`.
+/// Whether the check of `set_position_check` is on.
 POSENC_API bool position_check();
 
 }  // namespace posenc

@@ -113,7 +113,7 @@ void check_layer_type(const std::optional<std::string>& layer_type, const std::v
   }
 }
 
-/// The distinct values of a list with one entry for each layer, of the layers that `layer` means.
+/// The distinct values of the layers that `layer` selects. `values` has one entry for each layer.
 std::set<double> values_of(const std::vector<double>& values, const HfLayer& layer, const Fields& model) {
   const std::vector<std::string> types = model.strings("layer_types").value_or(std::vector<std::string>());
   std::set<double> found;
@@ -142,7 +142,7 @@ HfModelConfig::HfModelConfig(const std::string& path_or_json) : name_("config.js
   const Json file = parsed(text_of(path_or_json));
   const Json* model = &Fields(file, name_).json();
   type_ = Fields(*model, name_).string("model_type").value_or("");
-  // The text model may leave out its model_type; the model around it implies it.
+  // The text model may leave out its model_type; then the enclosing model determines it.
   for (bool inside = true; inside;) {
     inside = false;
     for (const std::string& key : text_keys()) {
@@ -167,7 +167,8 @@ HfModelConfig::HfModelConfig(const std::string& path_or_json) : name_("config.js
   Json given = *model;
   rename_fields(given, row());
   fields_.merge_patch(given);
-  for (const char* key : {"rope_scaling", "rope_parameters"}) {  // null in them means layers without rotation
+  // merge_patch drops fields that are null. In these objects null means layers without rotation.
+  for (const char* key : {"rope_scaling", "rope_parameters"}) {
     if (given.contains(key)) {
       fields_[key] = given[key];
     }
@@ -352,7 +353,7 @@ Json HfModelConfig::overrides_of(const HfLayer& layer) const {
     return Json::object();
   }
   const auto types = fields().strings("layer_types").value_or(std::vector<std::string>());
-  // Without a list of layer types, the defaults say which layers have their own fields.
+  // Without layer_types, the line of the model_type in hf_models.json names the type of these layers.
   const std::string apart = row().string("per_layer_type").value_or(kFullAttention);
   for (const auto& [key, value] : by_index->json().items()) {
     if (key.empty() || key.size() > 9 || key.find_first_not_of("0123456789") != std::string::npos) {

@@ -22,7 +22,7 @@ struct HfLayer {
   Fields plan() const { return {parameters, parameters_name}; }
 };
 
-/// The text model of a file, or its only model.
+/// The model that is read from a file: its text model, or its only model.
 class HfModelConfig {
  public:
   /// @param path_or_json  a path, or the text of the file, which begins with `{`.
@@ -37,7 +37,7 @@ class HfModelConfig {
   Fields fields() const { return {fields_, name_}; }
 
   /// The layers that `layer_type` of `from_hf_config` selects.
-  /// @throws c10::Error  if layers differ and it is not given, if there is no such layer, or if it is not rotated.
+  /// @throws c10::Error  if layers differ and no type is given, if there is no such layer, or if it is not rotated.
   HfLayer layer(const std::optional<std::string>& layer_type) const;
 
   /// `rope_theta` of these layers.

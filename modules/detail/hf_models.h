@@ -20,7 +20,7 @@
 /// - `layer_types`: names of the layer types.
 /// - `unrotated`: layer types without rotary embedding; `unrotated_with`: only if this field is set.
 /// - `per_layer_type`: the layer type of `per_layer_config` if there are no `layer_types`.
-/// - `requires`: values of fields without which the model has no rotary embedding.
+/// - `requires`: values of fields; if a field has another value, the model has no rotary embedding.
 /// - `axes`: assignment of pairs to axes of the positions: `sections`, `interleaved` (sections as in Qwen3-VL), `hwt`
 ///   (ERNIE 4.5 VL), `alternating`, `grid`, `grid_wh`, `grid_alternating_wh`, `grid_strided` (Pixtral) or `none`.
 ///   Default: `sections`, or `interleaved` if the file sets `mrope_interleaved`.
@@ -29,7 +29,7 @@
 /// - `tail`: the last `partial_rotary_factor * head_dim` channels of a head are rotated, as a separate tensor.
 /// - `text`: the model_type of the contained text model. The other fields are for files that leave it out.
 /// - `like`: the model_type whose line provides all fields that this line lacks.
-/// - `error`: the reason why there are no options.
+/// - `error`: the reason why `from_hf_config` cannot return options for the model.
 namespace posenc::detail {
 
 /// The line of `model_type`, completed by that of `like`; an empty object if there is none.

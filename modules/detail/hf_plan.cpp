@@ -46,7 +46,7 @@ void warn_of_other_fields(const Plan& plan, const Fields& parameters) {
       const auto in = [&field](const Plan& one) {
         return std::find(one.fields.begin(), one.fields.end(), field) != one.fields.end();
       };
-      // A field of several plans is listed once, at its first plan.
+      // A field that several plans read is reported once, for the first of them.
       const bool first = &*std::find_if(plans().begin(), plans().end(), in) == &other;
       if (first && !in(plan) && parameters.has(field)) {
         log(LogLevel::warning,

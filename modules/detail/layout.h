@@ -4,7 +4,7 @@
 
 #include <torch/types.h>
 
-// The order of dimensions of the inputs of modules that rotate heads.
+// The order of the dimensions of inputs, for modules that rotate heads.
 namespace posenc::detail {
 
 inline const char* name_of(Layout layout) {
@@ -21,7 +21,7 @@ inline const char* name_of(Layout layout) {
   return "unknown";
 }
 
-/// A view in the operators' order of dimensions. It is its own inverse.
+/// A view of `x` in the order of dimensions of the operators, `[B, S, H, D]` or `[T, H, D]`. It is its own inverse.
 inline torch::Tensor reordered(const torch::Tensor& x, Layout layout) {
   switch (layout) {
     case Layout::sbhd:
@@ -33,7 +33,7 @@ inline torch::Tensor reordered(const torch::Tensor& x, Layout layout) {
   }
 }
 
-/// @throws c10::Error  naming `module` and `name` where `x` does not have the heads that `options` ask for.
+/// @throws c10::Error  naming `module` and `name` if `x` is undefined or not of the layout and head size of `options`.
 inline void check_input(
     const char* module,
     const char* name,

@@ -4,7 +4,7 @@
 
 namespace posenc::detail {
 
-/// The device that a tensor would report: `cuda` becomes the current device.
+/// `device` as tensors report it, with an index: `cuda` becomes the current CUDA device.
 inline torch::Device resolved(const torch::Device& device) {
   return device.has_index() || device.is_cpu() ? device : torch::empty({0}, device).device();
 }

@@ -68,7 +68,7 @@ RotaryTableCache::Set& RotaryTableCache::find_or_add_set(int64_t seq_len) {
     sets_.splice(sets_.begin(), sets_, found);
     return sets_.front();
   }
-  // Frequencies that depend on the length are used for no longer sequence, so their tables need no spare rows.
+  // Frequencies of dynamic NTK beyond max_position_embeddings serve one length only: their tables need no spare rows.
   const auto* dynamic = std::get_if<DynamicNtkScaling>(&source_.scaling);
   const bool of_one_length = dynamic != nullptr && frequency_length > dynamic->max_position_embeddings;
   const torch::InferenceMode no_inference(false);
@@ -96,7 +96,7 @@ const RotaryTableCache::Table* RotaryTableCache::find(const Set& set, const torc
 }
 
 /// Builds tables on the CPU, so that every device has the same bits. The copy is synchronous, so that no other stream
-/// reads a table before it is complete. Tables are no inference tensors, because a training step may use them later.
+/// reads a table before it is complete. Tables are not inference tensors, because a training step may use them later.
 const RotaryTableCache::Table& RotaryTableCache::find_or_build(
     Set& set,
     int64_t length,

@@ -12,7 +12,7 @@
 
 namespace posenc::detail {
 
-/// The parameters of tables.
+/// The parameters that determine tables.
 struct RotaryTableSource {
   int64_t rotary_dim;
   double base;

@@ -8,7 +8,7 @@ Example::
     cos, sin = posenc.rotary_tables(1 / 10000 ** (torch.arange(0, 128, 2) / 128), 4096)
     q = posenc.rotary_embedding(torch.randn(1, 4096, 32, 128), cos, sin)
 
-``python -m posenc --cmake-dir`` prints where the CMake package for C++ is.
+``python -m posenc --cmake-dir`` prints the folder of the CMake package for C++.
 """
 
 import os
@@ -63,7 +63,7 @@ _package = pathlib.Path(__file__).resolve().parent
 
 
 def library_path() -> str:
-    """The file of the library: that of this package, or the one that the environment variable POSENC_LIBRARY names."""
+    """Path of libposenc: the environment variable POSENC_LIBRARY if it is set, else the library of this package."""
     built = os.environ.get("POSENC_LIBRARY")
     if built:
         return built
@@ -77,12 +77,12 @@ def library_path() -> str:
 
 
 def include_dir() -> str:
-    """The folder of the headers for C++."""
+    """Path of the folder of the C++ headers."""
     return str(_package / "include")
 
 
 def cmake_dir() -> str:
-    """The folder of posencConfig.cmake, for ``find_package(posenc)`` with ``-Dposenc_DIR=``."""
+    """Path of the folder of posencConfig.cmake, for ``find_package(posenc)`` with ``-Dposenc_DIR=``."""
     return str(_package / "lib" / "cmake" / "posenc")
 
 

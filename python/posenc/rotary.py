@@ -3,18 +3,18 @@
 Arguments that all functions share:
 
 ``cos``, ``sin``
-    ``[P, R/2]``: looked up by position, or row s for token s where ``positions`` is absent (``P >= S``). Or
-    ``[B, S, R/2]``, one row a token, without ``positions``. float32, or float64 with float64 tensors. Each pair has one
-    column: tables of full width, ``cat(freqs, freqs)``, are ``table[..., : R // 2]`` here.
+    ``[P, R/2]``: looked up by position, or row s for token s without ``positions`` (``P >= S``). Or ``[B, S, R/2]``,
+    one row for each token, without ``positions``. float32, or float64 for float64 tensors. There is one column for each
+    pair: of full-width tables, ``cat(freqs, freqs)``, pass ``table[..., : R // 2]``.
 ``positions``
     ``[S]`` or ``[B, S]`` (``[T]`` for packed tensors), int32 or int64, on the device of the tensors. With ``pair_axes``
-    there are 1 to 4 axes in front. A position outside the tables gives NaN for its token, or for the pairs that read
-    it; with the environment variable ``POSENC_CHECK_POSITIONS=1`` it is an error.
+    a dimension of 1 to 4 axes comes first. A position outside the tables gives NaN for its token or, with
+    ``pair_axes``, for the pairs that read it. The environment variable ``POSENC_CHECK_POSITIONS=1`` makes it an error.
 ``interleaved``
     False: pairs are channels ``(i, i + R/2)`` (GPT-NeoX, Llama in Hugging Face's layout). True: ``(2i, 2i + 1)``
     (RoFormer, GPT-J, Llama's own layout).
 ``conjugate``
-    Rotate backwards, which undoes the rotation.
+    Rotate by the negative angles, which undoes the rotation.
 ``pair_axes``
     The axis of ``positions`` that each of the R/2 pairs reads, as in M-RoPE (Qwen2-VL, Wang et al. 2024,
     https://arxiv.org/abs/2409.12191, section 2.1). Empty: all pairs read the one position of their token.
@@ -38,18 +38,18 @@ def rotary_embedding(
     conjugate: bool = False,
     pair_axes: Sequence[int] = (),
 ) -> Tensor:
-    """Rotates the first ``R = 2 * cos.size(-1)`` channels of every head of ``x`` by the angle of its token.
+    """Rotates the first ``R = 2 * cos.size(-1)`` channels of each head of ``x`` by the angles of its token.
 
-    With pair ``(x1, x2)`` of one head and the table row of its token, ``y1 = x1 cos - x2 sin`` and
-    ``y2 = x1 sin + x2 cos``; channels R to D - 1 pass through. Narrow dtypes are computed in float32 and rounded once.
-    Differentiable with respect to ``x``, ``cos`` and ``sin``, any number of times; deterministic.
+    For each pair ``(x1, x2)`` of channels and the table row of the token, ``y1 = x1 cos - x2 sin`` and
+    ``y2 = x1 sin + x2 cos``. Channels R to D - 1 are copied. float16 and bfloat16 are computed in float32 and rounded
+    once. Differentiable with respect to ``x``, ``cos`` and ``sin``, any number of times; deterministic.
 
     Args:
         x: ``[B, S, H, D]``, or ``[T, H, D]`` for packed sequences: float16, bfloat16, float32 or float64, any strides.
         cos: see :mod:`posenc.rotary`, as for ``sin``, ``positions``, ``interleaved``, ``conjugate`` and ``pair_axes``.
 
     Returns:
-        A new tensor of the shape and dtype of ``x``, in its memory layout where that is dense.
+        A new tensor of the shape and dtype of ``x``, in its memory layout if that is dense.
 
     Raises:
         RuntimeError: naming the argument, what was expected and what came, before anything is launched.
@@ -73,12 +73,12 @@ def rotary_embedding_(
     conjugate: bool = False,
     pair_axes: Sequence[int] = (),
 ) -> Tensor:
-    """:func:`rotary_embedding` in place: ``x`` becomes the rotated tensor, and nothing of it is saved.
+    """:func:`rotary_embedding` in place: ``x`` is overwritten by the rotated tensor and not saved.
 
     Args:
         x: neither a leaf that requires a gradient nor a tensor whose elements share memory.
-        cos: as in :func:`rotary_embedding`, but neither ``cos`` nor ``sin`` may require a gradient, as it needs the
-            input; likewise ``positions``, ``interleaved``, ``conjugate`` and ``pair_axes``.
+        cos: as in :func:`rotary_embedding`; likewise ``sin``, ``positions``, ``interleaved``, ``conjugate`` and
+            ``pair_axes``. ``cos`` and ``sin`` must not require a gradient, which needs the overwritten input.
 
     Returns:
         ``x``.
@@ -132,7 +132,7 @@ def rotary_embedding_qk_(
     """:func:`rotary_embedding_qk` in place, in one launch; everything else as :func:`rotary_embedding_`.
 
     Args:
-        q: with ``k`` these may be slices of one packed projection, but must not overlap.
+        q: may be a slice of the same packed projection as ``k``, but must not overlap it.
         cos: as in :func:`rotary_embedding_`; likewise ``sin``, ``positions``, ``interleaved``, ``conjugate`` and
             ``pair_axes``.
 
@@ -160,7 +160,7 @@ def rotary_embedding_qkv(
     """Splits a packed projection into rotated queries, rotated keys and values, in one launch that reads it once.
 
     Args:
-        qkv: ``[B, S, (Hq + 2 Hk) D]`` or ``[T, (Hq + 2 Hk) D]``: all heads of q, then those of k, then those of v. Or
+        qkv: ``[B, S, (Hq + 2 Hk) D]`` or ``[T, (Hq + 2 Hk) D]``: all heads of q, then of k, then of v. Or
             ``[B, S, 3, H, D]`` or ``[T, 3, H, D]`` with ``Hq = Hk = H``. Any strides.
         num_q_heads: Hq, at least 1.
         num_kv_heads: Hk, at least 1.
@@ -168,7 +168,7 @@ def rotary_embedding_qkv(
             ``pair_axes``.
 
     Returns:
-        ``(q, k, v)``: new contiguous tensors ``[B, S, Hq, D]`` and twice ``[B, S, Hk, D]``, or without B.
+        ``(q, k, v)``: new contiguous tensors ``[B, S, Hq, D]`` and twice ``[B, S, Hk, D]``, or ``[T, ..]``.
 
     Example::
 
@@ -200,14 +200,14 @@ def rotary_embedding_pack(
     conjugate: bool = False,
     pair_axes: Sequence[int] = (),
 ) -> Tensor:
-    """Rotates queries and keys and writes them, and the values as they are, into one packed tensor.
+    """Rotates queries and keys and writes them and the unchanged values into one packed tensor.
 
-    With ``conjugate`` it undoes :func:`rotary_embedding_qkv`.
+    With ``conjugate`` flipped it is the inverse of :func:`rotary_embedding_qkv`.
 
     Args:
-        q: ``[B, S, Hq, D]``, or without B, ``[T, Hq, D]``.
-        k: ``[B, S, Hk, D]``, as is ``v``; or without B.
-        stacked: the result is ``[B, S, 3, H, D]`` or ``[T, 3, H, D]``, which needs ``Hq = Hk``.
+        q: ``[B, S, Hq, D]`` or ``[T, Hq, D]``.
+        k: ``[B, S, Hk, D]`` or ``[T, Hk, D]``, like ``v``.
+        stacked: whether the result is ``[B, S, 3, H, D]`` or ``[T, 3, H, D]``, which requires ``Hq = Hk = H``.
         cos: as in :func:`rotary_embedding`; likewise ``sin``, ``positions``, ``interleaved``, ``conjugate`` and
             ``pair_axes``.
 
@@ -237,9 +237,9 @@ def rotary_tables(
 
     Args:
         inv_freq: ``[R/2]`` float32 or float64: radians per position.
-        length: rows of the tables.
-        dtype: float32 or float64. bfloat16 tables are wrong from position 257 on.
-        attention_factor: both tables are multiplied by it (YaRN, https://arxiv.org/abs/2309.00071, section 3.4).
+        length: number of rows of the tables.
+        dtype: float32 or float64. bfloat16 tables would be wrong from position 257 on.
+        attention_factor: factor of both tables (YaRN, https://arxiv.org/abs/2309.00071, section 3.4).
 
     Returns:
         Two tensors ``[length, R/2]`` on the device of ``inv_freq``.
@@ -266,20 +266,20 @@ def qk_norm_rotary_embedding(
     conjugate: bool = False,
     pair_axes: Sequence[int] = (),
 ) -> Tuple[Tensor, Tensor]:
-    """RMSNorm over each head of ``q`` and of ``k`` with weights of their own, then :func:`rotary_embedding_qk`.
+    """RMSNorm over each head, with ``q_weight`` or ``k_weight``, then :func:`rotary_embedding_qk`.
 
     ``z = x / sqrt(mean(x^2) + eps) * w`` (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467, eq. 4, for queries
     and keys as in Henry et al. 2020, https://arxiv.org/abs/2010.04245), then z with its first R channels rotated.
-    Narrow dtypes are computed in float32 from end to end and rounded once. Differentiable with respect to ``q``, ``k``,
-    the weights, ``cos`` and ``sin``, any number of times.
+    float16 and bfloat16 are computed in float32 and rounded once, at the end. Differentiable with respect to ``q``,
+    ``k``, the weights, ``cos`` and ``sin``, any number of times.
 
     Args:
-        q: as in :func:`rotary_embedding_qk`, as is ``k``. On CUDA D is at most 4096.
-        q_weight: ``[D]``, as is ``k_weight``: of the dtype of ``q``, or float32 (float64 for float64).
+        q: as in :func:`rotary_embedding_qk`, like ``k``. On CUDA D is at most 4096.
+        q_weight: ``[D]``, like ``k_weight``: both of the dtype of ``q``, or both float32 (float64 for float64).
         cos: as in :func:`rotary_embedding`; likewise ``sin``, ``positions``, ``interleaved``, ``conjugate`` and
             ``pair_axes``.
         eps: positive.
-        unit_offset: the weight is ``1 + w`` (Gemma 3) instead of ``w`` (Qwen3).
+        unit_offset: whether the weight is ``1 + w`` (Gemma 3) instead of ``w`` (Qwen3).
 
     Returns:
         New tensors of the shapes and dtype of ``q`` and ``k``.

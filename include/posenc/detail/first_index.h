@@ -8,10 +8,10 @@
 
 namespace posenc::detail {
 
-/// Index of the first element of `mask`, a bool tensor, that is true: one number for each dimension. At least one
-/// element must be true. Waits for the device of `mask`.
+/// Index of the first true element of the bool tensor `mask`, one number for each dimension. At least one element must
+/// be true. Waits for the device of `mask`.
 inline std::vector<int64_t> first_index(const at::Tensor& mask) {
-  const at::Tensor index = at::nonzero(mask).select(0, 0).cpu().contiguous();  // columns of nonzero() are dense
+  const at::Tensor index = at::nonzero(mask).select(0, 0).cpu().contiguous();  // rows of nonzero() are strided
   return {index.const_data_ptr<int64_t>(), index.const_data_ptr<int64_t>() + index.numel()};
 }
 

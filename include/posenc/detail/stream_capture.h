@@ -6,8 +6,8 @@
 
 namespace posenc::detail {
 
-/// Whether work that is issued now on the current stream of `device` is captured into a graph instead of being run.
-/// Memory that it reads must then stay as long as the graph does. False on devices without graphs.
+/// Whether the current stream of `device` is being captured into a CUDA graph. Memory that captured kernels read must
+/// stay allocated during the lifetime of the graph. False on other devices than CUDA.
 POSENC_API bool is_capturing(const c10::Device& device);
 
 }  // namespace posenc::detail

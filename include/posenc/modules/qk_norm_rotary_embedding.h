@@ -21,28 +21,28 @@ namespace posenc {
 /// ```
 /// // Qwen3
 /// posenc::QKNormRotaryEmbeddingOptions(posenc::RotaryEmbeddingOptions(128).base(1000000));
-/// // Gemma 3, its layers of global attention
+/// // Gemma 3, layers of global attention
 /// posenc::QKNormRotaryEmbeddingOptions(posenc::RotaryEmbeddingOptions(256).base(1000000)).unit_offset(true);
 /// ```
 struct POSENC_API QKNormRotaryEmbeddingOptions {
-  /// Heads of `head_dim` channels, rotated as `RotaryEmbeddingOptions` has it by default.
+  /// Heads of `head_dim` channels, with the default `RotaryEmbeddingOptions`.
   /* implicit */ QKNormRotaryEmbeddingOptions(int64_t head_dim);
   /* implicit */ QKNormRotaryEmbeddingOptions(RotaryEmbeddingOptions rotary);
 
-  /// The rotation, and with it the head size and the order of the dimensions of q and k.
+  /// Options of the rotation, which include the head size and the order of the dimensions of q and k.
   TORCH_ARG(RotaryEmbeddingOptions, rotary);
   /// Added to the mean square; `rms_norm_eps` of model configurations. Positive. Default: 1e-6.
   TORCH_ARG(double, eps) = 1e-6;
-  /// The weights are `1 + w` (Gemma 3) instead of `w` (Qwen3). Default: false.
+  /// Whether the weights are `1 + w` (Gemma 3) instead of `w` (Qwen3). Default: false.
   TORCH_ARG(bool, unit_offset) = false;
 };
 
 /// RMSNorm over each head of queries and keys, then the rotary embedding, in one pass over both: see
 /// `qk_norm_rotary_embedding`.
 ///
-/// Its parameters are `q_weight` and `k_weight`, `[head_dim]`, all ones, or all zeros with `unit_offset`. They are
-/// converted with the module, as any parameter, and take tensors of their own dtype, or, while they are float32, of
-/// float16 and bfloat16 too. The rotation is the submodule `rotary`, whose tables are never converted.
+/// Its parameters are `q_weight` and `k_weight`, `[head_dim]`, initially ones, or zeros with `unit_offset`. `to(dtype)`
+/// converts them like any parameter. q and k must have the dtype of the weights; float32 weights also accept float16
+/// and bfloat16. The rotation is the submodule `rotary`, whose tables are never converted.
 ///
 /// Example:
 /// ```
@@ -53,7 +53,7 @@ class POSENC_API QKNormRotaryEmbeddingImpl : public torch::nn::Cloneable<QKNormR
  public:
   explicit QKNormRotaryEmbeddingImpl(QKNormRotaryEmbeddingOptions options_);
 
-  /// Checks the options and starts the parameters anew. Call it after a change to `options`.
+  /// Checks the options and initialises the parameters. Call it after a change to `options`.
   void reset() override;
 
   void pretty_print(std::ostream& stream) const override;
@@ -61,7 +61,7 @@ class POSENC_API QKNormRotaryEmbeddingImpl : public torch::nn::Cloneable<QKNormR
   /// Normalises and rotates `q` and `k` in one launch.
   ///
   /// @param q,k,positions,seq_len  as in `RotaryEmbeddingImpl::forward`.
-  /// @return the pair, in the same order of dimensions.
+  /// @return the normalised and rotated pair, in the same order of dimensions.
   std::tuple<torch::Tensor, torch::Tensor> forward(
       const torch::Tensor& q,
       const torch::Tensor& k,
@@ -72,7 +72,7 @@ class POSENC_API QKNormRotaryEmbeddingImpl : public torch::nn::Cloneable<QKNormR
 
   torch::Tensor q_weight, k_weight;
 
-  /// The rotation; `rotary->reserve` makes its tables longer.
+  /// The rotation. `rotary->reserve` builds longer tables.
   RotaryEmbedding rotary = nullptr;
 
  protected:
@@ -81,7 +81,7 @@ class POSENC_API QKNormRotaryEmbeddingImpl : public torch::nn::Cloneable<QKNormR
       {3, torch::nn::AnyValue(std::optional<int64_t>())})
 };
 
-/// A `ModuleHolder` of `QKNormRotaryEmbeddingImpl`, as LibTorch's own modules are.
+/// A `ModuleHolder` of `QKNormRotaryEmbeddingImpl`, like the modules of LibTorch.
 TORCH_MODULE(QKNormRotaryEmbedding);
 
 }  // namespace posenc

@@ -5,8 +5,8 @@
 
 namespace posenc::detail {
 
-/// A module whose parameters keep their dtype when a model is converted: they are moved to a device and nothing else.
-/// Slopes and frequencies are multiplied with positions, and bfloat16 holds them with 8 bits.
+/// A module whose parameters keep their dtype: `to` moves them to a device and ignores the dtype. Slopes and
+/// frequencies are multiplied by positions, so the 8 bits of bfloat16 would give large errors.
 template <typename Derived>
 class KeepsDtype : public torch::nn::Cloneable<Derived> {
  public:
