@@ -1,9 +1,8 @@
-#include "alibi_attention_support.h"
+#include "alibi_attention_cuda_support.h"
 #include "cuda_support.h"
 #include "gradcheck.h"
 
 #include <posenc/logging.h>
-#include <posenc/reference.h>
 
 #include <ATen/ATen.h>
 #include <ATen/Context.h>
@@ -41,169 +40,8 @@ void require_fused() {
   }
 }
 
-/// The log output of `action`, at level debug.
-std::string logged(const std::function<void()>& action) {
-  const LogLevel before = log_level();
-  set_log_level(LogLevel::debug);
-  ::testing::internal::CaptureStderr();
-  action();
-  std::string text = ::testing::internal::GetCapturedStderr();
-  set_log_level(before);
-  return text;
-}
-
-constexpr const char* kNotFused = "in blocks of matrix products";
-
-double relative_error(const at::Tensor& actual, const at::Tensor& expected) {
-  const at::Tensor a = actual.detach().to(at::kDouble);
-  const at::Tensor e = expected.detach().to(at::kDouble);
-  return ((a - e).norm() / e.norm()).item<double>();
-}
-
-/// out and lse, and the gradients of q, k, v and slopes for `grad`, the gradient of out in its dtype.
-TensorList everything(const AttentionInputs& inputs, const at::Tensor& grad) {
-  const AttentionInputs in = attention_leaves(inputs);
-  const auto [out, lse] = attend_with_lse(in);
-  TensorList results = gradients({out}, {in.q, in.k, in.v, in.slopes}, {grad});
-  results.insert(results.begin(), {out, lse});
-  return results;
-}
-
-/// The same results by the reference version in float64.
-TensorList everything_in_float64(const AttentionInputs& inputs, const at::Tensor& grad) {
-  AttentionInputs wide = inputs;
-  for (at::Tensor* tensor : {&wide.q, &wide.k, &wide.v, &wide.slopes}) {
-    *tensor = tensor->to(at::kDouble);
-  }
-  wide = attention_leaves(wide);
-  const auto [out, lse] = reference::alibi_attention(wide.q, wide.k, wide.v, wide.slopes, wide.options);
-  TensorList results = gradients({out}, {wide.q, wide.k, wide.v, wide.slopes}, {grad.to(at::kDouble)});
-  results.insert(results.begin(), {out, lse});
-  return results;
-}
-
-constexpr const char* kNames[] = {"out", "lse", "dq", "dk", "dv", "dslopes"};
-constexpr size_t kFirstGradientOfScores = 2;
-constexpr size_t kGradientOfValues = 4;
-
-/// Tolerance of `relative_error`. The independent roundings of `out` and of the probabilities amount to about one unit
-/// roundoff in the norm. Gradients also have those of `out` and dS. The terms of a slope gradient mostly cancel.
-double tolerance(size_t result, at::ScalarType dtype) {
-  const double u = unit_roundoff(dtype);
-  constexpr double kOfLse = 1e-5;
-  constexpr double kOfSlopes = 0.01;
-  const double all[] = {u, kOfLse, 2 * u, 2 * u, 2 * u, kOfSlopes};
-  return all[result];
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 // Every form of cuDNN graph
-
-std::vector<AttentionCase> forms() {
-  std::vector<AttentionCase> cases;
-  const auto add = [&cases](const std::string& name, const AttentionCase& base, const auto& change) {
-    AttentionCase c = base;
-    c.name = name + "S" + std::to_string(base.q_len) + "D" + std::to_string(base.head_dim);
-    change(c);
-    cases.push_back(c);
-  };
-  const auto add_all_lengths = [&](const AttentionCase& base) {
-    add("Causal", base, [](AttentionCase& c) { c.causal = true; });
-    add("CausalAtTheEnd", base, [](AttentionCase& c) { c.causal = true, c.q_len = c.k_len / 2; });
-    add("Symmetric", base, [](AttentionCase&) {});
-  };
-  const auto of = [](int64_t length, int64_t head_dim) {
-    AttentionCase c;
-    c.q_len = c.k_len = length;
-    c.head_dim = head_dim;
-    c.largest_slope = 0.5;
-    return c;
-  };
-  for (const int64_t length : {257, 448, 2048}) {
-    for (const int64_t head_dim : {64, 96, 128, 256}) {
-      add_all_lengths(of(length, head_dim));
-    }
-  }
-  for (const int64_t head_dim : {32, 80, 192}) {
-    add_all_lengths(of(257, head_dim));
-  }
-  // Fewer keys than a tile of the fused kernels.
-  for (const int64_t keys : {2, 3, 7, 8, 16, 31, 64, 100, 127, 128, 129, 255, 256}) {
-    const AttentionCase base = of(keys, keys % 2 == 0 ? 64 : 128);
-    add("CausalFewKeys", base, [](AttentionCase& c) { c.causal = true; });
-    add("SymmetricFewKeys", base, [](AttentionCase&) {});
-    add("CausalOneQueryFewKeys", base, [](AttentionCase& c) { c.causal = true, c.q_len = 1; });
-    add("ManyQueriesFewKeys", base, [](AttentionCase& c) { c.q_len = 300, c.query_offset = 0; });
-  }
-  for (const int64_t queries : {2, 64, 300}) {
-    add("OneKey", of(queries, 128), [](AttentionCase& c) { c.k_len = 1; });
-    add("OneKeyBehind", of(queries, 64), [](AttentionCase& c) { c.k_len = 1, c.query_offset = 0; });
-  }
-  for (const int64_t length : {257, 448, 512}) {
-    const AttentionCase base = of(length, 128);
-    for (const int64_t count : {1, 2, 17}) {
-      add("CausalLast" + std::to_string(count) + "Of", base, [=](AttentionCase& c) {
-        c.causal = true;
-        c.q_len = count;
-      });
-      add("SymmetricLast" + std::to_string(count) + "Of", base, [=](AttentionCase& c) { c.q_len = count; });
-    }
-    for (const int64_t offset : {-100, 0, 100, 3000}) {
-      add("SymmetricOffset" + std::string(offset < 0 ? "Minus" : "") + std::to_string(std::abs(offset)) + "Of", base,
-          [=](AttentionCase& c) { c.query_offset = offset; });
-    }
-    add("CausalBehindAllKeys", base, [](AttentionCase& c) { c.causal = true, c.query_offset = c.k_len + 5; });
-    for (const bool causal : {false, true}) {
-      const std::string suffix = causal ? "Causal" : "";
-      // seqlens_q and seqlens_k, with one query_offset for all sequences.
-      add("Padded" + suffix, base, [=](AttentionCase& c) {
-        c.causal = causal;
-        c.batch = 3;
-        c.query_offset = 0;
-        c.seqlens_q = c.seqlens_k = {c.k_len, 0, 130};
-      });
-      add("PaddedKeys" + suffix, base, [=](AttentionCase& c) {
-        c.causal = causal;
-        c.batch = 3;
-        c.query_offset = 0;
-        c.seqlens_k = {c.k_len, 0, 130};
-      });
-      add("PaddedAtTheEnd" + suffix, base, [=](AttentionCase& c) {
-        c.causal = causal;
-        c.q_len = 96;
-        c.query_offset = c.k_len - c.q_len;
-        c.seqlens_k = {c.k_len, 200};
-        c.seqlens_q = {50, 96};
-      });
-      add("Packed" + suffix, base, [=](AttentionCase& c) {
-        c.causal = causal;
-        c.cu_seqlens_q = {0, c.q_len / 2, c.q_len};
-      });
-      // Sequences of such different lengths are computed in several padded batches.
-      add("PackedOfManyLengths" + suffix, base, [=](AttentionCase& c) {
-        c.causal = causal;
-        c.cu_seqlens_q = {0, 1, 3, 6, 6, 6, 16, 27, 130, 130, c.q_len};
-      });
-    }
-    for (const bool causal : {false, true}) {
-      add(causal ? "HeadMajorCausal" : "HeadMajor", base, [=](AttentionCase& c) {
-        c.causal = causal;
-        c.strides = Strides::head_major;
-      });
-      add(causal ? "OneKeyHeadCausal" : "OneKeyHead", base, [=](AttentionCase& c) {
-        c.causal = causal;
-        c.q_heads = 8;
-        c.k_heads = 1;
-      });
-      add(causal ? "HeadSliceCausal" : "HeadSlice", base, [=](AttentionCase& c) {
-        c.causal = causal;
-        c.strides = Strides::head_slice;
-        c.every_other_slope = true;
-      });
-    }
-  }
-  return cases;
-}
 
 class AlibiAttentionForms : public ::testing::TestWithParam<std::tuple<at::ScalarType, AttentionCase>> {
  protected:
@@ -216,32 +54,14 @@ TEST_P(AlibiAttentionForms, AreFusedAndRight) {
   const at::Tensor grad = at::randn(in.q.sizes(), at::kFloat).to(in.q.options());
   TensorList actual;
   EXPECT_EQ(logged([&] { actual = everything(in, grad); }).find(kNotFused), std::string::npos);
-  const TensorList expected = everything_in_float64(in, grad);
-  for (size_t i = 0; i < actual.size(); ++i) {
-    SCOPED_TRACE(kNames[i]);
-    const at::Tensor infinite = expected[i].isinf();
-    EXPECT_TRUE(actual[i].isinf().eq(infinite).all().item<bool>());
-    const at::Tensor result = actual[i].masked_fill(infinite, 0);
-    if (c.k_len == 1 && i >= kFirstGradientOfScores && i != kGradientOfValues) {
-      // The probability of a single key is always 1, so these gradients are zero except for the rounding of `out`.
-      EXPECT_LE(result.norm().item<double>(), 2 * unit_roundoff(dtype) * (grad.norm() * in.v.norm()).item<double>());
-      continue;
-    }
-    // With few keys, the terms of the gradients of scores mostly cancel.
-    const double factor = c.k_len <= 8 ? 2 : 1;
-    EXPECT_LE(relative_error(result, expected[i].masked_fill(infinite, 0)), factor * tolerance(i, dtype));
-  }
-}
-
-std::string form_name(const ::testing::TestParamInfo<std::tuple<at::ScalarType, AttentionCase>>& info) {
-  return std::get<1>(info.param).name + "_" + at::toString(std::get<0>(info.param));
+  expect_everything_right(c, in, grad, actual);
 }
 
 INSTANTIATE_TEST_SUITE_P(
     Cuda,
     AlibiAttentionForms,
-    ::testing::Combine(::testing::Values(at::kBFloat16, at::kHalf), ::testing::ValuesIn(forms())),
-    form_name);
+    ::testing::Combine(::testing::Values(at::kBFloat16, at::kHalf), ::testing::ValuesIn(attention_forms())),
+    attention_form_name);
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Behaviour
@@ -490,7 +310,7 @@ TEST_F(AlibiAttentionCuda, SwitchedOffCudnnIsNotAsked) {
   at::Tensor plain;
   const std::string said = logged([&] { plain = attend(in); });
   at::globalContext().setUserEnabledCuDNN(true);
-  EXPECT_NE(said.find(kNotFused), std::string::npos);
+  EXPECT_NE(said.find(kTiled), std::string::npos);
   EXPECT_LE(relative_error(fused, plain), 2 * unit_roundoff(at::kBFloat16));
 }
 
@@ -525,16 +345,16 @@ TEST_F(AlibiAttentionCuda, GradientOfSlopesIsTheSameBitsEveryTime) {
   }
 }
 
-TEST_F(AlibiAttentionCuda, WhatCudnnCannotReadTakesThePlainPath) {
+TEST_F(AlibiAttentionCuda, WhatCudnnCannotReadIsComputedByTheKernelsOfThisLibrary) {
   AttentionCase c = training();
   c.q_len = c.k_len = 65;
   for (const Strides strides : {Strides::odd_offset, Strides::every_other, Strides::one_token}) {
     c.strides = strides;
     const AttentionInputs in = inputs(c);
     at::Tensor out;
-    EXPECT_NE(logged([&] { out = attend(in); }).find(kNotFused), std::string::npos);
-    const ScalarAttention expected =
-        scalar_attention(in, at::zeros_like(out), at::zeros({c.batch, c.q_heads, c.q_len}));
+    EXPECT_NE(logged([&] { out = attend(in); }).find(kTiled), std::string::npos);
+    const ScalarAttention expected = scalar_attention(
+        in, at::zeros_like(out), at::zeros({c.batch, c.q_heads, c.q_len}), unit_roundoff(out.scalar_type()));
     expect_within(out, expected.values.out, expected.bounds.out);
   }
 }

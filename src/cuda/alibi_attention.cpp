@@ -1,5 +1,6 @@
 #include <blockwise/blockwise.h>
 #include <blockwise/call.h>
+#include <cuda/detail/tiled_attention.h>
 #include <ops/alibi_attention.h>
 #include <ops/dispatch.h>
 #include <posenc/logging.h>
@@ -17,74 +18,72 @@
 namespace posenc {
 namespace {
 
+using arguments::AlibiAttention;
 using at::Tensor;
 
+/// What computes a call.
+enum class Path : uint8_t {
+  cudnn,      // fused kernels of cuDNN, with a plan for each shape
+  tiled,      // the kernels of this library
+  blockwise,  // matrix products of blocks of rows
+};
+
 #if POSENC_CUDNN
-using cuda::why_not_cudnn;
+/// cuDNN is not used for fewer queries. Those are calls of decoding, where the number of keys grows in every step and
+/// each number would need a plan, which takes 40 ms to build.
+constexpr int64_t kFewestQueriesOfPlans = 64;
+
+/// The reason why cuDNN does not compute a call; empty if it does.
+std::string why_not_cudnn(const AlibiAttention& call, const AttentionTensors& inputs, bool grad_lse) {
+  if (call.packed()) {
+    return "cuDNN would need padded copies of packed sequences";
+  }
+  if (call.q_len < kFewestQueriesOfPlans) {
+    return "with few queries, as in decoding, cuDNN would build a plan in every step";
+  }
+  if (grad_lse) {
+    return "cuDNN takes no gradient of lse";
+  }
+  blockwise::Padded padded;
+  padded.q = inputs.q;
+  padded.k = inputs.k;
+  padded.v = inputs.v;
+  padded.query_offset = call.query_offset;
+  padded.causal = call.causal;
+  return cuda::why_not_cudnn(padded);
+}
 #else
-std::string why_not_cudnn(const blockwise::Padded& /*call*/) {
+std::string why_not_cudnn(const AlibiAttention& /*call*/, const AttentionTensors& /*inputs*/, bool /*grad_lse*/) {
   return "the library was built without cuDNN (POSENC_CUDNN)";
 }
 #endif
 
-/// Whether cuDNN computes a call. If not, logs the reason, the first time as a warning.
-bool takes_cudnn(const blockwise::Padded& call) {
-  const std::string reason = why_not_cudnn(call);
-  if (reason.empty()) {
-    return true;
-  }
-  const auto say = [&](LogLevel level) {
+/// Logs why a call is not computed by cuDNN.
+void log_path(LogLevel level, const AttentionTensors& inputs, const char* path, const std::string& reason) {
+  if (log_level() <= level) {
     log(level,
         c10::str(
-            "alibi_attention: q ", call.q.sizes(), " ", call.q.scalar_type(), ", k ", call.k.sizes(),
-            " in blocks of matrix products, slower than fused attention: ", reason));
-  };
+            "alibi_attention: q ", inputs.q.sizes(), " ", inputs.q.scalar_type(), ", k ", inputs.k.sizes(), path,
+            reason));
+  }
+}
+
+/// @param grad_lse  whether a gradient flows through lse.
+Path path_of(const AlibiAttention& call, const AttentionTensors& inputs, bool grad_lse) {
+  const std::string not_cudnn = why_not_cudnn(call, inputs, grad_lse);
+  if (not_cudnn.empty()) {
+    return Path::cudnn;
+  }
+  const std::string not_tiled = cuda::why_not_tiled(call, inputs);
+  if (not_tiled.empty()) {
+    log_path(LogLevel::debug, inputs, " by the kernels of this library: ", not_cudnn);
+    return Path::tiled;
+  }
   static std::once_flag once;
-  std::call_once(once, [&] { say(LogLevel::warning); });
-  if (log_level() <= LogLevel::debug) {
-    say(LogLevel::debug);
-  }
-  return false;
-}
-
-std::tuple<Tensor, Tensor> compute_forward(const blockwise::Padded& batch) {
-#if POSENC_CUDNN
-  if (takes_cudnn(batch)) {
-    return cuda::cudnn_attention(batch);
-  }
-#else
-  takes_cudnn(batch);
-#endif
-  return blockwise::blockwise(batch);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> compute_backward(
-    const blockwise::Padded& batch,
-    const Tensor& grad_out,
-    const Tensor& grad_lse,
-    const Tensor& out,
-    const Tensor& lse,
-    bool slopes_grad) {
-#if POSENC_CUDNN
-  // cuDNN computes rowsum(dout * out) itself and has no input for the gradient of lse.
-  if (!grad_lse.defined() && takes_cudnn(batch)) {
-    const Tensor grad = cuda::readable_rows(batch, grad_out);
-    const Tensor result = cuda::readable_rows(batch, out);
-    return std::tuple_cat(
-        cuda::cudnn_attention_backward(batch, grad, result, lse),
-        std::tuple(slopes_grad ? cuda::attention_slopes_backward(batch, grad, lse) : Tensor()));
-  }
-#endif
-  return blockwise::blockwise_backward(batch, grad_out, grad_lse, out, lse, slopes_grad);
-}
-
-Tensor compute_slope_sums(const blockwise::Padded& batch, const Tensor& grad_out, const Tensor& lse) {
-#if POSENC_CUDNN
-  if (takes_cudnn(batch)) {
-    return cuda::attention_slope_sums(batch, cuda::readable_rows(batch, grad_out), lse);
-  }
-#endif
-  return blockwise::blockwise_slope_sums(batch, grad_out, lse);
+  LogLevel level = LogLevel::debug;
+  std::call_once(once, [&level] { level = LogLevel::warning; });
+  log_path(level, inputs, " in blocks of matrix products, slower than fused attention: ", not_tiled);
+  return Path::blockwise;
 }
 
 std::tuple<Tensor, Tensor> alibi_attention_cuda(
@@ -92,8 +91,36 @@ std::tuple<Tensor, Tensor> alibi_attention_cuda(
     const AttentionTensors& inputs) {
   const auto call = arguments::check_attention("posenc::alibi_attention", inputs, options);
   const c10::cuda::CUDAGuard device(inputs.q.device());
-  return blockwise::forward(call, inputs, compute_forward);
+  const Path path = path_of(call, inputs, /*grad_lse=*/false);
+#if POSENC_CUDNN
+  if (path == Path::cudnn) {
+    return blockwise::forward(call, inputs, cuda::cudnn_attention);
+  }
+#endif
+  return path == Path::tiled ? cuda::tiled_attention(call, inputs)
+                             : blockwise::forward(call, inputs, blockwise::blockwise);
 }
+
+#if POSENC_CUDNN
+AttentionGradients cudnn_backward(
+    const blockwise::Padded& batch,
+    const Tensor& grad_out,
+    const Tensor& /*grad_lse*/,
+    const Tensor& out,
+    const Tensor& lse,
+    bool slopes_grad) {
+  // cuDNN computes rowsum(dout * out) itself.
+  const Tensor grad = cuda::readable_rows(batch, grad_out);
+  const Tensor result = cuda::readable_rows(batch, out);
+  return std::tuple_cat(
+      cuda::cudnn_attention_backward(batch, grad, result, lse),
+      std::tuple(slopes_grad ? cuda::attention_slopes_backward(batch, grad, lse) : Tensor()));
+}
+
+Tensor cudnn_slope_sums(const blockwise::Padded& batch, const Tensor& grad_out, const Tensor& lse) {
+  return cuda::attention_slope_sums(batch, cuda::readable_rows(batch, grad_out), lse);
+}
+#endif
 
 AttentionGradients alibi_attention_backward_cuda(
     const ConcreteAttentionOptions& options,
@@ -101,7 +128,14 @@ AttentionGradients alibi_attention_backward_cuda(
     bool slopes_grad) {
   const auto call = arguments::check_attention_backward("posenc::alibi_attention_backward", arguments, options);
   const c10::cuda::CUDAGuard device(arguments.q.device());
-  return blockwise::backward(call, arguments, slopes_grad, compute_backward);
+  const Path path = path_of(call, arguments.inputs(), arguments.grad_lse.has_value());
+#if POSENC_CUDNN
+  if (path == Path::cudnn) {
+    return blockwise::backward(call, arguments, slopes_grad, cudnn_backward);
+  }
+#endif
+  return path == Path::tiled ? cuda::tiled_attention_backward(call, arguments, slopes_grad)
+                             : blockwise::backward(call, arguments, slopes_grad, blockwise::blockwise_backward);
 }
 
 Tensor alibi_attention_slope_sums_cuda(
@@ -109,7 +143,14 @@ Tensor alibi_attention_slope_sums_cuda(
     const AttentionSlopeSumsArguments& arguments) {
   const auto call = arguments::check_attention_slope_sums("posenc::alibi_attention_slope_sums", arguments, options);
   const c10::cuda::CUDAGuard device(arguments.q.device());
-  return blockwise::slope_sums(call, arguments, compute_slope_sums);
+  const Path path = path_of(call, arguments.inputs(), /*grad_lse=*/false);
+#if POSENC_CUDNN
+  if (path == Path::cudnn) {
+    return blockwise::slope_sums(call, arguments, cudnn_slope_sums);
+  }
+#endif
+  return path == Path::tiled ? cuda::tiled_attention_slope_sums(call, arguments)
+                             : blockwise::slope_sums(call, arguments, blockwise::blockwise_slope_sums);
 }
 
 }  // namespace

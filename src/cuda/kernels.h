@@ -1,6 +1,7 @@
 #pragma once
 
 #include <arguments/alibi_problem.h>
+#include <arguments/attention_problem.h>
 #include <arguments/qk_norm_rotary_problem.h>
 #include <arguments/rotary_frequencies_problem.h>
 #include <arguments/rotary_problem.h>
@@ -25,6 +26,16 @@ void rotary_tables_backward(const FrequenciesBackwardProblem& problem, DType tab
 
 void qk_norm_rotate(const QKNormRotaryProblem& problem, DType dtype);
 void qk_norm_rotate_backward(const QKNormRotaryBackwardProblem& problem, DType dtype);
+
+// Attention in 16-bit dtypes.
+
+/// Whether the current device has compute capability 8.0 or later and the library contains code of 8.0 or later for it.
+bool has_attention_kernels();
+void attention_forward(const AttentionForwardProblem& problem, DType dtype);
+
+/// Number of tiles of queries of the backward pass, of all sequences.
+int64_t attention_query_tiles(const AttentionBackwardProblem& problem);
+void attention_backward(const AttentionBackwardProblem& problem, DType dtype);
 
 void alibi_bias(const AlibiAddProblem& problem, DType dtype);
 void alibi_add(const AlibiAddProblem& problem, DType dtype);

@@ -10,6 +10,9 @@
 // Maps run-time values to template arguments. No torch.
 namespace posenc::cuda {
 
+/// Heads of more channels have no kernel of attention.
+constexpr int kMaxAttentionHeadDim = 256;
+
 template <typename T>
 struct Type {
   using type = T;
@@ -34,6 +37,25 @@ void for_dtype(DType dtype, Body&& body) {
 template <typename Body>
 void for_real(DType dtype, Body&& body) {
   dtype == DType::float64 ? body(Type<double>{}) : body(Type<float>{});
+}
+
+/// The same for a dtype that is float16 or bfloat16.
+template <typename Body>
+void for_16_bit(DType dtype, Body&& body) {
+  dtype == DType::float16 ? body(Type<__half>{}) : body(Type<__nv_bfloat16>{});
+}
+
+/// Calls `body` with the largest head size of the smallest kernel of attention for heads of `head_dim` channels, as a
+/// `std::integral_constant`.
+template <typename Body>
+void for_head_size(int head_dim, Body&& body) {
+  if (head_dim <= 64) {
+    body(std::integral_constant<int, 64>{});
+  } else if (head_dim <= 128) {
+    body(std::integral_constant<int, 128>{});
+  } else {
+    body(std::integral_constant<int, kMaxAttentionHeadDim>{});
+  }
 }
 
 /// Calls `body` with `std::true_type` or `std::false_type`.
