@@ -1,6 +1,7 @@
 #pragma once
 
 #include <arguments/alibi.h>
+#include <ops/dispatch.h>
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/SymInt.h>
@@ -16,15 +17,24 @@ using arguments::AlibiSlopesBackwardArguments;
 // Calls through the dispatcher. `posenc/alibi.h` documents those that users call too.
 namespace dispatch {
 
-at::Tensor alibi_bias(const AlibiBiasArguments<c10::SymInt>& arguments);
-at::Tensor alibi_add(const AlibiAddArguments<c10::SymInt>& arguments);
+inline at::Tensor alibi_bias(const AlibiBiasArguments<c10::SymInt>& arguments) {
+  return call_operator<&alibi_bias>("posenc::alibi_bias", arguments);
+}
+
+inline at::Tensor alibi_add(const AlibiAddArguments<c10::SymInt>& arguments) {
+  return call_operator<&alibi_add>("posenc::alibi_add", arguments);
+}
 
 /// Overwrites `scores`. It returns nothing: torch.compile accepts no operator that returns its argument.
-void alibi_add_(const AlibiAddArguments<c10::SymInt>& arguments);
+inline void alibi_add_(const AlibiAddArguments<c10::SymInt>& arguments) {
+  call_operator<&alibi_add_>("posenc::alibi_add_", arguments);
+}
 
 /// `grad`, zero where the causal mask of `alibi_add` hides the key: the gradient of the scores. Shape and
 /// `query_offset` are those of `alibi_add`.
-at::Tensor alibi_mask(const AlibiMaskArguments<c10::SymInt>& arguments);
+inline at::Tensor alibi_mask(const AlibiMaskArguments<c10::SymInt>& arguments) {
+  return call_operator<&alibi_mask>("posenc::alibi_mask", arguments);
+}
 
 /// The gradient of `alibi_bias` and `alibi_add` with respect to slopes:
 ///
@@ -34,7 +44,9 @@ at::Tensor alibi_mask(const AlibiMaskArguments<c10::SymInt>& arguments);
 ///
 /// @param arguments  `grad` is the gradient of the bias or the sum: `[B, H, Sq, Sk]` or `[H, Sq, Sk]`, any strides.
 /// @return `[H]`: float64 for float64, float32 for all others.
-at::Tensor alibi_slopes_backward(const AlibiSlopesBackwardArguments<c10::SymInt>& arguments);
+inline at::Tensor alibi_slopes_backward(const AlibiSlopesBackwardArguments<c10::SymInt>& arguments) {
+  return call_operator<&alibi_slopes_backward>("posenc::alibi_slopes_backward", arguments);
+}
 
 }  // namespace dispatch
 }  // namespace posenc

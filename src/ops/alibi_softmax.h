@@ -1,6 +1,7 @@
 #pragma once
 
 #include <arguments/alibi.h>
+#include <ops/dispatch.h>
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/SymInt.h>
@@ -17,7 +18,9 @@ using arguments::AlibiSoftmaxBackwardArguments;
 namespace dispatch {
 
 /// `posenc::alibi_softmax`.
-at::Tensor alibi_softmax(const AlibiSoftmaxArguments<c10::SymInt>& arguments);
+inline at::Tensor alibi_softmax(const AlibiSoftmaxArguments<c10::SymInt>& arguments) {
+  return call_operator<&alibi_softmax>("posenc::alibi_softmax", arguments);
+}
 
 /// The gradients of `alibi_softmax` from its result `probs`. With `slopes_grad`, P are `probs` divided by their sum
 /// over the keys, otherwise `probs` themselves. With r the sum of `grad * P` over the keys,
@@ -31,7 +34,10 @@ at::Tensor alibi_softmax(const AlibiSoftmaxArguments<c10::SymInt>& arguments);
 ///
 /// @return `(dscores, dslopes)`; the second is `[H]`, float64 for float64, float32 for all others, and undefined
 ///   unless `slopes_grad`.
-std::tuple<at::Tensor, at::Tensor> alibi_softmax_backward(const AlibiSoftmaxBackwardArguments<c10::SymInt>& arguments);
+inline std::tuple<at::Tensor, at::Tensor> alibi_softmax_backward(
+    const AlibiSoftmaxBackwardArguments<c10::SymInt>& arguments) {
+  return call_operator<&alibi_softmax_backward>("posenc::alibi_softmax_backward", arguments);
+}
 
 }  // namespace dispatch
 }  // namespace posenc

@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
 
 #include <cstddef>
 #include <optional>
@@ -23,6 +24,11 @@ namespace posenc {
 template <typename Signature>
 c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+/// Defines the operator of a schema. torch.compile can trace all operators of the library.
+inline void define(torch::Library& m, const std::string& schema) {
+  m.def(schema.c_str(), {at::Tag::pt2_compliant_tag});
 }
 
 namespace detail {

@@ -1,43 +1,24 @@
 #include <ops/qk_norm_rotary_embedding.h>
 
-#include <ops/dispatch.h>
 #include <posenc/qk_norm_rotary_embedding.h>
-
-#include <torch/library.h>
 
 namespace posenc {
 
 using at::Tensor;
 
 TORCH_LIBRARY_FRAGMENT(posenc, m) {
-  m.def(
+  define(
+      m,
       "qk_norm_rotary_embedding(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, "
       "Tensor? positions=None, *, float eps=1e-6, bool unit_offset=False, bool interleaved=False, "
-      "bool conjugate=False, int[] pair_axes=[]) -> (Tensor, Tensor)",
-      {at::Tag::pt2_compliant_tag});
-  m.def(
+      "bool conjugate=False, int[] pair_axes=[]) -> (Tensor, Tensor)");
+  define(
+      m,
       "qk_norm_rotary_embedding_backward(Tensor? grad_q, Tensor? grad_k, Tensor q, Tensor k, Tensor q_weight, "
       "Tensor k_weight, Tensor cos, Tensor sin, Tensor? positions=None, *, float eps=1e-6, bool unit_offset=False, "
       "bool interleaved=False, bool conjugate=False, int[] pair_axes=[], bool weights_grad=True) -> (Tensor, Tensor, "
-      "Tensor, Tensor)",
-      {at::Tag::pt2_compliant_tag});
+      "Tensor, Tensor)");
 }
-
-namespace dispatch {
-
-std::tuple<Tensor, Tensor> qk_norm_rotary_embedding(const QKNormRotation& rotation, const Tensor& q, const Tensor& k) {
-  return call_operator<&qk_norm_rotary_embedding>("posenc::qk_norm_rotary_embedding", rotation, q, k);
-}
-
-QKNormRotaryGradients qk_norm_rotary_embedding_backward(
-    const QKNormRotaryGradMask& mask,
-    const QKNormRotaryGradInputs& inputs,
-    const QKNormRotation& rotation) {
-  return call_operator<&qk_norm_rotary_embedding_backward>(
-      "posenc::qk_norm_rotary_embedding_backward", mask, inputs, rotation);
-}
-
-}  // namespace dispatch
 
 std::tuple<Tensor, Tensor> qk_norm_rotary_embedding(
     const Tensor& q,

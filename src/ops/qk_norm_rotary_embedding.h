@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ops/dispatch.h>
 #include <ops/rotary_embedding.h>
 
 #include <ATen/core/Tensor.h>
@@ -71,10 +72,12 @@ struct QKNormRotaryGradMask {
 // Calls through the dispatcher.
 namespace dispatch {
 
-std::tuple<at::Tensor, at::Tensor> qk_norm_rotary_embedding(
+inline std::tuple<at::Tensor, at::Tensor> qk_norm_rotary_embedding(
     const QKNormRotation& rotation,
     const at::Tensor& q,
-    const at::Tensor& k);
+    const at::Tensor& k) {
+  return call_operator<&qk_norm_rotary_embedding>("posenc::qk_norm_rotary_embedding", rotation, q, k);
+}
 
 /// The gradients of `qk_norm_rotary_embedding`. For one head of one token, let x [D] be the input,
 /// r = 1 / sqrt(mean(x^2) + eps), w [D] the weight (1 + weight with `unit_offset`), and g [D] the gradient of the
@@ -83,10 +86,13 @@ std::tuple<at::Tensor, at::Tensor> qk_norm_rotary_embedding(
 ///     dx = r (g w - x r^2 mean(g w x)),    dw = sum over all tokens and heads of g x r,
 ///
 /// with means over the D channels. Deterministic.
-QKNormRotaryGradients qk_norm_rotary_embedding_backward(
+inline QKNormRotaryGradients qk_norm_rotary_embedding_backward(
     const QKNormRotaryGradMask& mask,
     const QKNormRotaryGradInputs& inputs,
-    const QKNormRotation& rotation);
+    const QKNormRotation& rotation) {
+  return call_operator<&qk_norm_rotary_embedding_backward>(
+      "posenc::qk_norm_rotary_embedding_backward", mask, inputs, rotation);
+}
 
 }  // namespace dispatch
 }  // namespace posenc

@@ -1,12 +1,8 @@
 #include <ops/rotary_embedding.h>
 
-#include <ops/dispatch.h>
 #include <posenc/rotary_embedding.h>
 
-#include <torch/library.h>
-
 #include <string>
-#include <utility>
 
 namespace posenc {
 
@@ -16,69 +12,22 @@ TORCH_LIBRARY_FRAGMENT(posenc, m) {
   const std::string tables = "Tensor cos, Tensor sin, Tensor? positions=None, *";
   const std::string options = "bool interleaved=False, bool conjugate=False, int[] pair_axes=[]";
   const std::string rotation = tables + ", " + options;
-  const auto define = [&m](const std::string& schema) { m.def(schema.c_str(), {at::Tag::pt2_compliant_tag}); };
-  define("rotary_embedding(Tensor x, " + rotation + ") -> Tensor");
-  define("rotary_embedding_qk(Tensor q, Tensor k, " + rotation + ") -> (Tensor, Tensor)");
-  define("rotary_embedding_(Tensor(a!) x, " + rotation + ") -> ()");
-  define("rotary_embedding_qk_(Tensor(a!) q, Tensor(b!) k, " + rotation + ") -> ()");
+  define(m, "rotary_embedding(Tensor x, " + rotation + ") -> Tensor");
+  define(m, "rotary_embedding_qk(Tensor q, Tensor k, " + rotation + ") -> (Tensor, Tensor)");
+  define(m, "rotary_embedding_(Tensor(a!) x, " + rotation + ") -> ()");
+  define(m, "rotary_embedding_qk_(Tensor(a!) q, Tensor(b!) k, " + rotation + ") -> ()");
   define(
+      m,
       "rotary_embedding_qkv(Tensor qkv, int num_q_heads, int num_kv_heads, " + rotation +
-      ") -> (Tensor, Tensor, Tensor)");
+          ") -> (Tensor, Tensor, Tensor)");
   define(
+      m,
       "rotary_embedding_pack(Tensor q, Tensor k, Tensor v, " + tables + ", bool stacked=False, " + options +
-      ") -> Tensor");
-  define("rotary_embedding_backward(Tensor[] grads, Tensor[] inputs, " + rotation + ") -> (Tensor[], Tensor, Tensor)");
-  define("rotary_embedding_tables_backward(Tensor[] grads, Tensor[] inputs, " + rotation + ") -> (Tensor, Tensor)");
+          ") -> Tensor");
+  define(
+      m, "rotary_embedding_backward(Tensor[] grads, Tensor[] inputs, " + rotation + ") -> (Tensor[], Tensor, Tensor)");
+  define(m, "rotary_embedding_tables_backward(Tensor[] grads, Tensor[] inputs, " + rotation + ") -> (Tensor, Tensor)");
 }
-
-namespace dispatch {
-
-Tensor rotary_embedding(const Rotation& rotation, const Tensor& x) {
-  return call_operator<&rotary_embedding>("posenc::rotary_embedding", rotation, x);
-}
-
-std::tuple<Tensor, Tensor> rotary_embedding_qk(const Rotation& rotation, const Tensor& q, const Tensor& k) {
-  return call_operator<&rotary_embedding_qk>("posenc::rotary_embedding_qk", rotation, q, k);
-}
-
-void rotary_embedding_(const Rotation& rotation, Tensor& x) {
-  call_operator<&rotary_embedding_>("posenc::rotary_embedding_", rotation, x);
-}
-
-void rotary_embedding_qk_(const Rotation& rotation, Tensor& q, Tensor& k) {
-  call_operator<&rotary_embedding_qk_>("posenc::rotary_embedding_qk_", rotation, q, k);
-}
-
-std::tuple<Tensor, Tensor, Tensor> rotary_embedding_qkv(
-    const Rotation& rotation,
-    const Tensor& qkv,
-    int64_t num_q_heads,
-    int64_t num_kv_heads) {
-  return call_operator<&rotary_embedding_qkv>("posenc::rotary_embedding_qkv", rotation, qkv, num_q_heads, num_kv_heads);
-}
-
-Tensor rotary_embedding_pack(const PackRotation& rotation, const Tensor& q, const Tensor& k, const Tensor& v) {
-  return call_operator<&rotary_embedding_pack>("posenc::rotary_embedding_pack", rotation, q, k, v);
-}
-
-std::tuple<std::vector<Tensor>, Tensor, Tensor> rotary_embedding_backward(
-    const Rotation& rotation,
-    at::TensorList grads,
-    at::TensorList inputs) {
-  return call_operator<&rotary_embedding_backward>("posenc::rotary_embedding_backward", rotation, grads, inputs);
-}
-
-std::tuple<Tensor, Tensor> rotary_embedding_tables_backward(
-    const Rotation& rotation,
-    at::TensorList grads,
-    at::TensorList inputs) {
-  return call_operator<&rotary_embedding_tables_backward>(
-      "posenc::rotary_embedding_tables_backward", rotation, grads, inputs);
-}
-
-}  // namespace dispatch
-
-// The public functions.
 
 Tensor rotary_embedding(
     const Tensor& x,

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <ops/dispatch.h>
+
 #include <ATen/core/Tensor.h>
 
 #include <optional>
@@ -50,27 +52,39 @@ struct PackRotation {
 // Calls through the dispatcher. `posenc/rotary_embedding.h` documents those that users call too.
 namespace dispatch {
 
-at::Tensor rotary_embedding(const Rotation& rotation, const at::Tensor& x);
-std::tuple<at::Tensor, at::Tensor> rotary_embedding_qk(
+inline at::Tensor rotary_embedding(const Rotation& rotation, const at::Tensor& x) {
+  return call_operator<&rotary_embedding>("posenc::rotary_embedding", rotation, x);
+}
+inline std::tuple<at::Tensor, at::Tensor> rotary_embedding_qk(
     const Rotation& rotation,
     const at::Tensor& q,
-    const at::Tensor& k);
+    const at::Tensor& k) {
+  return call_operator<&rotary_embedding_qk>("posenc::rotary_embedding_qk", rotation, q, k);
+}
 
 /// The in-place operators return nothing: functionalisation (torch.compile) accepts no operator that returns its
 /// argument.
-void rotary_embedding_(const Rotation& rotation, at::Tensor& x);
-void rotary_embedding_qk_(const Rotation& rotation, at::Tensor& q, at::Tensor& k);
+inline void rotary_embedding_(const Rotation& rotation, at::Tensor& x) {
+  call_operator<&rotary_embedding_>("posenc::rotary_embedding_", rotation, x);
+}
+inline void rotary_embedding_qk_(const Rotation& rotation, at::Tensor& q, at::Tensor& k) {
+  call_operator<&rotary_embedding_qk_>("posenc::rotary_embedding_qk_", rotation, q, k);
+}
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> rotary_embedding_qkv(
+inline std::tuple<at::Tensor, at::Tensor, at::Tensor> rotary_embedding_qkv(
     const Rotation& rotation,
     const at::Tensor& qkv,
     int64_t num_q_heads,
-    int64_t num_kv_heads);
-at::Tensor rotary_embedding_pack(
+    int64_t num_kv_heads) {
+  return call_operator<&rotary_embedding_qkv>("posenc::rotary_embedding_qkv", rotation, qkv, num_q_heads, num_kv_heads);
+}
+inline at::Tensor rotary_embedding_pack(
     const PackRotation& rotation,
     const at::Tensor& q,
     const at::Tensor& k,
-    const at::Tensor& v);
+    const at::Tensor& v) {
+  return call_operator<&rotary_embedding_pack>("posenc::rotary_embedding_pack", rotation, q, k, v);
+}
 
 /// All gradients of `rotary_embedding` and `rotary_embedding_qk` in one pass over memory: `grads` rotated by
 /// `rotation.inverse()`, and the results of `rotary_embedding_tables_backward`. If an argument requires grad, it calls
@@ -79,10 +93,12 @@ at::Tensor rotary_embedding_pack(
 /// @param grads  gradients of the rotated outputs, each of the shape of its input: one tensor, or those of q and k.
 /// @param inputs  the tensors that were rotated, `[B, S, H, D]` or `[T, H, D]`: as many as `grads`.
 /// @return `(input_grads, dcos, dsin)`, of the shapes of `grads`, `cos` and `sin`.
-std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> rotary_embedding_backward(
+inline std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> rotary_embedding_backward(
     const Rotation& rotation,
     at::TensorList grads,
-    at::TensorList inputs);
+    at::TensorList inputs) {
+  return call_operator<&rotary_embedding_backward>("posenc::rotary_embedding_backward", rotation, grads, inputs);
+}
 
 /// The gradients of `rotary_embedding` and `rotary_embedding_qk` with respect to `cos` and `sin`:
 ///
@@ -94,10 +110,13 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> rotary_embedding_bac
 ///
 /// @param grads,inputs  as for `rotary_embedding_backward`.
 /// @return `(dcos, dsin)`, of the shape and dtype of `cos`, contiguous.
-std::tuple<at::Tensor, at::Tensor> rotary_embedding_tables_backward(
+inline std::tuple<at::Tensor, at::Tensor> rotary_embedding_tables_backward(
     const Rotation& rotation,
     at::TensorList grads,
-    at::TensorList inputs);
+    at::TensorList inputs) {
+  return call_operator<&rotary_embedding_tables_backward>(
+      "posenc::rotary_embedding_tables_backward", rotation, grads, inputs);
+}
 
 }  // namespace dispatch
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <arguments/rotary_frequencies.h>
+#include <ops/dispatch.h>
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/SymInt.h>
@@ -17,7 +18,9 @@ using arguments::FrequenciesBackwardArguments;
 namespace dispatch {
 
 /// `posenc::rotary_tables`.
-std::tuple<at::Tensor, at::Tensor> rotary_tables(const FrequenciesArguments<c10::SymInt>& arguments);
+inline std::tuple<at::Tensor, at::Tensor> rotary_tables(const FrequenciesArguments<c10::SymInt>& arguments) {
+  return call_operator<&rotary_tables>("posenc::rotary_tables", arguments);
+}
 
 /// The gradient of `rotary_tables` with respect to `inv_freq`:
 ///
@@ -28,7 +31,9 @@ std::tuple<at::Tensor, at::Tensor> rotary_tables(const FrequenciesArguments<c10:
 /// @param grad_cos,grad_sin,cos,sin  `[P, R/2]`, float32 or float64, any strides.
 /// @param dtype  of the result, that of `inv_freq`: float32 or float64.
 /// @return `[R/2]`.
-at::Tensor rotary_tables_backward(const FrequenciesBackwardArguments& arguments);
+inline at::Tensor rotary_tables_backward(const FrequenciesBackwardArguments& arguments) {
+  return call_operator<&rotary_tables_backward>("posenc::rotary_tables_backward", arguments);
+}
 
 }  // namespace dispatch
 }  // namespace posenc
