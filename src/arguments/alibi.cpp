@@ -57,9 +57,7 @@ AlibiShape alibi_shape(const AlibiOptions& a, const char* name, const Tensor& sc
   TORCH_CHECK(
       scores.dim() == 4 || scores.dim() == 3, a.op, ": expected ", name,
       " of shape [B, H, Sq, Sk] or [H, Sq, Sk], got ", scores.sizes());
-  TORCH_CHECK(
-      is_served(scores.scalar_type()), a.op, ": expected ", name,
-      " of dtype float16, bfloat16, float32 or float64, got ", scores.scalar_type());
+  check_served(a.op, {name, scores});
   return alibi_shape(a, scores.dim() == 4 ? scores.size(0) : 1, scores.size(-3), scores.size(-2), scores.size(-1));
 }
 
@@ -105,12 +103,8 @@ AlibiAddProblem alibi_add_problem(const AlibiAddArguments<int64_t>& a) {
 AlibiAddProblem alibi_add_in_place_problem(const AlibiAddArguments<int64_t>& a) {
   constexpr const char* kOp = "posenc::alibi_add_";
   AlibiAddProblem problem = add_problem(kOp, a);
-  TORCH_CHECK(
-      !may_overlap(a.scores), kOp, ": expected scores whose elements are each a place of their own, got strides ",
-      a.scores.strides(), " for sizes ", a.scores.sizes(), "; clone() them first");
-  TORCH_CHECK(
-      !may_overlap(a.scores, a.slopes), kOp,
-      ": expected scores and slopes in memory of their own, got two that overlap");
+  check_no_overlap(kOp, {"scores", a.scores});
+  check_no_overlap(kOp, {"scores", a.scores}, {"slopes", a.slopes});
   problem.out = {a.scores.is_meta() ? nullptr : a.scores.mutable_data_ptr(), problem.in.strides};
   return problem;
 }
@@ -138,9 +132,7 @@ AlibiSoftmaxProblem alibi_softmax_problem(const AlibiSoftmaxArguments<int64_t>& 
     check_defined(kOp, "key_padding_mask", mask);
     TORCH_CHECK(
         mask.scalar_type() == at::kBool, kOp, ": expected key_padding_mask of dtype bool, got ", mask.scalar_type());
-    TORCH_CHECK(
-        mask.device() == a.scores.device(), kOp, ": expected key_padding_mask on the device of scores, ",
-        a.scores.device(), ", got ", mask.device());
+    check_device(kOp, {"key_padding_mask", mask}, {"scores", a.scores});
     TORCH_CHECK(
         mask.dim() == 2 && mask.size(0) == problem.shape.batch && mask.size(1) == problem.shape.k_len, kOp,
         ": expected key_padding_mask of shape [B, Sk] = [", problem.shape.batch, ", ", problem.shape.k_len, "], got ",
@@ -154,18 +146,11 @@ AlibiSoftmaxProblem alibi_softmax_problem(const AlibiSoftmaxArguments<int64_t>& 
 
 AlibiSoftmaxBackwardProblem alibi_softmax_backward_problem(const AlibiSoftmaxBackwardArguments<int64_t>& a) {
   constexpr const char* kOp = "posenc::alibi_softmax_backward";
-  const Tensor& grad = a.grad;
-  const Tensor& probs = a.probs;
   AlibiSoftmaxBackwardProblem problem{};
-  problem.shape = alibi_shape({kOp, a.causal, a.query_offset}, "probs", probs);
-  TORCH_CHECK(
-      grad.defined() && grad.sizes() == probs.sizes() && grad.scalar_type() == probs.scalar_type() &&
-          grad.device() == probs.device(),
-      kOp, ": expected grad of the shape, dtype and device of probs, ", probs.sizes(), " ", probs.scalar_type(), " ",
-      probs.device(), ", got ",
-      grad.defined() ? c10::str(grad.sizes(), " ", grad.scalar_type(), " ", grad.device()) : "an undefined tensor");
-  problem.grad = scores_in(grad);
-  problem.probs = scores_in(probs);
+  problem.shape = alibi_shape({kOp, a.causal, a.query_offset}, "probs", a.probs);
+  check_like(kOp, {"grad", a.grad}, {"probs", a.probs});
+  problem.grad = scores_in(a.grad);
+  problem.probs = scores_in(a.probs);
   problem.scale = a.scale;
   return problem;
 }

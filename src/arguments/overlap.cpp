@@ -46,8 +46,6 @@ bool reaches(const std::vector<Difference>& dims, size_t next, int64_t target) {
   return false;
 }
 
-}  // namespace
-
 bool may_overlap(const Tensor& tensor) {
   if (tensor.numel() == 0) {
     return false;
@@ -96,6 +94,20 @@ bool may_overlap(const Tensor& a, const Tensor& b) {
   }
   std::sort(dims.begin(), dims.end(), [](const Difference& x, const Difference& y) { return x.stride > y.stride; });
   return dims.empty() || dims.back().stride == 0 || reaches(dims, 0, distance / size);
+}
+
+}  // namespace
+
+void check_no_overlap(const char* op, const NamedTensor& x) {
+  TORCH_CHECK(
+      !may_overlap(x.tensor), op, ": expected ", x.name, " whose elements are each a place of their own, got strides ",
+      x.tensor.strides(), " for sizes ", x.tensor.sizes(), "; call clone() first");
+}
+
+void check_no_overlap(const char* op, const NamedTensor& x, const NamedTensor& y) {
+  TORCH_CHECK(
+      !may_overlap(x.tensor, y.tensor), op, ": expected ", x.name, " and ", y.name,
+      " in memory of their own, got two that overlap");
 }
 
 }  // namespace posenc::arguments

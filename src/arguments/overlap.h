@@ -1,15 +1,16 @@
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include <arguments/tensor.h>
 
 // Checks of memory overlap for operators that write in place.
 namespace posenc::arguments {
 
-/// Whether two elements of `tensor` may share memory. Exact for slices and permutations of dense tensors.
-bool may_overlap(const at::Tensor& tensor);
+/// Refuses `x` if two of its elements may share memory. Exact for slices and permutations of dense tensors.
+void check_no_overlap(const char* op, const NamedTensor& x);
 
-/// Whether `a`, whose elements do not overlap, and `b` may share memory. Exact for tensors with the same strides, e.g.
-/// slices of a packed projection; otherwise true if their byte ranges intersect. False for meta and empty tensors.
-bool may_overlap(const at::Tensor& a, const at::Tensor& b);
+/// Refuses `x`, whose elements do not overlap, and `y` if they may share memory. Exact for tensors with the same
+/// strides, e.g. slices of a packed projection; otherwise refuses byte ranges that intersect. Accepts meta and empty
+/// tensors.
+void check_no_overlap(const char* op, const NamedTensor& x, const NamedTensor& y);
 
 }  // namespace posenc::arguments

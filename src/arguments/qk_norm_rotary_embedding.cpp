@@ -23,19 +23,7 @@ void check_weight(const char* op, const char* name, const Tensor& weight, const 
   TORCH_CHECK(
       weight.scalar_type() == x.scalar_type() || weight.scalar_type() == wide, op, ": expected ", name, " of dtype ",
       x.scalar_type(), " or ", wide, " for q of dtype ", x.scalar_type(), ", got ", weight.scalar_type());
-  TORCH_CHECK(
-      weight.device() == x.device(), op, ": expected ", name, " on the device of q, ", x.device(), ", got ",
-      weight.device());
-}
-
-void check_grad(const char* op, const char* name, const std::optional<Tensor>& grad, const Tensor& x) {
-  if (!grad.has_value() || !grad->defined()) {
-    return;
-  }
-  TORCH_CHECK(
-      grad->sizes() == x.sizes() && grad->scalar_type() == x.scalar_type() && grad->device() == x.device(), op,
-      ": expected ", name, " of the shape, dtype and device of its input, ", x.sizes(), " ", x.scalar_type(), " ",
-      x.device(), ", got ", grad->sizes(), " ", grad->scalar_type(), " ", grad->device());
+  check_device(op, {name, weight}, {"q", x});
 }
 
 bool is_given(const std::optional<Tensor>& grad) {
@@ -78,8 +66,12 @@ QKNormRotaryProblem qk_norm_rotary_problem(const QKNormRotation& a, const Tensor
 
 void check_qk_norm_rotary_backward(const QKNormRotation& a, const QKNormRotaryGradInputs& inputs) {
   check_qk_norm_rotary(kBackward, a, inputs.q, inputs.k);
-  check_grad(kBackward, "grad_q", inputs.grad_q, inputs.q);
-  check_grad(kBackward, "grad_k", inputs.grad_k, inputs.k);
+  if (is_given(inputs.grad_q)) {
+    check_like(kBackward, {"grad_q", *inputs.grad_q}, {"q", inputs.q});
+  }
+  if (is_given(inputs.grad_k)) {
+    check_like(kBackward, {"grad_k", *inputs.grad_k}, {"k", inputs.k});
+  }
 }
 
 QKNormRotaryGradients allocate_qk_norm_rotary_gradients(

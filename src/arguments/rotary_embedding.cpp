@@ -45,23 +45,19 @@ bool is_packed(const Tensor& x) {
   return x.dim() == 3;
 }
 
-void check_rotated(const char* op, const Rotated& x) {
+void check_rotated(const char* op, const NamedTensor& x) {
   check_defined(op, x.name, x.tensor);
   TORCH_CHECK(
       x.tensor.dim() == 4 || x.tensor.dim() == 3, op, ": expected ", x.name,
       " of shape [B, S, H, D] or [T, H, D], got ", x.tensor.sizes());
-  const auto dtype = x.tensor.scalar_type();
-  TORCH_CHECK(
-      is_served(dtype), op, ": expected ", x.name, " of dtype float16, bfloat16, float32 or float64, got ", dtype);
+  check_served(op, x);
 }
 
-void check_pair(const char* op, const Rotated& q, const Rotated& k) {
+void check_pair(const char* op, const NamedTensor& q, const NamedTensor& k) {
   TORCH_CHECK(
       k.tensor.scalar_type() == q.tensor.scalar_type(), op, ": expected ", k.name, " of the dtype of ", q.name, ", ",
       q.tensor.scalar_type(), ", got ", k.tensor.scalar_type());
-  TORCH_CHECK(
-      k.tensor.device() == q.tensor.device(), op, ": expected ", k.name, " on the device of ", q.name, ", ",
-      q.tensor.device(), ", got ", k.tensor.device());
+  check_device(op, k, q);
   bool same = k.tensor.dim() == q.tensor.dim();
   for (int64_t d = 0; same && d < q.tensor.dim(); ++d) {
     same = d == q.tensor.dim() - 2 || k.tensor.size(d) == q.tensor.size(d);
@@ -71,15 +67,13 @@ void check_pair(const char* op, const Rotated& q, const Rotated& k) {
       q.tensor.sizes(), ", got ", k.tensor.sizes());
 }
 
-void check_positions(const char* op, const Rotation& a, const Rotated& q) {
+void check_positions(const char* op, const Rotation& a, const NamedTensor& q) {
   const Tensor& positions = *a.positions;
   check_defined(op, "positions", positions);
   TORCH_CHECK(
       positions.scalar_type() == at::kInt || positions.scalar_type() == at::kLong, op,
       ": expected positions of dtype int32 or int64, got ", positions.scalar_type());
-  TORCH_CHECK(
-      positions.device() == q.tensor.device(), op, ": expected positions on the device of ", q.name, ", ",
-      q.tensor.device(), ", got ", positions.device());
+  check_device(op, {"positions", positions}, q);
   const int64_t batch = batch_of(q.tensor);
   const int64_t seq_len = seq_len_of(q.tensor);
   const bool packed = is_packed(q.tensor);
@@ -87,21 +81,18 @@ void check_positions(const char* op, const Rotation& a, const Rotated& q) {
   const bool per_token = positions.dim() == of_axes + 1 && positions.size(of_axes) == seq_len;
   const bool per_batch = !packed && positions.dim() == of_axes + 2 && positions.size(of_axes) == batch &&
       positions.size(of_axes + 1) == seq_len;
-  if (of_axes == 0) {
-    const bool has_axes = positions.dim() == (packed ? 2 : 3);
-    TORCH_CHECK(
-        per_token || per_batch, op, ": expected positions of shape ",
-        packed ? c10::str("[T] = [", seq_len, "]")
-               : c10::str("[S] = [", seq_len, "] or [B, S] = [", batch, ", ", seq_len, "]"),
-        has_axes ? " without pair_axes" : "", ", got ", positions.sizes());
-    return;
-  }
+  const bool axes_fit = of_axes == 0 || (positions.size(0) >= 1 && positions.size(0) <= kMaxAxes);
+  const char* axes = of_axes == 0 ? "" : "A, ";
+  const bool has_axes = positions.dim() == (packed ? 2 : 3);
   TORCH_CHECK(
-      (per_token || per_batch) && positions.size(0) >= 1 && positions.size(0) <= kMaxAxes, op,
-      ": expected positions of shape ",
-      packed ? c10::str("[A, T] = [A, ", seq_len, "]")
-             : c10::str("[A, S] = [A, ", seq_len, "] or [A, B, S] = [A, ", batch, ", ", seq_len, "]"),
-      " with pair_axes, of 1 to ", kMaxAxes, " axes, got ", positions.sizes());
+      (per_token || per_batch) && axes_fit, op, ": expected positions of shape ",
+      packed
+          ? c10::str("[", axes, "T] = [", axes, seq_len, "]")
+          : c10::str("[", axes, "S] = [", axes, seq_len, "] or [", axes, "B, S] = [", axes, batch, ", ", seq_len, "]"),
+      of_axes != 0   ? c10::str(" with pair_axes, of 1 to ", kMaxAxes, " axes")
+          : has_axes ? " without pair_axes"
+                     : "",
+      ", got ", positions.sizes());
 }
 
 void check_pair_axes(const char* op, const Rotation& a) {
@@ -127,19 +118,15 @@ void check_pair_axes(const char* op, const Rotation& a) {
   }
 }
 
-void check_tables(const char* op, const Rotation& a, const Rotated& q) {
+void check_tables(const char* op, const Rotation& a, const NamedTensor& q) {
   TORCH_CHECK(a.cos.defined() && a.sin.defined(), op, ": expected cos and sin to be tensors, got an undefined one");
   const auto expected_dtype = rotary_table_dtype(q.tensor.scalar_type());
-  const auto check = [&](const char* name, const Tensor& table) {
+  for (const NamedTensor& x : {NamedTensor{"cos", a.cos}, NamedTensor{"sin", a.sin}}) {
     TORCH_CHECK(
-        table.scalar_type() == expected_dtype, op, ": expected ", name, " of dtype ", expected_dtype, " for ", q.name,
-        " of dtype ", q.tensor.scalar_type(), ", got ", table.scalar_type());
-    TORCH_CHECK(
-        table.device() == q.tensor.device(), op, ": expected ", name, " on the device of ", q.name, ", ",
-        q.tensor.device(), ", got ", table.device());
-  };
-  check("cos", a.cos);
-  check("sin", a.sin);
+        x.tensor.scalar_type() == expected_dtype, op, ": expected ", x.name, " of dtype ", expected_dtype, " for ",
+        q.name, " of dtype ", q.tensor.scalar_type(), ", got ", x.tensor.scalar_type());
+    check_device(op, x, q);
+  }
   TORCH_CHECK(
       a.cos.sizes() == a.sin.sizes(), op, ": expected cos and sin of the same shape, got ", a.cos.sizes(), " and ",
       a.sin.sizes());
@@ -204,9 +191,7 @@ void check_table_width(const char* op, const Rotation& a, int64_t head_dim) {
       ": expected cos and sin with one column for each pair, R/2 of R channels that are rotated, got two equal "
       "halves of ",
       a.cos.size(-1) / 2, " columns, which would rotate ", rotary_dim, " of ", head_dim,
-      " channels. Give cos.narrow(-1, 0, ", a.cos.size(-1) / 2,
-      ") and the same of sin if they are "
-      "cat(freqs, freqs)");
+      " channels. Give cos.narrow(-1, 0, ", a.cos.size(-1) / 2, ") and the same of sin if they are cat(freqs, freqs)");
 }
 
 RotaryTable table_view(const Tensor& table) {
@@ -256,8 +241,8 @@ Strides strides_of(const Tensor& tensor) {
 }
 
 void check_rotary(const char* op, const Rotation& rotation, RotatedList inputs) {
-  const Rotated& first = inputs[0];
-  for (const Rotated& input : inputs) {
+  const NamedTensor& first = inputs[0];
+  for (const NamedTensor& input : inputs) {
     check_rotated(op, input);
   }
   if (inputs.size() == 2) {
@@ -278,7 +263,7 @@ RotaryProblem describe_rotary(const char* op, const Rotation& rotation, RotatedL
   problem.head_dim = first.size(-1);
   problem.num_pairs = rotation.cos.size(-1);
   problem.table_rows = rotation.cos.size(-2);
-  for (const Rotated& input : inputs) {
+  for (const NamedTensor& input : inputs) {
     problem.operands[problem.num_operands++] = operand_of(input.tensor);
   }
   problem.cos = table_view(rotation.cos);
@@ -318,25 +303,16 @@ Tensor allocate_output(const Tensor& input, RotaryProblem::Operand& operand) {
 
 void check_rotary_in_place(const char* op, const Rotation& rotation, RotatedList inputs) {
   check_rotary(op, rotation, inputs);
-  const auto check_overlap = [op](const Rotated& x, const char* name, const Tensor& other) {
-    TORCH_CHECK(
-        !may_overlap(x.tensor, other), op, ": expected ", x.name, " and ", name,
-        " in memory of their own, got two that overlap");
-  };
-  for (const Rotated& x : inputs) {
-    TORCH_CHECK(
-        !may_overlap(x.tensor), op, ": expected ", x.name,
-        " whose elements are each a place of their own, got strides ", x.tensor.strides(), " for sizes ",
-        x.tensor.sizes(), "; clone() it first");
-    check_overlap(x, "cos", rotation.cos);
-    check_overlap(x, "sin", rotation.sin);
+  for (const NamedTensor& x : inputs) {
+    check_no_overlap(op, x);
+    check_no_overlap(op, x, {"cos", rotation.cos});
+    check_no_overlap(op, x, {"sin", rotation.sin});
     if (rotation.positions.has_value()) {
-      check_overlap(x, "positions", *rotation.positions);
+      check_no_overlap(op, x, {"positions", *rotation.positions});
     }
   }
   if (inputs.size() == 2) {
-    const Rotated& second = inputs[1];
-    check_overlap(inputs[0], second.name, second.tensor);
+    check_no_overlap(op, inputs[0], inputs[1]);
   }
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <arguments/rotary_problem.h>
+#include <arguments/tensor.h>
 #include <ops/rotary_embedding.h>
 
 #include <ATen/core/Tensor.h>
@@ -12,14 +13,8 @@
 // argument is the same for calls of the free function, from Python and in a backward pass.
 namespace posenc::arguments {
 
-/// A tensor to rotate and the name it has in the schema.
-struct Rotated {
-  const char* name;
-  const at::Tensor& tensor;
-};
-
-/// One tensor, or q and k.
-using RotatedList = at::ArrayRef<Rotated>;
+/// The tensors to rotate: one, or q and k.
+using RotatedList = at::ArrayRef<NamedTensor>;
 
 /// Checks shapes, dtypes and devices of all arguments of the operator `op`, such as "posenc::rotary_embedding".
 /// @throws c10::Error  at the first argument that is wrong: its name, what was expected and what was given.

@@ -61,11 +61,7 @@ PackedViews packed_views(
 void check_rotary_pack(const char* op, const PackRotation& rotation, const PackedViews& from) {
   check_rotary(op, rotation.rotation, {{"q", from.q}, {"k", from.k}});
   check_defined(op, "v", from.v);
-  TORCH_CHECK(
-      from.v.sizes() == from.k.sizes() && from.v.scalar_type() == from.k.scalar_type() &&
-          from.v.device() == from.k.device(),
-      op, ": expected v of the shape, dtype and device of k, ", from.k.sizes(), " ", from.k.scalar_type(), " ",
-      from.k.device(), ", got ", from.v.sizes(), " ", from.v.scalar_type(), " ", from.v.device());
+  check_like(op, {"v", from.v}, {"k", from.k});
   TORCH_CHECK(
       !rotation.stacked || from.q.size(-2) == from.k.size(-2), op,
       ": expected q and k of as many heads where they are stacked, [.., 3, H, D], got ", from.q.sizes(), " and ",

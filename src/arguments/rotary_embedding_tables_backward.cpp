@@ -16,17 +16,11 @@ void check_rotary_tables(const char* op, const Rotation& rotation, at::TensorLis
   TORCH_CHECK(
       grads.size() == inputs.size() && (inputs.size() == 1 || inputs.size() == 2), op,
       ": expected one or two inputs and as many grads, got ", inputs.size(), " and ", grads.size());
-  const Rotated rotated[] = {{"inputs[0]", inputs.front()}, {"inputs[1]", inputs.back()}};
-  check_rotary(op, rotation, {rotated, inputs.size()});
+  const NamedTensor named_inputs[] = {{"inputs[0]", inputs.front()}, {"inputs[1]", inputs.back()}};
+  const NamedTensor named_grads[] = {{"grads[0]", grads.front()}, {"grads[1]", grads.back()}};
+  check_rotary(op, rotation, {named_inputs, inputs.size()});
   for (size_t i = 0; i < inputs.size(); ++i) {
-    const Tensor& grad = grads[i];
-    const Tensor& input = inputs[i];
-    TORCH_CHECK(
-        grad.defined() && grad.sizes() == input.sizes() && grad.scalar_type() == input.scalar_type() &&
-            grad.device() == input.device(),
-        op, ": expected grads[", i, "] of the shape, dtype and device of inputs[", i, "], ", input.sizes(), " ",
-        input.scalar_type(), " ", input.device(), ", got ",
-        grad.defined() ? c10::str(grad.sizes(), " ", grad.scalar_type(), " ", grad.device()) : "an undefined tensor");
+    check_like(op, named_grads[i], named_inputs[i]);
   }
 }
 
@@ -87,7 +81,7 @@ RotaryTablesCall rotary_tables_call(const Rotation& rotation, at::TensorList gra
 RotaryBackwardCall rotary_backward_call(const Rotation& rotation, at::TensorList grads, at::TensorList inputs) {
   constexpr const char* kOp = "posenc::rotary_embedding_backward";
   check_rotary_tables(kOp, rotation, grads, inputs);
-  const Rotated rotated[] = {{"grads[0]", grads.front()}, {"grads[1]", grads.back()}};
+  const NamedTensor rotated[] = {{"grads[0]", grads.front()}, {"grads[1]", grads.back()}};
   RotaryProblem rotation_problem = describe_rotary(kOp, rotation.inverse(), {rotated, grads.size()});
   RotaryBackwardCall call;
   for (size_t i = 0; i < grads.size(); ++i) {

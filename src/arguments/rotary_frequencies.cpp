@@ -1,4 +1,5 @@
 #include <arguments/rotary_frequencies.h>
+#include <arguments/tensor.h>
 
 #include <ATen/ops/empty.h>
 
@@ -13,6 +14,14 @@ bool is_real(at::ScalarType dtype) {
   return dtype == at::kFloat || dtype == at::kDouble;
 }
 
+/// Checks a float32 or float64 tensor of `dims` dimensions, whose shape is `shape` in messages.
+void check_real(const char* op, const NamedTensor& x, int64_t dims, const char* shape) {
+  TORCH_CHECK(
+      x.tensor.defined() && x.tensor.dim() == dims && is_real(x.tensor.scalar_type()), op, ": expected ", x.name,
+      " of dtype float32 or float64 and shape ", shape, ", got ",
+      x.tensor.defined() ? c10::str(x.tensor.scalar_type(), " ", x.tensor.sizes()) : "an undefined tensor");
+}
+
 TableView view_of(const Tensor& table) {
   return {table.const_data_ptr(), table.stride(0), table.stride(1)};
 }
@@ -21,16 +30,12 @@ TableView view_of(const Tensor& table) {
 
 void check_frequencies(const FrequenciesArguments<int64_t>& a) {
   constexpr const char* op = "posenc::rotary_tables";
-  const Tensor& inv_freq = a.inv_freq;
-  TORCH_CHECK(
-      inv_freq.defined() && inv_freq.dim() == 1 && is_real(inv_freq.scalar_type()), op,
-      ": expected inv_freq of dtype float32 or float64 and shape [R/2], got ",
-      inv_freq.defined() ? c10::str(inv_freq.scalar_type(), " ", inv_freq.sizes()) : "an undefined tensor");
+  check_real(op, {"inv_freq", a.inv_freq}, 1, "[R/2]");
   TORCH_CHECK(a.length >= 0, op, ": expected a length that is not negative, got ", a.length);
   TORCH_CHECK(is_real(a.dtype), op, ": expected dtype float32 or float64, got ", a.dtype);
   TORCH_CHECK(
-      a.attention_factor > 0 && std::isfinite(a.attention_factor), op, ": expected a positive attention_factor, got ",
-      a.attention_factor);
+      a.attention_factor > 0 && std::isfinite(a.attention_factor), op,
+      ": expected a positive, finite attention_factor, got ", a.attention_factor);
 }
 
 FrequenciesCall frequencies_call(const FrequenciesArguments<int64_t>& a) {
@@ -47,22 +52,11 @@ FrequenciesCall frequencies_call(const FrequenciesArguments<int64_t>& a) {
 
 void check_frequencies_backward(const FrequenciesBackwardArguments& a) {
   constexpr const char* op = "posenc::rotary_tables_backward";
-  TORCH_CHECK(
-      a.cos.defined() && a.cos.dim() == 2 && is_real(a.cos.scalar_type()), op,
-      ": expected cos of dtype float32 or float64 and shape [P, R/2], got ",
-      a.cos.defined() ? c10::str(a.cos.scalar_type(), " ", a.cos.sizes()) : "an undefined tensor");
-  const auto check_like_cos = [&](const char* name, const Tensor& tensor) {
-    TORCH_CHECK(
-        tensor.defined() && tensor.sizes() == a.cos.sizes() && tensor.scalar_type() == a.cos.scalar_type() &&
-            tensor.device() == a.cos.device(),
-        op, ": expected ", name, " of the shape, dtype and device of cos, ", a.cos.sizes(), " ", a.cos.scalar_type(),
-        " ", a.cos.device(), ", got ",
-        tensor.defined() ? c10::str(tensor.sizes(), " ", tensor.scalar_type(), " ", tensor.device())
-                         : "an undefined tensor");
-  };
-  check_like_cos("sin", a.sin);
-  check_like_cos("grad_cos", a.grad_cos);
-  check_like_cos("grad_sin", a.grad_sin);
+  check_real(op, {"cos", a.cos}, 2, "[P, R/2]");
+  for (const NamedTensor& x :
+       {NamedTensor{"sin", a.sin}, NamedTensor{"grad_cos", a.grad_cos}, NamedTensor{"grad_sin", a.grad_sin}}) {
+    check_like(op, x, {"cos", a.cos});
+  }
   TORCH_CHECK(is_real(a.dtype), op, ": expected dtype float32 or float64, got ", a.dtype);
 }
 
