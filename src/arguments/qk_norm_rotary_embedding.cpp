@@ -37,7 +37,7 @@ QKNormRotaryProblem::Weight weight_view(const Tensor& weight) {
 /// Describes a call whose arguments have been checked, without its outputs.
 QKNormRotaryProblem describe(const char* op, const QKNormRotation& a, const Tensor& q, const Tensor& k) {
   QKNormRotaryProblem problem{};
-  problem.rotary = describe_rotary(op, a.rotation, {{"q", q}, {"k", k}});
+  problem.rotary = describe_rotary(op, a.rotation(), {{"q", q}, {"k", k}});
   problem.weights[0] = weight_view(a.q_weight);
   problem.weights[1] = weight_view(a.k_weight);
   problem.weights_are_wide = a.q_weight.scalar_type() == rotary_table_dtype(q.scalar_type());
@@ -49,7 +49,7 @@ QKNormRotaryProblem describe(const char* op, const QKNormRotation& a, const Tens
 }  // namespace
 
 void check_qk_norm_rotary(const char* op, const QKNormRotation& a, const Tensor& q, const Tensor& k) {
-  check_rotary(op, a.rotation, {{"q", q}, {"k", k}});
+  check_rotary(op, a.rotation(), {{"q", q}, {"k", k}});
   check_weight(op, "q_weight", a.q_weight, q);
   check_weight(op, "k_weight", a.k_weight, q);
   TORCH_CHECK(
@@ -122,7 +122,7 @@ QKNormRotaryBackwardProblem qk_norm_rotary_backward_problem(
   add(0, inputs.grad_q, gradients.q, gradients.q_weight);
   add(1, inputs.grad_k, gradients.k, gradients.k_weight);
   problem.call.rotary.num_operands = count;
-  problem.call.rotary.conjugate = !a.rotation.conjugate;
+  problem.call.rotary.conjugate = !a.conjugate;
   return problem;
 }
 

@@ -59,7 +59,7 @@ PackedViews packed_views(
 }
 
 void check_rotary_pack(const char* op, const PackRotation& rotation, const PackedViews& from) {
-  check_rotary(op, rotation.rotation, {{"q", from.q}, {"k", from.k}});
+  check_rotary(op, rotation.rotation(), {{"q", from.q}, {"k", from.k}});
   check_defined(op, "v", from.v);
   check_like(op, {"v", from.v}, {"k", from.k});
   TORCH_CHECK(
@@ -86,7 +86,7 @@ RotaryQkvCall rotary_qkv_call(const char* op, const Rotation& rotation, const Pa
 RotaryPackCall rotary_pack_call(const char* op, const PackRotation& rotation, const PackedViews& from) {
   check_rotary_pack(op, rotation, from);
   RotaryPackCall call;
-  call.problem = describe_rotary(op, rotation.rotation, {{"q", from.q}, {"k", from.k}});
+  call.problem = describe_rotary(op, rotation.rotation(), {{"q", from.q}, {"k", from.k}});
   add_copied(from.v, call.problem);
 
   const int64_t num_q_heads = from.q.size(-2);

@@ -17,14 +17,25 @@ namespace {
 using at::Tensor;
 using torch::autograd::variable_list;
 
-/// The bias is linear in the slopes, and its distances depend on its shape only: no tensor is saved.
-class AlibiBiasBackward final : public autograd::Node<AlibiBiasBackward> {
+/// Saves which keys a query sees, and no tensor.
+template <typename Derived>
+class AlibiNode : public autograd::Node<Derived> {
  public:
-  AlibiBiasBackward() = default;
-  AlibiBiasBackward(bool causal, std::optional<c10::SymInt> query_offset)
+  AlibiNode() = default;
+  AlibiNode(bool causal, std::optional<c10::SymInt> query_offset)
       : causal_(causal), query_offset_(std::move(query_offset)) {}
 
   auto state() { return std::tie(causal_, query_offset_); }
+
+ protected:
+  bool causal_ = false;
+  std::optional<c10::SymInt> query_offset_;
+};
+
+/// The bias is linear in the slopes, and its distances depend on its shape only.
+class AlibiBiasBackward final : public AlibiNode<AlibiBiasBackward> {
+ public:
+  using AlibiNode::AlibiNode;
 
   variable_list differentiate(const variable_list& grads) {
     variable_list result(1);
@@ -33,31 +44,18 @@ class AlibiBiasBackward final : public autograd::Node<AlibiBiasBackward> {
     }
     return result;
   }
-
-  std::string name() const override { return "AlibiBiasBackward"; }
-
- private:
-  bool causal_ = false;
-  std::optional<c10::SymInt> query_offset_;
 };
 
 Tensor alibi_bias_autograd(const AlibiBiasArguments<c10::SymInt>& a) {
-  const autograd::Differentiable differentiable{a.slopes};
-  autograd::check_no_tangents("posenc::alibi_bias", differentiable);
-  const Tensor output = autograd::below_autograd([&] { return dispatch::alibi_bias(a); });
-  autograd::record<AlibiBiasBackward>(differentiable, {output}, a.causal, a.query_offset);
-  return output;
+  return autograd::forward_and_record<AlibiBiasBackward>(
+      "posenc::alibi_bias", {a.slopes}, [&] { return dispatch::alibi_bias(a); }, a.causal, a.query_offset);
 }
 
 /// The gradient of the scores is the gradient of the sum. The gradient of the slopes is computed from it and from the
-/// distances. No tensor is saved.
-class AlibiAddBackward final : public autograd::Node<AlibiAddBackward> {
+/// distances.
+class AlibiAddBackward final : public AlibiNode<AlibiAddBackward> {
  public:
-  AlibiAddBackward() = default;
-  AlibiAddBackward(bool causal, std::optional<c10::SymInt> query_offset)
-      : causal_(causal), query_offset_(std::move(query_offset)) {}
-
-  auto state() { return std::tie(causal_, query_offset_); }
+  using AlibiNode::AlibiNode;
 
   variable_list differentiate(const variable_list& grads) {
     const Tensor& grad = grads[0];
@@ -73,21 +71,12 @@ class AlibiAddBackward final : public autograd::Node<AlibiAddBackward> {
     }
     return result;
   }
-
-  std::string name() const override { return "AlibiAddBackward"; }
-
- private:
-  bool causal_ = false;
-  std::optional<c10::SymInt> query_offset_;
 };
 
 /// `alibi_mask` multiplies by zeros and ones, so its gradient is `alibi_mask` of the gradient.
-class AlibiMaskBackward final : public autograd::Node<AlibiMaskBackward> {
+class AlibiMaskBackward final : public AlibiNode<AlibiMaskBackward> {
  public:
-  AlibiMaskBackward() = default;
-  explicit AlibiMaskBackward(std::optional<c10::SymInt> query_offset) : query_offset_(std::move(query_offset)) {}
-
-  auto state() { return std::tie(query_offset_); }
+  using AlibiNode::AlibiNode;
 
   variable_list differentiate(const variable_list& grads) {
     variable_list result(1);
@@ -96,19 +85,11 @@ class AlibiMaskBackward final : public autograd::Node<AlibiMaskBackward> {
     }
     return result;
   }
-
-  std::string name() const override { return "AlibiMaskBackward"; }
-
- private:
-  std::optional<c10::SymInt> query_offset_;
 };
 
 Tensor alibi_add_autograd(const AlibiAddArguments<c10::SymInt>& a) {
-  const autograd::Differentiable differentiable{a.scores, a.slopes};
-  autograd::check_no_tangents("posenc::alibi_add", differentiable);
-  const Tensor output = autograd::below_autograd([&] { return dispatch::alibi_add(a); });
-  autograd::record<AlibiAddBackward>(differentiable, {output}, a.causal, a.query_offset);
-  return output;
+  return autograd::forward_and_record<AlibiAddBackward>(
+      "posenc::alibi_add", {a.scores, a.slopes}, [&] { return dispatch::alibi_add(a); }, a.causal, a.query_offset);
 }
 
 void alibi_add_autograd_(const AlibiAddArguments<c10::SymInt>& a) {
@@ -116,11 +97,7 @@ void alibi_add_autograd_(const AlibiAddArguments<c10::SymInt>& a) {
   autograd::check_no_tangents("posenc::alibi_add_", differentiable);
   NodePtr node;
   if (autograd::any_requires_grad(differentiable)) {
-    TORCH_CHECK(
-        !(a.scores.is_leaf() && a.scores.requires_grad()),
-        "posenc::alibi_add_: expected scores that are no leaf of the graph, got a leaf that requires grad: its value "
-        "cannot change in place; use alibi_add");
-    torch::autograd::check_inplace(a.scores, /*requires_grad=*/true);  // refuses views that cannot be tracked
+    autograd::check_overwritable("posenc::alibi_add_", "scores", a.scores, "use alibi_add");
     node = autograd::make_node<AlibiAddBackward>(differentiable, a.causal, a.query_offset);
   }
   {
@@ -132,32 +109,24 @@ void alibi_add_autograd_(const AlibiAddArguments<c10::SymInt>& a) {
   }
 }
 
-/// Increments the version of the scores, so that autograd refuses their values that were saved.
 void alibi_add_version_(const AlibiAddArguments<c10::SymInt>& a) {
-  autograd::below_autograd([&] { dispatch::alibi_add_(a); });
-  torch::autograd::increment_version(a.scores);
+  autograd::count_versions([&] { dispatch::alibi_add_(a); }, a.scores);
 }
 
 Tensor alibi_mask_autograd(const AlibiMaskArguments<c10::SymInt>& a) {
-  const autograd::Differentiable differentiable{a.grad};
-  autograd::check_no_tangents("posenc::alibi_mask", differentiable);
-  const Tensor output = autograd::below_autograd([&] { return dispatch::alibi_mask(a); });
-  autograd::record<AlibiMaskBackward>(differentiable, {output}, a.query_offset);
-  return output;
+  return autograd::forward_and_record<AlibiMaskBackward>(
+      "posenc::alibi_mask", {a.grad}, [&] { return dispatch::alibi_mask(a); }, /*causal=*/true, a.query_offset);
 }
 
 /// `alibi_slopes_backward` is linear in `grad`, [B, H, Sq, Sk] or [H, Sq, Sk]. Its gradient is `alibi_bias` with the
 /// incoming gradient, [H], as slopes; zero where the causal mask hides a key.
-class AlibiSlopesBackwardBackward final : public autograd::Node<AlibiSlopesBackwardBackward> {
+class AlibiSlopesBackwardBackward final : public AlibiNode<AlibiSlopesBackwardBackward> {
  public:
   AlibiSlopesBackwardBackward() = default;
   AlibiSlopesBackwardBackward(const Tensor& grad, bool causal, std::optional<c10::SymInt> query_offset)
-      : sizes_(grad.sym_sizes().vec()),
-        dtype_(grad.scalar_type()),
-        causal_(causal),
-        query_offset_(std::move(query_offset)) {}
+      : AlibiNode(causal, std::move(query_offset)), sizes_(grad.sym_sizes().vec()), dtype_(grad.scalar_type()) {}
 
-  auto state() { return std::tie(sizes_, dtype_, causal_, query_offset_); }
+  auto state() { return std::tuple_cat(std::tie(sizes_, dtype_), AlibiNode::state()); }
 
   variable_list differentiate(const variable_list& grads) {
     variable_list result(1);
@@ -173,21 +142,15 @@ class AlibiSlopesBackwardBackward final : public autograd::Node<AlibiSlopesBackw
     return result;
   }
 
-  std::string name() const override { return "AlibiSlopesBackwardBackward"; }
-
  private:
   std::vector<c10::SymInt> sizes_;
   at::ScalarType dtype_ = at::kFloat;
-  bool causal_ = false;
-  std::optional<c10::SymInt> query_offset_;
 };
 
 Tensor alibi_slopes_backward_autograd(const AlibiSlopesBackwardArguments<c10::SymInt>& a) {
-  const autograd::Differentiable differentiable{a.grad};
-  autograd::check_no_tangents("posenc::alibi_slopes_backward", differentiable);
-  const Tensor output = autograd::below_autograd([&] { return dispatch::alibi_slopes_backward(a); });
-  autograd::record<AlibiSlopesBackwardBackward>(differentiable, {output}, a.grad, a.causal, a.query_offset);
-  return output;
+  return autograd::forward_and_record<AlibiSlopesBackwardBackward>(
+      "posenc::alibi_slopes_backward", {a.grad}, [&] { return dispatch::alibi_slopes_backward(a); }, a.grad, a.causal,
+      a.query_offset);
 }
 
 }  // namespace

@@ -33,10 +33,9 @@ class AlibiSoftmaxBackward final : public autograd::Node<AlibiSoftmaxBackward> {
   AlibiSoftmaxBackward() = default;
   explicit AlibiSoftmaxBackward(Settings settings) : settings_(std::move(settings)) {}
 
-  /// To be called after the node has become the history of `probs`.
-  void save(const Tensor& probs) { probs_ = SavedVariable(probs, /*is_output=*/true); }
+  void save_outputs(const Tensor& probs) { probs_ = SavedVariable(probs, /*is_output=*/true); }
 
-  auto state() { return std::tuple_cat(settings_.state(), std::tie(probs_)); }
+  auto state() { return std::tie(settings_, probs_); }
 
   variable_list differentiate(const variable_list& grads) {
     variable_list result(2);
@@ -47,8 +46,6 @@ class AlibiSoftmaxBackward final : public autograd::Node<AlibiSoftmaxBackward> {
     }
     return result;
   }
-
-  std::string name() const override { return "AlibiSoftmaxBackward"; }
 
  private:
   Settings settings_;
@@ -72,7 +69,7 @@ class AlibiSoftmaxBackwardBackward final : public autograd::Node<AlibiSoftmaxBac
         grad_(grad, /*is_output=*/false),
         probs_(probs, /*is_output=*/false) {}
 
-  auto state() { return std::tuple_cat(settings_.state(), std::tie(normalised_, grad_, probs_)); }
+  auto state() { return std::tie(settings_, normalised_, grad_, probs_); }
 
   variable_list differentiate(const variable_list& grads) {
     variable_list result(2);
@@ -115,8 +112,6 @@ class AlibiSoftmaxBackwardBackward final : public autograd::Node<AlibiSoftmaxBac
     return result;
   }
 
-  std::string name() const override { return "AlibiSoftmaxBackwardBackward"; }
-
  private:
   Settings settings_;
   bool normalised_ = false;
@@ -124,25 +119,15 @@ class AlibiSoftmaxBackwardBackward final : public autograd::Node<AlibiSoftmaxBac
 };
 
 Tensor alibi_softmax_autograd(const AlibiSoftmaxArguments<c10::SymInt>& a) {
-  const autograd::Differentiable differentiable{a.scores, a.slopes};
-  autograd::check_no_tangents("posenc::alibi_softmax", differentiable);
-  const Tensor output = autograd::below_autograd([&] { return dispatch::alibi_softmax(a); });
-  if (auto* node = autograd::record<AlibiSoftmaxBackward>(
-          differentiable, {output}, Settings{a.scale, a.causal, a.query_offset})) {
-    node->save(output);
-  }
-  return output;
+  return autograd::forward_and_record<AlibiSoftmaxBackward>(
+      "posenc::alibi_softmax", {a.scores, a.slopes}, [&] { return dispatch::alibi_softmax(a); },
+      Settings{a.scale, a.causal, a.query_offset});
 }
 
 std::tuple<Tensor, Tensor> alibi_softmax_backward_autograd(const AlibiSoftmaxBackwardArguments<c10::SymInt>& a) {
-  const autograd::Differentiable differentiable{a.grad, a.probs};
-  autograd::check_no_tangents("posenc::alibi_softmax_backward", differentiable);
-  auto outputs = autograd::below_autograd([&] { return dispatch::alibi_softmax_backward(a); });
-  const auto& [grad_scores, grad_slopes] = outputs;
-  autograd::record<AlibiSoftmaxBackwardBackward>(
-      differentiable, {grad_scores, grad_slopes}, a.grad, a.probs, Settings{a.scale, a.causal, a.query_offset},
-      /*normalised=*/a.slopes_grad);
-  return outputs;
+  return autograd::forward_and_record<AlibiSoftmaxBackwardBackward>(
+      "posenc::alibi_softmax_backward", {a.grad, a.probs}, [&] { return dispatch::alibi_softmax_backward(a); }, a.grad,
+      a.probs, Settings{a.scale, a.causal, a.query_offset}, /*normalised=*/a.slopes_grad);
 }
 
 }  // namespace

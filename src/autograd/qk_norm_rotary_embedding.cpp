@@ -1,6 +1,7 @@
 #include <arguments/qk_norm_rotary_embedding.h>
 #include <autograd/detail/node.h>
 #include <autograd/detail/record.h>
+#include <autograd/detail/saved_rotation.h>
 #include <meta/detail/symbolic.h>
 #include <ops/dispatch.h>
 #include <ops/qk_norm_rotary_embedding.h>
@@ -28,7 +29,7 @@ struct Normalised {
   Tensor rstd, x_hat, weight, z;
 
   Normalised(const QKNormRotation& a, const Tensor& x, const Tensor& narrow_weight) {
-    const auto dtype = a.rotation.cos.scalar_type();
+    const auto dtype = a.cos.scalar_type();
     const Tensor wide = x.to(dtype);
     rstd = at::rsqrt((wide * wide).mean(-1, /*keepdim=*/true) + a.eps);
     x_hat = wide * rstd;
@@ -44,7 +45,7 @@ std::tuple<Tensor, Tensor> differentiable_gradients(
     const Tensor& x,
     const Tensor& weight) {
   const Normalised n(a, x, weight);
-  const Tensor h = dispatch::rotary_embedding(a.rotation.inverse(), grad.to(a.rotation.cos.scalar_type()));
+  const Tensor h = dispatch::rotary_embedding(a.rotation().inverse(), grad.to(a.cos.scalar_type()));
   const Tensor dx_hat = h * n.weight;
   const Tensor dx = n.rstd * (dx_hat - n.x_hat * (dx_hat * n.x_hat).mean(-1, /*keepdim=*/true));
   const Tensor dweight = (h * n.x_hat).flatten(0, -2).sum(0);
@@ -56,7 +57,7 @@ class QKNormRotaryEmbeddingBackward final : public autograd::Node<QKNormRotaryEm
  public:
   QKNormRotaryEmbeddingBackward() = default;
   QKNormRotaryEmbeddingBackward(const QKNormRotation& a, const Tensor& q, const Tensor& k)
-      : rotation_(a.rotation),
+      : rotation_(a.rotation()),
         q_(q, /*is_output=*/false),
         k_(k, /*is_output=*/false),
         q_weight_(a.q_weight, /*is_output=*/false),
@@ -64,9 +65,7 @@ class QKNormRotaryEmbeddingBackward final : public autograd::Node<QKNormRotaryEm
         eps_(a.eps),
         unit_offset_(a.unit_offset) {}
 
-  auto state() {
-    return std::tuple_cat(std::tie(q_, k_, q_weight_, k_weight_), rotation_.state(), std::tie(eps_, unit_offset_));
-  }
+  auto state() { return std::tie(q_, k_, q_weight_, k_weight_, rotation_, eps_, unit_offset_); }
 
   variable_list differentiate(const variable_list& grads) {
     variable_list result(kInputs);
@@ -77,10 +76,9 @@ class QKNormRotaryEmbeddingBackward final : public autograd::Node<QKNormRotaryEm
     const Tensor k = unpack(k_);
     const Tensor q_weight = unpack(q_weight_);
     const Tensor k_weight = unpack(k_weight_);
-    const autograd::UnpackedRotation tables = unpack(rotation_);
-    const QKNormRotation a(
-        q_weight, k_weight, tables.cos, tables.sin, tables.positions, eps_, unit_offset_, tables.interleaved,
-        tables.conjugate, tables.pair_axes);
+    const autograd::UnpackedRotation tables = rotation_.unpack();
+    const QKNormRotation a{q_weight, k_weight,     tables.cos,         tables.sin,       tables.positions,
+                           eps_,     unit_offset_, tables.interleaved, tables.conjugate, tables.pair_axes};
     // Gradients that are not needed are not computed.
     const auto wanted = [&](size_t i) {
       return wants(i) || wants(i + 2) ? autograd::optional_tensor(grads[i]) : std::nullopt;
@@ -106,12 +104,10 @@ class QKNormRotaryEmbeddingBackward final : public autograd::Node<QKNormRotaryEm
       };
       add(grads[0], q, q_weight);
       add(grads[1], k, k_weight);
-      std::tie(result[4], result[5]) = dispatch::rotary_embedding_tables_backward(a.rotation, rotated_grads, rotated);
+      std::tie(result[4], result[5]) = dispatch::rotary_embedding_tables_backward(a.rotation(), rotated_grads, rotated);
     }
     return result;
   }
-
-  std::string name() const override { return "QKNormRotaryEmbeddingBackward"; }
 
  private:
   static constexpr size_t kInputs = 6;
@@ -126,12 +122,9 @@ std::tuple<Tensor, Tensor> qk_norm_rotary_embedding_autograd(
     const QKNormRotation& a,
     const Tensor& q,
     const Tensor& k) {
-  const Differentiable differentiable{q, k, a.q_weight, a.k_weight, a.rotation.cos, a.rotation.sin};
-  autograd::check_no_tangents("posenc::qk_norm_rotary_embedding", differentiable);
-  auto outputs = autograd::below_autograd([&] { return dispatch::qk_norm_rotary_embedding(a, q, k); });
-  const auto& [q_out, k_out] = outputs;
-  autograd::record<QKNormRotaryEmbeddingBackward>(differentiable, {q_out, k_out}, a, q, k);
-  return outputs;
+  return autograd::forward_and_record<QKNormRotaryEmbeddingBackward>(
+      "posenc::qk_norm_rotary_embedding", {q, k, a.q_weight, a.k_weight, a.cos, a.sin},
+      [&] { return dispatch::qk_norm_rotary_embedding(a, q, k); }, a, q, k);
 }
 
 /// Gradients that are themselves differentiated are computed in differentiable operations.
@@ -141,15 +134,9 @@ QKNormRotaryGradients qk_norm_rotary_embedding_backward_autograd(
     const QKNormRotation& a) {
   const auto& [grad_q, grad_k, q, k] = inputs;
   const Tensor none;
-  const Differentiable differentiable{
-      grad_q.has_value() ? *grad_q : none,
-      grad_k.has_value() ? *grad_k : none,
-      q,
-      k,
-      a.q_weight,
-      a.k_weight,
-      a.rotation.cos,
-      a.rotation.sin};
+  const Tensor& of_q = grad_q.has_value() ? *grad_q : none;
+  const Tensor& of_k = grad_k.has_value() ? *grad_k : none;
+  const Differentiable differentiable{of_q, of_k, q, k, a.q_weight, a.k_weight, a.cos, a.sin};
   autograd::check_no_tangents("posenc::qk_norm_rotary_embedding_backward", differentiable);
   if (!autograd::any_requires_grad(differentiable)) {
     return autograd::below_autograd([&] { return dispatch::qk_norm_rotary_embedding_backward(mask, inputs, a); });
@@ -157,19 +144,13 @@ QKNormRotaryGradients qk_norm_rotary_embedding_backward_autograd(
   if (!meta::any_symbol(inputs, a)) {
     arguments::check_qk_norm_rotary_backward(a, inputs);
   }
-  QKNormRotaryGradients gradients;
-  const auto set_gradients = [&](const std::optional<Tensor>& grad, const Tensor& x, const Tensor& weight, Tensor& dx,
-                                 Tensor& dweight) {
-    if (grad.has_value() && grad->defined()) {
-      std::tie(dx, dweight) = differentiable_gradients(a, *grad, x, weight);
-    }
-    if (!mask.weights_grad) {
-      dweight = Tensor();
-    }
+  const auto gradients = [&](const Tensor& grad, const Tensor& x, const Tensor& weight) {
+    return grad.defined() ? differentiable_gradients(a, grad, x, weight) : std::tuple<Tensor, Tensor>();
   };
-  set_gradients(grad_q, q, a.q_weight, gradients.q, gradients.q_weight);
-  set_gradients(grad_k, k, a.k_weight, gradients.k, gradients.k_weight);
-  return gradients;
+  const auto [dq, dq_weight] = gradients(of_q, q, a.q_weight);
+  const auto [dk, dk_weight] = gradients(of_k, k, a.k_weight);
+  return mask.weights_grad ? QKNormRotaryGradients{dq, dk, dq_weight, dk_weight}
+                           : QKNormRotaryGradients{dq, dk, {}, {}};
 }
 
 }  // namespace

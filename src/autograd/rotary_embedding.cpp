@@ -1,6 +1,8 @@
+#include <arguments/rotary_embedding.h>
 #include <autograd/detail/node.h>
 #include <autograd/detail/record.h>
 #include <autograd/detail/rotate_by_table_gradients.h>
+#include <autograd/detail/saved_rotation.h>
 #include <ops/dispatch.h>
 #include <ops/rotary_embedding.h>
 
@@ -10,6 +12,7 @@
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
 #include <functional>
 #include <tuple>
@@ -19,6 +22,8 @@
 namespace posenc {
 namespace {
 
+using arguments::NamedTensor;
+using arguments::RotatedList;
 using at::Tensor;
 using autograd::Differentiable;
 using autograd::SavedRotation;
@@ -41,10 +46,10 @@ class RotaryEmbeddingBackward final : public autograd::Node<RotaryEmbeddingBackw
     }
   }
 
-  auto state() { return std::tuple_cat(std::tie(num_inputs_, inputs_), rotation_.state()); }
+  auto state() { return std::tie(num_inputs_, inputs_, rotation_); }
 
   variable_list differentiate(const variable_list& grads) {
-    const UnpackedRotation rotation = unpack(rotation_);
+    const UnpackedRotation rotation = rotation_.unpack();
     const auto num_inputs = static_cast<size_t>(num_inputs_);
     variable_list result(num_inputs + 2);
     const bool tables_wanted = wants(num_inputs, num_inputs + 2);
@@ -84,8 +89,6 @@ class RotaryEmbeddingBackward final : public autograd::Node<RotaryEmbeddingBackw
     }
     return result;
   }
-
-  std::string name() const override { return "RotaryEmbeddingBackward"; }
 
  private:
   /// The gradients of the inputs, of two in one launch.
@@ -140,21 +143,16 @@ void set_tangent(const Rotation& rotation, const Tensor& input, const Tensor& ou
   output._set_fw_grad(tangent, /*level=*/0, /*is_inplace_op=*/false);
 }
 
-Tensor rotary_embedding_autograd(const Rotation& rotation, const Tensor& x) {
-  Tensor output = autograd::below_autograd([&] { return dispatch::rotary_embedding(rotation, x); });
-  autograd::record<RotaryEmbeddingBackward>(
-      Differentiable{x, rotation.cos, rotation.sin}, {output}, rotation, Differentiable{x});
-  set_tangent(rotation, x, output);
-  return output;
-}
-
-std::tuple<Tensor, Tensor> rotary_embedding_qk_autograd(const Rotation& rotation, const Tensor& q, const Tensor& k) {
-  auto outputs = autograd::below_autograd([&] { return dispatch::rotary_embedding_qk(rotation, q, k); });
-  const auto& [q_out, k_out] = outputs;
-  autograd::record<RotaryEmbeddingBackward>(
-      Differentiable{q, k, rotation.cos, rotation.sin}, {q_out, k_out}, rotation, Differentiable{q, k});
-  set_tangent(rotation, q, q_out);
-  set_tangent(rotation, k, k_out);
+/// One of the two operators `kRotate` that rotate out of place.
+template <auto kRotate, typename... Inputs>
+auto rotate_autograd(const Rotation& rotation, const Inputs&... inputs) {
+  auto outputs = autograd::below_autograd([&] { return kRotate(rotation, inputs...); });
+  const auto record = [&](const auto&... rotated) {
+    autograd::record<RotaryEmbeddingBackward>(
+        Differentiable{inputs..., rotation.cos, rotation.sin}, {rotated...}, rotation, Differentiable{inputs...});
+    (set_tangent(rotation, inputs, rotated), ...);
+  };
+  std::apply(record, autograd::as_tuple(outputs));
   return outputs;
 }
 
@@ -162,16 +160,12 @@ std::tuple<Tensor, Tensor> rotary_embedding_qk_autograd(const Rotation& rotation
 
 /// Checks of rotations in place.
 /// @return whether a graph is recorded.
-bool check_in_place(
-    const char* op,
-    const Rotation& rotation,
-    std::initializer_list<std::pair<const char*, Tensor*>> inputs) {
+bool check_in_place(const char* op, const Rotation& rotation, RotatedList inputs) {
   bool records = autograd::tables_require_grad(rotation);
-  autograd::check_no_tangent(op, rotation.cos);
-  autograd::check_no_tangent(op, rotation.sin);
+  autograd::check_no_tangents(op, Differentiable{rotation.cos, rotation.sin});
   for (const auto& [name, x] : inputs) {
-    autograd::check_no_tangent(op, *x);
-    records = records || x->requires_grad();
+    autograd::check_no_tangent(op, x);
+    records = records || x.requires_grad();
   }
   if (!records || !at::GradMode::is_enabled()) {
     return false;
@@ -181,11 +175,9 @@ bool check_in_place(
       ": expected cos and sin that require no grad, got one that does: its gradient needs the input, which is "
       "overwritten; rotate out of place");
   for (const auto& [name, x] : inputs) {
-    TORCH_CHECK(
-        !(x->is_leaf() && x->requires_grad()), op, ": expected ", name,
-        " that is no leaf of the graph, got a leaf that requires grad: its value cannot change in place; rotate out of "
-        "place");
-    torch::autograd::check_inplace(*x, x->requires_grad());  // refuses views that cannot be tracked
+    if (x.requires_grad()) {
+      autograd::check_overwritable(op, name, x, "rotate out of place");
+    }
   }
   return true;
 }
@@ -197,71 +189,62 @@ NodePtr node_in_place(const Rotation& rotation, Differentiable inputs) {
   return autograd::make_node<RotaryEmbeddingBackward>(differentiable, rotation, inputs);
 }
 
-void rotary_embedding_autograd_(const Rotation& rotation, Tensor& x) {
-  NodePtr node;
-  if (check_in_place("posenc::rotary_embedding_", rotation, {{"x", &x}})) {
-    node = node_in_place(rotation, {x});
+/// Calls `rotate`, which is the operator `op` and overwrites `inputs`, and makes nodes their history.
+template <typename Rotate>
+void rotate_in_place(const char* op, const Rotation& rotation, RotatedList inputs, const Rotate& rotate) {
+  NodePtr nodes[2];  // of the inputs that require grad
+  if (check_in_place(op, rotation, inputs)) {
+    // One node for both, unless one is a view: the history of a view needs a node with one output.
+    const bool shared = inputs.size() == 2 && std::all_of(inputs.begin(), inputs.end(), [](const NamedTensor& x) {
+                          return x.tensor.requires_grad() && !x.tensor.is_view();
+                        });
+    if (shared) {
+      nodes[0] = nodes[1] = node_in_place(rotation, {inputs[0].tensor, inputs[1].tensor});
+    } else {
+      for (size_t i = 0; i < inputs.size(); ++i) {
+        nodes[i] = inputs[i].tensor.requires_grad() ? node_in_place(rotation, {inputs[i].tensor}) : NodePtr();
+      }
+    }
   }
   {
     const at::AutoDispatchBelowAutograd below_autograd;  // to the kernel below, which counts versions
-    dispatch::rotary_embedding_(rotation, x);
+    rotate();
   }
-  if (node != nullptr) {
-    torch::autograd::rebase_history(x, node);
-  }
-}
-
-void rotary_embedding_qk_autograd_(const Rotation& rotation, Tensor& q, Tensor& k) {
-  const bool records = check_in_place("posenc::rotary_embedding_qk_", rotation, {{"q", &q}, {"k", &k}});
-  // One node for both, unless one is a view: the history of a view needs a node with one output.
-  const bool shared = records && q.requires_grad() && k.requires_grad() && !q.is_view() && !k.is_view();
-  NodePtr q_node;
-  NodePtr k_node;
-  if (shared) {
-    q_node = node_in_place(rotation, {q, k});
-  } else if (records) {
-    q_node = q.requires_grad() ? node_in_place(rotation, {q}) : NodePtr();
-    k_node = k.requires_grad() ? node_in_place(rotation, {k}) : NodePtr();
-  }
-  {
-    const at::AutoDispatchBelowAutograd below_autograd;
-    dispatch::rotary_embedding_qk_(rotation, q, k);
-  }
-  if (shared) {
-    torch::autograd::rebase_history(std::vector<Tensor>{q, k}, q_node);
-    return;
-  }
-  for (const auto& [tensor, node] : {std::pair(&q, q_node), std::pair(&k, k_node)}) {
-    if (node != nullptr) {
-      torch::autograd::rebase_history(*tensor, node);
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    if (nodes[i] != nullptr) {
+      const uint32_t output = nodes[i]->add_input_metadata(inputs[i].tensor);
+      torch::autograd::impl::rebase_history(inputs[i].tensor, {std::move(nodes[i]), output});
     }
   }
 }
 
-void rotary_embedding_version_(const Rotation& rotation, Tensor& x) {
-  autograd::below_autograd([&] { dispatch::rotary_embedding_(rotation, x); });
-  torch::autograd::increment_version(x);
+void rotary_embedding_autograd_(const Rotation& rotation, Tensor& x) {
+  rotate_in_place("posenc::rotary_embedding_", rotation, {{"x", x}}, [&] { dispatch::rotary_embedding_(rotation, x); });
 }
 
-void rotary_embedding_qk_version_(const Rotation& rotation, Tensor& q, Tensor& k) {
-  autograd::below_autograd([&] { dispatch::rotary_embedding_qk_(rotation, q, k); });
-  torch::autograd::increment_version(q);
-  torch::autograd::increment_version(k);
+void rotary_embedding_qk_autograd_(const Rotation& rotation, Tensor& q, Tensor& k) {
+  rotate_in_place("posenc::rotary_embedding_qk_", rotation, {{"q", q}, {"k", k}}, [&] {
+    dispatch::rotary_embedding_qk_(rotation, q, k);
+  });
+}
+
+template <auto kRotate, typename... Inputs>
+void rotate_in_place_version(const Rotation& rotation, Inputs&... inputs) {
+  autograd::count_versions([&] { kRotate(rotation, inputs...); }, inputs...);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(posenc, Autograd, m) {
-  m.impl("rotary_embedding", kernel<rotary_embedding_autograd>);
+  m.impl("rotary_embedding", kernel<rotate_autograd<dispatch::rotary_embedding, Tensor>>);
   m.impl("rotary_embedding_", kernel<rotary_embedding_autograd_>);
-  m.impl("rotary_embedding_qk", kernel<rotary_embedding_qk_autograd>);
+  m.impl("rotary_embedding_qk", kernel<rotate_autograd<dispatch::rotary_embedding_qk, Tensor, Tensor>>);
   m.impl("rotary_embedding_qk_", kernel<rotary_embedding_qk_autograd_>);
 }
 
-// Increments the version of each overwritten tensor, so that autograd refuses values of it that were saved before.
 TORCH_LIBRARY_IMPL(posenc, ADInplaceOrView, m) {
-  m.impl("rotary_embedding_", kernel<rotary_embedding_version_>);
-  m.impl("rotary_embedding_qk_", kernel<rotary_embedding_qk_version_>);
+  m.impl("rotary_embedding_", kernel<rotate_in_place_version<dispatch::rotary_embedding_, Tensor>>);
+  m.impl("rotary_embedding_qk_", kernel<rotate_in_place_version<dispatch::rotary_embedding_qk_, Tensor, Tensor>>);
 }
 
 }  // namespace posenc

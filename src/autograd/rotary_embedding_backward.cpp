@@ -1,6 +1,7 @@
 #include <autograd/detail/node.h>
 #include <autograd/detail/record.h>
 #include <autograd/detail/rotate_by_table_gradients.h>
+#include <autograd/detail/saved_rotation.h>
 #include <ops/dispatch.h>
 #include <ops/rotary_embedding.h>
 
@@ -9,6 +10,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <functional>
 #include <tuple>
 #include <vector>
@@ -30,24 +32,22 @@ class RotaryEmbeddingTablesBackwardBackward final : public autograd::Node<Rotary
  public:
   RotaryEmbeddingTablesBackwardBackward() = default;
   RotaryEmbeddingTablesBackwardBackward(const Rotation& rotation, at::TensorList grads, at::TensorList inputs)
-      : rotation_(rotation) {
-    for (const Tensor& grad : grads) {
-      grads_.emplace_back(grad, /*is_output=*/false);
-    }
-    for (const Tensor& input : inputs) {
-      inputs_.emplace_back(input, /*is_output=*/false);
+      : rotation_(rotation), num_inputs_(static_cast<int64_t>(inputs.size())) {
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      grads_[i] = SavedVariable(grads[i], /*is_output=*/false);
+      inputs_[i] = SavedVariable(inputs[i], /*is_output=*/false);
     }
   }
 
-  auto state() { return std::tuple_cat(std::tie(grads_, inputs_), rotation_.state()); }
+  auto state() { return std::tie(rotation_, num_inputs_, grads_, inputs_); }
 
   variable_list differentiate(const variable_list& table_grads) {
-    const size_t count = inputs_.size();
+    const auto count = static_cast<size_t>(num_inputs_);
     variable_list result(2 * count);
     if (!table_grads[0].defined() && !table_grads[1].defined()) {
       return result;
     }
-    UnpackedRotation rotation = unpack(rotation_);
+    UnpackedRotation rotation = rotation_.unpack();
     rotation.cos = table_grads[0].defined() ? table_grads[0] : at::zeros_like(rotation.cos);
     rotation.sin = table_grads[1].defined() ? table_grads[1] : at::zeros_like(rotation.sin);
     const Rotation by_grads = rotation;
@@ -62,11 +62,10 @@ class RotaryEmbeddingTablesBackwardBackward final : public autograd::Node<Rotary
     return result;
   }
 
-  std::string name() const override { return "RotaryEmbeddingTablesBackwardBackward"; }
-
  private:
   SavedRotation rotation_;
-  std::vector<SavedVariable> grads_, inputs_;
+  int64_t num_inputs_ = 0;
+  std::array<SavedVariable, 2> grads_, inputs_;
 };
 
 std::vector<std::reference_wrapper<const Tensor>> joined(at::TensorList grads, at::TensorList inputs) {
@@ -79,14 +78,9 @@ std::tuple<Tensor, Tensor> rotary_embedding_tables_backward_autograd(
     const Rotation& rotation,
     at::TensorList grads,
     at::TensorList inputs) {
-  const auto differentiable = joined(grads, inputs);
-  autograd::check_no_tangents("posenc::rotary_embedding_tables_backward", differentiable);
-  auto table_grads =
-      autograd::below_autograd([&] { return dispatch::rotary_embedding_tables_backward(rotation, grads, inputs); });
-  const auto& [grad_cos, grad_sin] = table_grads;
-  autograd::record<RotaryEmbeddingTablesBackwardBackward>(
-      differentiable, {grad_cos, grad_sin}, rotation, grads, inputs);
-  return table_grads;
+  return autograd::forward_and_record<RotaryEmbeddingTablesBackwardBackward>(
+      "posenc::rotary_embedding_tables_backward", joined(grads, inputs),
+      [&] { return dispatch::rotary_embedding_tables_backward(rotation, grads, inputs); }, rotation, grads, inputs);
 }
 
 /// Gradients that are themselves differentiated, in either mode, are computed by two operators that are differentiable.

@@ -1,6 +1,7 @@
 #include <arguments/rotary_embedding_qkv.h>
 #include <autograd/detail/node.h>
 #include <autograd/detail/record.h>
+#include <autograd/detail/saved_rotation.h>
 #include <ops/dispatch.h>
 #include <ops/rotary_embedding.h>
 
@@ -17,7 +18,6 @@ namespace posenc {
 namespace {
 
 using at::Tensor;
-using autograd::Differentiable;
 using autograd::SavedRotation;
 using autograd::UnpackedRotation;
 using torch::autograd::SavedVariable;
@@ -29,7 +29,7 @@ struct Saved {
   Saved(const Rotation& of_call, int64_t num_q_heads, int64_t num_kv_heads, bool is_stacked)
       : rotation(of_call), q_heads(num_q_heads), kv_heads(num_kv_heads), stacked(is_stacked) {}
 
-  auto state() { return std::tuple_cat(rotation.state(), std::tie(q_heads, kv_heads, stacked)); }
+  auto state() { return std::tie(rotation, q_heads, kv_heads, stacked); }
 
   SavedRotation rotation;
   int64_t q_heads = 0;
@@ -66,10 +66,10 @@ class RotaryEmbeddingQkvBackward final : public autograd::Node<RotaryEmbeddingQk
     }
   }
 
-  auto state() { return std::tuple_cat(saved_.state(), std::tie(qkv_)); }
+  auto state() { return std::tie(saved_, qkv_); }
 
   variable_list differentiate(const variable_list& grads) {
-    const UnpackedRotation rotation = unpack(saved_.rotation);
+    const UnpackedRotation rotation = saved_.rotation.unpack();
     variable_list result(3);
     const Tensor& some = grads[0].defined() ? grads[0] : grads[1].defined() ? grads[1] : grads[2];
     if (!some.defined()) {
@@ -85,8 +85,10 @@ class RotaryEmbeddingQkvBackward final : public autograd::Node<RotaryEmbeddingQk
         return at::zeros_symint(sizes, some.options());
       };
       result[0] = dispatch::rotary_embedding_pack(
-          {Rotation(rotation).inverse(), saved_.stacked}, grad_or_zeros(grads[0], saved_.q_heads),
-          grad_or_zeros(grads[1], saved_.kv_heads), grad_or_zeros(grads[2], saved_.kv_heads));
+          {rotation.cos, rotation.sin, rotation.positions, saved_.stacked, rotation.interleaved, !rotation.conjugate,
+           rotation.pair_axes},
+          grad_or_zeros(grads[0], saved_.q_heads), grad_or_zeros(grads[1], saved_.kv_heads),
+          grad_or_zeros(grads[2], saved_.kv_heads));
     }
     if (wants(1, 3)) {
       const arguments::PackedViews inputs =
@@ -95,8 +97,6 @@ class RotaryEmbeddingQkvBackward final : public autograd::Node<RotaryEmbeddingQk
     }
     return result;
   }
-
-  std::string name() const override { return "RotaryEmbeddingQkvBackward"; }
 
  private:
   Saved saved_;
@@ -114,17 +114,17 @@ class RotaryEmbeddingPackBackward final : public autograd::Node<RotaryEmbeddingP
  public:
   RotaryEmbeddingPackBackward() = default;
   RotaryEmbeddingPackBackward(const PackRotation& rotation, const Tensor& q, const Tensor& k)
-      : saved_(rotation.rotation, num_heads(q), num_heads(k), rotation.stacked) {
-    if (autograd::tables_require_grad(rotation.rotation)) {
+      : saved_(rotation.rotation(), num_heads(q), num_heads(k), rotation.stacked) {
+    if (autograd::tables_require_grad(rotation.rotation())) {
       q_ = SavedVariable(q, /*is_output=*/false);
       k_ = SavedVariable(k, /*is_output=*/false);
     }
   }
 
-  auto state() { return std::tuple_cat(saved_.state(), std::tie(q_, k_)); }
+  auto state() { return std::tie(saved_, q_, k_); }
 
   variable_list differentiate(const variable_list& grads) {
-    const UnpackedRotation rotation = unpack(saved_.rotation);
+    const UnpackedRotation rotation = saved_.rotation.unpack();
     variable_list result(5);
     if (!grads[0].defined()) {
       return result;
@@ -142,8 +142,6 @@ class RotaryEmbeddingPackBackward final : public autograd::Node<RotaryEmbeddingP
     return result;
   }
 
-  std::string name() const override { return "RotaryEmbeddingPackBackward"; }
-
  private:
   Saved saved_;
   SavedVariable q_, k_;
@@ -154,21 +152,16 @@ std::tuple<Tensor, Tensor, Tensor> rotary_embedding_qkv_autograd(
     const Tensor& qkv,
     int64_t num_q_heads,
     int64_t num_kv_heads) {
-  const Differentiable differentiable{qkv, rotation.cos, rotation.sin};
-  autograd::check_no_tangents("posenc::rotary_embedding_qkv", differentiable);
-  auto outputs = autograd::below_autograd(
-      [&] { return dispatch::rotary_embedding_qkv(rotation, qkv, num_q_heads, num_kv_heads); });
-  const auto& [q, k, v] = outputs;
-  autograd::record<RotaryEmbeddingQkvBackward>(differentiable, {q, k, v}, rotation, qkv, num_q_heads, num_kv_heads);
-  return outputs;
+  return autograd::forward_and_record<RotaryEmbeddingQkvBackward>(
+      "posenc::rotary_embedding_qkv", {qkv, rotation.cos, rotation.sin},
+      [&] { return dispatch::rotary_embedding_qkv(rotation, qkv, num_q_heads, num_kv_heads); }, rotation, qkv,
+      num_q_heads, num_kv_heads);
 }
 
 Tensor rotary_embedding_pack_autograd(const PackRotation& rotation, const Tensor& q, const Tensor& k, const Tensor& v) {
-  const Differentiable differentiable{q, k, v, rotation.rotation.cos, rotation.rotation.sin};
-  autograd::check_no_tangents("posenc::rotary_embedding_pack", differentiable);
-  const Tensor packed = autograd::below_autograd([&] { return dispatch::rotary_embedding_pack(rotation, q, k, v); });
-  autograd::record<RotaryEmbeddingPackBackward>(differentiable, {packed}, rotation, q, k);
-  return packed;
+  return autograd::forward_and_record<RotaryEmbeddingPackBackward>(
+      "posenc::rotary_embedding_pack", {q, k, v, rotation.cos, rotation.sin},
+      [&] { return dispatch::rotary_embedding_pack(rotation, q, k, v); }, rotation, q, k);
 }
 
 }  // namespace

@@ -26,7 +26,7 @@ class RotaryTablesBackward final : public autograd::Node<RotaryTablesBackward> {
   RotaryTablesBackward() = default;
   explicit RotaryTablesBackward(at::ScalarType dtype) : dtype_(dtype) {}
 
-  void save(const Tensor& cos, const Tensor& sin) {
+  void save_outputs(const Tensor& cos, const Tensor& sin) {
     cos_ = SavedVariable(cos, /*is_output=*/true);
     sin_ = SavedVariable(sin, /*is_output=*/true);
   }
@@ -45,22 +45,14 @@ class RotaryTablesBackward final : public autograd::Node<RotaryTablesBackward> {
     return result;
   }
 
-  std::string name() const override { return "RotaryTablesBackward"; }
-
  private:
   at::ScalarType dtype_ = at::kFloat;  // dtype of the frequencies
   SavedVariable cos_, sin_;
 };
 
 std::tuple<Tensor, Tensor> rotary_tables_autograd(const FrequenciesArguments<c10::SymInt>& a) {
-  const autograd::Differentiable differentiable{a.inv_freq};
-  autograd::check_no_tangents("posenc::rotary_tables", differentiable);
-  auto tables = autograd::below_autograd([&] { return dispatch::rotary_tables(a); });
-  const auto& [cos, sin] = tables;
-  if (auto* node = autograd::record<RotaryTablesBackward>(differentiable, {cos, sin}, a.inv_freq.scalar_type())) {
-    node->save(cos, sin);
-  }
-  return tables;
+  return autograd::forward_and_record<RotaryTablesBackward>(
+      "posenc::rotary_tables", {a.inv_freq}, [&] { return dispatch::rotary_tables(a); }, a.inv_freq.scalar_type());
 }
 
 /// A gradient that is itself differentiated is computed in tensor operations, which LibTorch differentiates. Their cost

@@ -14,33 +14,22 @@ namespace posenc {
 /// The arguments of `qk_norm_rotary_embedding` beside q and k, as `posenc/qk_norm_rotary_embedding.h` documents them.
 /// It refers to the tensors of the call.
 struct QKNormRotation {
-  QKNormRotation(
-      const at::Tensor& weight_of_q,
-      const at::Tensor& weight_of_k,
-      const at::Tensor& cos,
-      const at::Tensor& sin,
-      const std::optional<at::Tensor>& positions,
-      double epsilon,
-      bool has_unit_offset,
-      bool interleaved,
-      bool conjugate,
-      at::IntArrayRef pair_axes)
-      : rotation{cos, sin, positions, interleaved, conjugate, pair_axes},
-        q_weight(weight_of_q),
-        k_weight(weight_of_k),
-        eps(epsilon),
-        unit_offset(has_unit_offset) {}
-
-  auto flat() const {
-    const auto& [cos, sin, positions, interleaved, conjugate, pair_axes] = rotation;
-    return std::tie(q_weight, k_weight, cos, sin, positions, eps, unit_offset, interleaved, conjugate, pair_axes);
-  }
-
-  Rotation rotation;
   const at::Tensor& q_weight;
   const at::Tensor& k_weight;
+  const at::Tensor& cos;
+  const at::Tensor& sin;
+  const std::optional<at::Tensor>& positions;
   double eps;
   bool unit_offset;
+  bool interleaved;
+  bool conjugate;
+  at::IntArrayRef pair_axes;
+
+  Rotation rotation() const { return {cos, sin, positions, interleaved, conjugate, pair_axes}; }
+
+  auto flat() const {
+    return std::tie(q_weight, k_weight, cos, sin, positions, eps, unit_offset, interleaved, conjugate, pair_axes);
+  }
 };
 
 /// The gradients of q, k, q_weight and k_weight, each of the shape and dtype of that tensor. Those of q and q_weight

@@ -29,24 +29,17 @@ struct Rotation {
 
 /// The arguments of `rotary_embedding_pack` beside its inputs.
 struct PackRotation {
-  PackRotation(const Rotation& of_parts, bool stacks) : rotation(of_parts), stacked(stacks) {}
-  PackRotation(
-      const at::Tensor& cos,
-      const at::Tensor& sin,
-      const std::optional<at::Tensor>& positions,
-      bool stacks,
-      bool interleaved,
-      bool conjugate,
-      at::IntArrayRef pair_axes)
-      : rotation{cos, sin, positions, interleaved, conjugate, pair_axes}, stacked(stacks) {}
-
-  auto flat() const {
-    const auto& [cos, sin, positions, interleaved, conjugate, pair_axes] = rotation;
-    return std::tie(cos, sin, positions, stacked, interleaved, conjugate, pair_axes);
-  }
-
-  Rotation rotation;
+  const at::Tensor& cos;
+  const at::Tensor& sin;
+  const std::optional<at::Tensor>& positions;
   bool stacked;
+  bool interleaved;
+  bool conjugate;
+  at::IntArrayRef pair_axes;
+
+  Rotation rotation() const { return {cos, sin, positions, interleaved, conjugate, pair_axes}; }
+
+  auto flat() const { return std::tie(cos, sin, positions, stacked, interleaved, conjugate, pair_axes); }
 };
 
 // Calls through the dispatcher. `posenc/rotary_embedding.h` documents those that users call too.

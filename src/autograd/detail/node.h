@@ -1,6 +1,5 @@
 #pragma once
 
-#include <autograd/detail/saved_rotation.h>
 #include <detail/torch_compat.h>
 
 #include <ATen/SavedTensorHooks.h>
@@ -23,15 +22,25 @@
 // Base of all nodes of the autograd graph: lock, release of saved variables and compiled autograd.
 namespace posenc::autograd {
 
+/// The argument, or an undefined tensor if it is absent. Saved variables store optional arguments like this.
+inline at::Tensor or_undefined(const std::optional<at::Tensor>& argument) {
+  return argument.value_or(at::Tensor());
+}
+
+/// The inverse of `or_undefined`.
+inline std::optional<at::Tensor> optional_tensor(at::Tensor tensor) {
+  return tensor.defined() ? std::optional<at::Tensor>(std::move(tensor)) : std::nullopt;
+}
+
 /// Base of a node. `Derived` has a default constructor and two member functions that this class can access:
 ///
-///     auto state() { return std::tie(x_, pair_axes_, dtype_); }
+///     auto state() { return std::tie(x_, rotation_, dtype_); }
 ///     variable_list differentiate(const variable_list& grads);
 ///
-/// `state` names everything that `differentiate` reads: saved variables (`SavedVariable`, a `std::vector` or
-/// `std::array` of them) and values with a `torch::dynamo::autograd::IValuePacker` (bool, int64_t, double, dtype,
-/// SymInt, std::string, `std::vector` and `std::optional` of these). A `c10::SymInt` becomes an argument of a compiled
-/// graph, the other values constants of it.
+/// `state` names everything that `differentiate` reads: saved variables (`SavedVariable`), values with a
+/// `torch::dynamo::autograd::IValuePacker` (bool, int64_t, double, dtype, SymInt, std::string, `std::vector` and
+/// `std::optional` of these), each of them alone or in a `std::array`, and structs that have a `state` of their own. A
+/// `c10::SymInt` becomes an argument of a compiled graph, the other values constants of it.
 ///
 /// `differentiate` returns one gradient, possibly undefined, for each input of the node.
 template <typename Derived>
@@ -40,6 +49,17 @@ class Node : public torch::autograd::Node {
   using SavedVariable = torch::autograd::SavedVariable;
   using variable_list = torch::autograd::variable_list;
 
+  /// The name of the class without its namespaces.
+  std::string name() const override {
+    const std::string qualified = torch::autograd::Node::name();
+    return qualified.substr(qualified.rfind(':') + 1);
+  }
+
+  /// Called with the outputs of the forward pass after the node has become their history. A node that saves outputs
+  /// declares a function of this name.
+  template <typename... Outputs>
+  void save_outputs(const Outputs&... /*outputs*/) {}
+
   variable_list apply(variable_list&& grads) final {
     const std::lock_guard<std::mutex> lock(mutex_);
     return derived().differentiate(grads);
@@ -47,7 +67,11 @@ class Node : public torch::autograd::Node {
 
   void release_variables() final {
     const std::lock_guard<std::mutex> lock(mutex_);
-    for_each_saved([](SavedVariable& saved) { saved.reset_data(); });
+    for_each_member([](auto& member) {
+      if constexpr (kIsSaved<decltype(member)>) {
+        member.reset_data();
+      }
+    });
   }
 
   /// Collects the inputs of a compiled graph and the values that it is specialised on.
@@ -58,12 +82,7 @@ class Node : public torch::autograd::Node {
         "torch._dynamo.config.compiled_autograd to False for this backward pass");
     const auto collect = [&args](auto& member) {
       if constexpr (kIsSaved<decltype(member)>) {
-        size_t count = 0;
-        visit_elements(member, [&](const SavedVariable& saved) {
-          args.collect(saved, /*is_output=*/true);  // passes the node to unpack(); inputs ignore it
-          ++count;
-        });
-        args.collect_size(count);
+        args.collect(member, /*is_output=*/true);  // passes the node to unpack(); inputs ignore it
       } else {
         args.collect(std::as_const(member));
       }
@@ -77,16 +96,11 @@ class Node : public torch::autograd::Node {
   /// Records a call of `call_compiled` in the graph that is being compiled.
   variable_list apply_with_saved(const variable_list& grads, torch::dynamo::autograd::SwapSavedVariables& swap) final {
     namespace compiled = torch::dynamo::autograd;
-    for_each_element([&swap](auto& member) { swap.before(member); });
+    for_each_member([&swap](auto& member) { swap.before(member); });
     compiled::PackedArgs packed;
     for_each_member([&](auto& member) {
       if constexpr (kIsSaved<decltype(member)>) {
-        variable_list tensors;
-        visit_elements(member, [&](SavedVariable& saved) { tensors.push_back(unpack(saved)); });
-        packed.pack(static_cast<int64_t>(tensors.size()));
-        for (const at::Tensor& tensor : tensors) {
-          packed.pack(tensor);
-        }
+        packed.pack(unpack(member));
       } else {
         packed.pack(member);
       }
@@ -96,7 +110,7 @@ class Node : public torch::autograd::Node {
       wanted.push_back(wants(i));
     }
     packed.pack(wanted);
-    for_each_element([&swap](auto& member) { swap.after(member); });
+    for_each_member([&swap](auto& member) { swap.after(member); });
 
     std::vector<at::TypePtr> schema;
     for (const at::IValue& argument : packed.vec()) {
@@ -130,65 +144,41 @@ class Node : public torch::autograd::Node {
   /// The saved tensor, an input or an output of the forward pass. Throws if it was modified since.
   at::Tensor unpack(const SavedVariable& saved) { return saved.unpack(getptr()); }
 
-  /// The saved arguments of a rotation.
-  UnpackedRotation unpack(const SavedRotation& saved) {
-    return saved.unpacked([this](const SavedVariable& variable) { return unpack(variable); });
-  }
-
   /// The same for an argument that may be absent.
-  std::optional<at::Tensor> unpack_optional(const SavedVariable& saved) {
-    at::Tensor tensor = unpack(saved);
-    return tensor.defined() ? std::optional<at::Tensor>(std::move(tensor)) : std::nullopt;
-  }
+  std::optional<at::Tensor> unpack_optional(const SavedVariable& saved) { return optional_tensor(unpack(saved)); }
 
  private:
   template <typename T>
-  struct IsSaved : std::is_same<T, SavedVariable> {};
+  static constexpr bool kIsSaved = std::is_same_v<std::decay_t<T>, SavedVariable>;
+
+  template <typename T, typename = void>
+  struct HasState : std::false_type {};
   template <typename T>
-  struct IsSaved<std::vector<T>> : std::is_same<T, SavedVariable> {};
+  struct HasState<T, std::void_t<decltype(std::declval<T&>().state())>> : std::true_type {};
+  template <typename T>
+  struct IsArray : std::false_type {};
   template <typename T, size_t N>
-  struct IsSaved<std::array<T, N>> : std::is_same<T, SavedVariable> {};
-  template <typename T>
-  static constexpr bool kIsSaved = IsSaved<std::decay_t<T>>::value;
+  struct IsArray<std::array<T, N>> : std::true_type {};
 
   Derived& derived() { return static_cast<Derived&>(*this); }
 
-  template <typename Visit>
-  void for_each_member(const Visit& visit) {
-    std::apply([&visit](auto&... members) { (visit(members), ...); }, derived().state());
-  }
-
-  /// Calls `visit` with a saved variable, or with each one of a container.
-  template <typename Saved, typename Visit>
-  static void visit_elements(Saved& saved, const Visit& visit) {
-    if constexpr (std::is_same_v<Saved, SavedVariable>) {
-      visit(saved);
+  /// Calls `visit` with each saved variable and each value of `member`, a part of the state.
+  template <typename Member, typename Visit>
+  static void visit_all(Member& member, const Visit& visit) {
+    const auto visit_each = [&visit](auto&... members) { (visit_all(members, visit), ...); };
+    if constexpr (HasState<Member>::value) {
+      std::apply(visit_each, member.state());
+    } else if constexpr (IsArray<Member>::value) {
+      std::apply(visit_each, member);
     } else {
-      for (SavedVariable& element : saved) {
-        visit(element);
-      }
+      visit(member);
     }
   }
 
+  /// Calls `visit` with each saved variable and each value of the state.
   template <typename Visit>
-  void for_each_saved(const Visit& visit) {
-    for_each_member([&visit](auto& member) {
-      if constexpr (kIsSaved<decltype(member)>) {
-        visit_elements(member, visit);
-      }
-    });
-  }
-
-  /// Calls `visit` with each saved variable, also those in containers, and with each value.
-  template <typename Visit>
-  void for_each_element(const Visit& visit) {
-    for_each_member([&visit](auto& member) {
-      if constexpr (kIsSaved<decltype(member)>) {
-        visit_elements(member, visit);
-      } else {
-        visit(member);
-      }
-    });
+  void for_each_member(const Visit& visit) {
+    visit_all(derived(), visit);
   }
 
   /// The backward pass as a function of gradients and state only, by a new node that has this state.
@@ -201,13 +191,7 @@ class Node : public torch::autograd::Node {
     node->for_each_member([&packed](auto& member) {
       using Member = std::decay_t<decltype(member)>;
       if constexpr (kIsSaved<Member>) {
-        const auto count = static_cast<size_t>(packed.unpack<int64_t>());
-        if constexpr (std::is_same_v<Member, std::vector<SavedVariable>>) {
-          member.resize(count);
-        }
-        visit_elements(member, [&packed](SavedVariable& saved) {
-          saved = SavedVariable(packed.unpack<at::Tensor>(), /*is_output=*/false);
-        });
+        member = SavedVariable(packed.unpack<at::Tensor>(), /*is_output=*/false);
       } else {
         member = packed.unpack<Member>();
       }

@@ -4,6 +4,7 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -11,7 +12,7 @@
 #include <algorithm>
 #include <functional>
 #include <initializer_list>
-#include <optional>
+#include <tuple>
 #include <utility>
 
 // Records operators in the autograd graph. Nodes are created as LibTorch creates its own: torch::autograd::Function
@@ -86,6 +87,47 @@ void check_no_tangents(const char* op, const Tensors& tensors) {
   }
 }
 
+/// The outputs of an operator, a tensor or a tuple of tensors, as a tuple of references.
+inline auto as_tuple(const at::Tensor& output) {
+  return std::tie(output);
+}
+template <typename... Tensors>
+auto as_tuple(const std::tuple<Tensors...>& outputs) {
+  return std::apply([](const Tensors&... tensors) { return std::tie(tensors...); }, outputs);
+}
+
+/// Calls `forward`, which calls the operator `op`, below autograd and makes a new `Node` the history of its outputs, as
+/// `record` does. Refuses tangents.
+template <typename Node, typename Tensors = Differentiable, typename Forward, typename... Args>
+auto forward_and_record(const char* op, const Tensors& inputs, const Forward& forward, const Args&... args) {
+  check_no_tangents(op, inputs);
+  auto outputs = below_autograd(forward);
+  const auto record_all = [&](const auto&... tensors) {
+    if (Node* node = record<Node>(inputs, {tensors...}, args...)) {
+      node->save_outputs(tensors...);
+    }
+  };
+  std::apply(record_all, as_tuple(outputs));
+  return outputs;
+}
+
+/// Checks that a graph can record that `x`, the argument `name` of `op`, is overwritten by a value that requires grad.
+/// `advice` says what to do instead.
+inline void check_overwritable(const char* op, const char* name, const at::Tensor& x, const char* advice) {
+  TORCH_CHECK(
+      !(x.is_leaf() && x.requires_grad()), op, ": expected ", name,
+      " that is no leaf of the graph, got a leaf that requires grad: its value cannot change in place; ", advice);
+  torch::autograd::check_inplace(x, /*requires_grad=*/true);  // refuses views that cannot be tracked
+}
+
+/// For the key ADInplaceOrView: calls `overwrite` below it, then increments the version of each overwritten tensor, so
+/// that autograd refuses values of it that were saved before.
+template <typename Overwrite, typename... Tensors>
+void count_versions(const Overwrite& overwrite, const Tensors&... overwritten) {
+  below_autograd(overwrite);
+  (torch::autograd::increment_version(overwritten), ...);
+}
+
 /// Refuses gradients through an operator that has none of its own. `advice` says what to do instead.
 template <typename Tensors>
 void check_no_gradients(const char* op, const Tensors& inputs, const char* advice) {
@@ -103,16 +145,6 @@ void record_no_derivative(
     std::initializer_list<std::reference_wrapper<const at::Tensor>> outputs) {
   record<torch::autograd::Error>(
       inputs, outputs, c10::str(op, ": expected gradients that are not differentiated again, got a second derivative"));
-}
-
-/// The argument, or an undefined tensor if it is absent. Saved variables store optional arguments like this.
-inline at::Tensor or_undefined(const std::optional<at::Tensor>& argument) {
-  return argument.value_or(at::Tensor());
-}
-
-/// The inverse of `or_undefined`.
-inline std::optional<at::Tensor> optional_tensor(at::Tensor tensor) {
-  return tensor.defined() ? std::optional<at::Tensor>(std::move(tensor)) : std::nullopt;
 }
 
 }  // namespace posenc::autograd

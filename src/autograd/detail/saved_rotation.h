@@ -1,12 +1,12 @@
 #pragma once
 
+#include <autograd/detail/node.h>
 #include <ops/rotary_embedding.h>
 
 #include <torch/csrc/autograd/saved_variable.h>
 
 #include <optional>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 namespace posenc::autograd {
@@ -35,16 +35,8 @@ struct SavedRotation {
 
   auto state() { return std::tie(cos, sin, positions, interleaved, conjugate, pair_axes); }
 
-  /// @param unpack  returns the tensor of a saved variable: `Node::unpack`.
-  template <typename Unpack>
-  UnpackedRotation unpacked(const Unpack& unpack) const {
-    at::Tensor at_positions = unpack(positions);
-    return {unpack(cos),
-            unpack(sin),
-            at_positions.defined() ? std::optional<at::Tensor>(std::move(at_positions)) : std::nullopt,
-            interleaved,
-            conjugate,
-            pair_axes};
+  UnpackedRotation unpack() const {
+    return {cos.unpack(), sin.unpack(), optional_tensor(positions.unpack()), interleaved, conjugate, pair_axes};
   }
 
   torch::autograd::SavedVariable cos, sin, positions;
