@@ -39,7 +39,8 @@ class Clock:
         self.device = device
         self.samples = samples
         if device == "cuda":
-            self.flush = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8, device=device)
+            flush_bytes = 2 * torch.cuda.get_device_properties(0).L2_cache_size
+            self.flush = torch.empty(flush_bytes, dtype=torch.uint8, device=device)
 
     def __call__(self, call):
         for _ in range(3):

@@ -30,7 +30,8 @@ if(NOT Torch_DIR AND NOT DEFINED ENV{Torch_DIR} AND NOT TARGET torch)
   if(NOT POSENC_TORCH_CONFIG)
     # Finds the package without importing it, which takes seconds.
     execute_process(
-      COMMAND "${torch_python}" -c "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])"
+      COMMAND "${torch_python}" -c
+              "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])"
       OUTPUT_VARIABLE torch_package OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
     if(torch_package)
       list(APPEND CMAKE_PREFIX_PATH "${torch_package}/share/cmake")
@@ -84,8 +85,8 @@ if(POSENC_CUDA)
     string(REGEX REPLACE "[af]$" "" number "${arch}")
     if(NOT number IN_LIST nvcc_architectures)
       list(JOIN nvcc_architectures ", " nvcc_architectures)
-      message(FATAL_ERROR "POSENC_CUDA_ARCHITECTURES: nvcc ${CMAKE_CUDA_COMPILER_VERSION} does not compile for ${arch}; "
-                          "it knows ${nvcc_architectures}")
+      message(FATAL_ERROR "POSENC_CUDA_ARCHITECTURES: nvcc ${CMAKE_CUDA_COMPILER_VERSION} does not compile for "
+                          "${arch}; it knows ${nvcc_architectures}")
     endif()
   endforeach()
 endif()

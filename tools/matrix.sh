@@ -75,7 +75,8 @@ verb_matrix-row() {
   rm -f "$results"
   if [[ $built == yes ]]; then
     # The status of ctest is ignored: the row has the number of failures.
-    OMP_NUM_THREADS=1 ctest --test-dir "$build" --no-tests=error --output-junit "$root/$results" "${tests[@]}" >&2 || true
+    OMP_NUM_THREADS=1 ctest --test-dir "$build" --no-tests=error --output-junit "$root/$results" \
+      "${tests[@]}" >&2 || true
   fi
   matrix_row "$build" "$built" "$results" $((SECONDS - start)) >"$row.new"
   mv "$row"{.new,}
@@ -84,8 +85,8 @@ verb_matrix-row() {
 # matrix_row BUILD BUILT RESULTS SECONDS: prints the row, from files that CMake and ctest have written.
 matrix_row() {
   local compiler standard total failures skipped
-  compiler=$(sed -n 's/^set(CMAKE_CXX_COMPILER_\(ID\|VERSION\) "\(.*\)")/\2/p' "$1"/CMakeFiles/*/CMakeCXXCompiler.cmake |
-    paste -sd ' ')
+  compiler=$(sed -n 's/^set(CMAKE_CXX_COMPILER_\(ID\|VERSION\) "\(.*\)")/\2/p' \
+    "$1"/CMakeFiles/*/CMakeCXXCompiler.cmake | paste -sd ' ')
   standard=$(sed -n 's/.*-std=c++\([0-9]*\).*/\1/p' "$1/build.ninja" | sort -n | head -n 1)
   total=$(matrix_count tests "$3") failures=$(matrix_count failures "$3") skipped=$(matrix_count skipped "$3")
   printf '| %s | %s | %s | %s | %s | %s | %s | %s | %s |\n' "$POSENC_TORCH" "$(matrix_cuda)" "$compiler" "$standard" \

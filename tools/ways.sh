@@ -35,7 +35,8 @@ way_consumer() {
   shift 2
   arguments=("-DTorch_DIR=$torch_dir" -DCMAKE_BUILD_TYPE=Release "$@")
   if [[ -n $toolkit ]]; then
-    arguments+=("-DCMAKE_CUDA_COMPILER=$toolkit/bin/nvcc" "-DCUDA_TOOLKIT_ROOT_DIR=$toolkit" "-DCUDAToolkit_ROOT=$toolkit")
+    arguments+=("-DCMAKE_CUDA_COMPILER=$toolkit/bin/nvcc" "-DCUDA_TOOLKIT_ROOT_DIR=$toolkit"
+      "-DCUDAToolkit_ROOT=$toolkit")
   fi
   step "$name: configuring the examples" cmake -G Ninja -S examples -B "$folder/build" "${arguments[@]}"
   step "$name: building them" cmake --build "$folder/build" --target attention
@@ -50,11 +51,12 @@ way_pip() {
   python=$(torch_python) || die "ways: no python has the torch of $torch_dir, which pip needs"
   step "pip: creating an environment" "$python" -m venv "$folder/venv"
   python=$folder/venv/bin/python
-  printf '%s\n' "$(dirname "$package")" >"$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth"
+  printf '%s\n' "$(dirname "$package")" \
+    >"$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth"
   step "pip: installing scikit-build-core" "$python" -m pip install --disable-pip-version-check \
     "scikit-build-core==$scikit_build_core_version"
-  CUDA_HOME=$toolkit step "pip: pip install ." "$python" -m pip install --disable-pip-version-check --no-build-isolation \
-    --no-deps --config-settings=cmake.define.POSENC_CUDA=OFF .
+  CUDA_HOME=$toolkit step "pip: pip install ." "$python" -m pip install --disable-pip-version-check \
+    --no-build-isolation --no-deps --config-settings=cmake.define.POSENC_CUDA=OFF .
   cmake_dir=$(cd / && "$python" -m posenc --cmake-dir)
   step "pip: import posenc" env -C "$folder" "$python" "$root/tests/python/package_test.py"
   way_consumer pip "$folder" "-Dposenc_DIR=$cmake_dir"

@@ -43,7 +43,13 @@ ROTARY_CLASSES = {
 }
 
 # Configurations without a modelling file of their own, and the model that runs them.
-MODELLED_BY = {"exaone": "llama", "internlm3": "llama", "iquestcoder": "llama", "sarvam_mla": "deepseek_v3", "sarvam_moe": "glm4_moe"}
+MODELLED_BY = {
+    "exaone": "llama",
+    "internlm3": "llama",
+    "iquestcoder": "llama",
+    "sarvam_mla": "deepseek_v3",
+    "sarvam_moe": "glm4_moe",
+}
 
 
 class NotRotated(Exception):
@@ -89,7 +95,9 @@ def rotary_class(config):
     found = [
         cls
         for cls in vars(modelling).values()
-        if inspect.isclass(cls) and cls.__module__ == modelling.__name__ and re.search("Rotary|RopePosition", cls.__name__)
+        if inspect.isclass(cls)
+        and cls.__module__ == modelling.__name__
+        and re.search("Rotary|RopePosition", cls.__name__)
     ]
     name = type(config).__name__
     if name in ROTARY_CLASSES:
@@ -119,7 +127,11 @@ def text_config_of(config):
 def layer_types_of(config):
     """The values of layer_type whose rotations may differ, or [None]."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    nested = [key for key, value in parameters.items() if isinstance(value, dict) or (value is None and key.endswith("attention"))]
+    nested = [
+        key
+        for key, value in parameters.items()
+        if isinstance(value, dict) or (value is None and key.endswith("attention"))
+    ]
     if nested:
         return sorted(nested)
     types = getattr(config, "layer_types", None)
@@ -223,11 +235,8 @@ class Oracle:
 
         if self.name == "NomicBertConfig":
             return get("head_dim")
-        return (
-            get("qk_rope_head_dim")
-            or get("head_dim")
-            or (get("embed_dim") if self.name == "Qwen2VLVisionConfig" else get("hidden_size")) // get("num_attention_heads")
-        )
+        width = "embed_dim" if self.name == "Qwen2VLVisionConfig" else "hidden_size"
+        return get("qk_rope_head_dim") or get("head_dim") or get(width) // get("num_attention_heads")
 
     def rotated(self, q, k, positions):
         """q and k, [S, D] float32, rotated by the model's own function. Channels may come out in another order."""

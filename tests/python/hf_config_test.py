@@ -140,7 +140,9 @@ class Case:
         # head_dim products, whose errors of about LENGTH 2^-22 add up like a random walk.
         tolerance = 8 * LENGTH * 2.0**-22 * head_dim**0.5 * max(1.0, answer["frequencies"][0]["attention_factor"] ** 2)
         difference = (expected - got).abs().max().item()
-        return "right" if difference <= tolerance else f"wrong: scores differ by {difference:.3g}, {answer['scaling']}, base {answer['base']}"
+        if difference <= tolerance:
+            return "right"
+        return f"wrong: scores differ by {difference:.3g}, {answer['scaling']}, base {answer['base']}"
 
 
 # Reasons for which from_hf_config may refuse a model that transformers rotates.
@@ -207,7 +209,9 @@ def plan_forms(cls, config):
         yield name, planned, saved(planned)
         if not nested:
             old = {k: v for k, v in saved(planned).items() if k != "rope_parameters"}
-            old["rope_scaling"] = {"type" if k == "rope_type" else k: v for k, v in changed.items() if k != "rope_theta"}
+            old["rope_scaling"] = {
+                "type" if k == "rope_type" else k: v for k, v in changed.items() if k != "rope_theta"
+            }
             if theta is not None:
                 old["rope_theta"] = theta
             yield f"{name}, old", planned, old

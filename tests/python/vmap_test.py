@@ -66,9 +66,10 @@ class Vmap(OnDevice):
         torch.testing.assert_close(list(actual), expected, rtol=0, atol=0, equal_nan=True)
 
     def test_all_arguments_batched(self):
-        self.for_each_call(
-            lambda function, tensors, _: self.expect_a_loop(function, [variants(x) for x in tensors], [0] * len(tensors))
-        )
+        def expect(function, tensors, _):
+            self.expect_a_loop(function, [variants(x) for x in tensors], [0] * len(tensors))
+
+        self.for_each_call(expect)
 
     def test_each_argument_alone_batched(self):
         def check(function, tensors, name):
