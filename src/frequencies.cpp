@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <limits>
 #include <sstream>
 
 namespace posenc {
@@ -16,6 +17,7 @@ using at::Tensor;
 namespace {
 
 constexpr double kPi = 3.14159265358979323846;
+constexpr const char* kDynamicNtk = "dynamic NTK";
 
 void check_positive(const char* plan, const char* field, double value) {
   TORCH_CHECK(
@@ -56,12 +58,21 @@ bool is_long(const LongRopeScaling& scaling, int64_t seq_len) {
   return seq_len > scaling.original_max_position_embeddings;
 }
 
+/// The length n whose frequencies dynamic NTK uses for a sequence of `seq_len` positions. Checks all lengths.
 int64_t dynamic_ntk_length(const DynamicNtkScaling& scaling, int64_t seq_len) {
+  const int64_t multiple = scaling.seq_len_multiple;
+  check_length(kDynamicNtk, "max_position_embeddings", scaling.max_position_embeddings);
+  check_length(kDynamicNtk, "seq_len_multiple", multiple);
+  check_seq_len(kDynamicNtk, seq_len);
   if (seq_len <= scaling.max_position_embeddings) {
     return scaling.max_position_embeddings;
   }
-  const int64_t multiple = scaling.seq_len_multiple;
-  return (seq_len + multiple - 1) / multiple * multiple;
+  const int64_t added = (multiple - seq_len % multiple) % multiple;
+  TORCH_CHECK(
+      seq_len <= std::numeric_limits<int64_t>::max() - added, "posenc::rotary_frequencies: ", kDynamicNtk,
+      ": expected a seq_len that can be rounded up to a multiple of seq_len_multiple = ", multiple, " below 2^63, got ",
+      seq_len);
+  return seq_len + added;
 }
 
 }  // namespace
@@ -70,7 +81,7 @@ Tensor rotary_inv_freq(int64_t rotary_dim, double base) {
   TORCH_CHECK(
       rotary_dim > 0 && rotary_dim % 2 == 0, "posenc::rotary_inv_freq: expected a positive, even rotary_dim, got ",
       rotary_dim);
-  TORCH_CHECK(base > 0, "posenc::rotary_inv_freq: expected a positive base, got ", base);
+  TORCH_CHECK(base > 0 && std::isfinite(base), "posenc::rotary_inv_freq: expected a positive, finite base, got ", base);
   const Tensor i = at::arange(rotary_dim / 2, at::TensorOptions().dtype(at::kDouble));
   return at::pow(base, i.mul(-2.0).div(rotary_dim));
 }
@@ -91,15 +102,11 @@ RotaryFrequencies rotary_frequencies(
     double base,
     const DynamicNtkScaling& scaling,
     int64_t seq_len) {
-  constexpr const char* kPlan = "dynamic NTK";
-  check_positive(kPlan, "factor", scaling.factor);
-  check_length(kPlan, "max_position_embeddings", scaling.max_position_embeddings);
-  check_length(kPlan, "seq_len_multiple", scaling.seq_len_multiple);
-  check_seq_len(kPlan, seq_len);
+  check_positive(kDynamicNtk, "factor", scaling.factor);
   const double times =
       static_cast<double>(dynamic_ntk_length(scaling, seq_len)) / static_cast<double>(scaling.max_position_embeddings);
   const double stretch = scaling.factor * times - (scaling.factor - 1);
-  return {rotary_inv_freq(rotary_dim, ntk_base(kPlan, rotary_dim, base, stretch))};
+  return {rotary_inv_freq(rotary_dim, ntk_base(kDynamicNtk, rotary_dim, base, stretch))};
 }
 
 RotaryFrequencies rotary_frequencies(int64_t rotary_dim, double base, const StaticNtkScaling& scaling) {
@@ -138,8 +145,15 @@ RotaryFrequencies rotary_frequencies(int64_t rotary_dim, double base, const Yarn
   }
 
   const auto m = [s](double k) { return s <= 1 ? 1.0 : 0.1 * k * std::log(s) + 1.0; };
-  const double mscale = scaling.mscale.value_or(0);
-  const double mscale_all_dim = scaling.mscale_all_dim.value_or(0);
+  const auto given_or_zero = [](const char* field, const std::optional<double>& given) {
+    const double value = given.value_or(0);
+    TORCH_CHECK(
+        value >= 0 && std::isfinite(value), "posenc::rotary_frequencies: YaRN: expected a finite ", field,
+        " that is not negative, got ", value);
+    return value;
+  };
+  const double mscale = given_or_zero("mscale", scaling.mscale);
+  const double mscale_all_dim = given_or_zero("mscale_all_dim", scaling.mscale_all_dim);
   const double derived = mscale != 0 && mscale_all_dim != 0 ? m(mscale) / m(mscale_all_dim) : m(1);
   const double attention_factor = scaling.attention_factor.value_or(derived);
   check_positive(kPlan, "attention_factor", attention_factor);

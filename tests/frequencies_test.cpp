@@ -6,6 +6,7 @@
 #include <ATen/ATen.h>
 
 #include <cmath>
+#include <limits>
 
 namespace posenc::test {
 namespace {
@@ -36,6 +37,8 @@ TEST(RotaryInvFreq, RejectsBadArguments) {
   expect_error([] { posenc::rotary_inv_freq(8, 0); }, {"base", "positive", "got 0"});
   expect_error([] { posenc::rotary_inv_freq(8, -10000); }, {"base", "positive", "got -10000"});
   expect_error([] { posenc::rotary_inv_freq(8, std::nan("")); }, {"base", "positive", "nan"});
+  expect_error(
+      [] { posenc::rotary_inv_freq(8, std::numeric_limits<double>::infinity()); }, {"base", "finite", "got inf"});
 }
 
 class RotaryTables : public DeviceTest {
@@ -164,7 +167,7 @@ TEST_P(RotaryTables, RejectBadArguments) {
     expect_error([&] { posenc::rotary_tables(good, 4, dtype); }, {"dtype", "float32 or float64", at::toString(dtype)});
   }
   for (const double factor : {0.0, -1.0, std::nan(""), static_cast<double>(INFINITY)}) {
-    expect_error([&] { posenc::rotary_tables(good, 4, at::kFloat, factor); }, {"attention_factor", "positive"});
+    expect_error([&] { posenc::rotary_tables(good, 4, at::kFloat, factor); }, {"attention_factor", "positive, finite"});
   }
 }
 

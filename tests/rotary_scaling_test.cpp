@@ -261,7 +261,36 @@ TEST(RotaryScalingErrors, NameLengthsThatAreMissing) {
 TEST(RotaryScalingErrors, NameNegativeLengths) {
   expect_error(
       [] { posenc::rotary_frequencies(8, 10000, DynamicNtkScaling{2, 4096}, -1); }, {"dynamic NTK", "seq_len", "-1"});
+  expect_error(
+      [] { posenc::rotary_frequency_length(DynamicNtkScaling{2, 4096}, -1); }, {"dynamic NTK", "seq_len", "-1"});
   expect_error([] { posenc::rotary_frequencies(96, 10000, phi3(), -1); }, {"LongRoPE", "seq_len", "-1"});
+}
+
+TEST(RotaryScalingErrors, NameLengthsThatCannotBeRounded) {
+  expect_error(
+      [] { posenc::rotary_frequency_length(DynamicNtkScaling{2, 4096, 0}, 5000); },
+      {"dynamic NTK", "seq_len_multiple", "got 0"});
+  expect_error(
+      [] { posenc::rotary_frequency_length(DynamicNtkScaling{2, 0}, 5000); },
+      {"dynamic NTK", "max_position_embeddings", "got 0"});
+  constexpr int64_t kMost = std::numeric_limits<int64_t>::max();  // 2^63 - 1, a multiple of 7
+  EXPECT_EQ(posenc::rotary_frequency_length(DynamicNtkScaling{2, 4096, 7}, kMost), kMost);
+  EXPECT_EQ(posenc::rotary_frequency_length(DynamicNtkScaling{2, 4096, 7}, kMost - 6), kMost);
+  EXPECT_EQ(posenc::rotary_frequency_length(DynamicNtkScaling{2, 4096, kMost}, 5000), kMost);
+  expect_error(
+      [] { posenc::rotary_frequency_length(DynamicNtkScaling{2, 4096, 256}, kMost); },
+      {"dynamic NTK", "seq_len_multiple = 256", "2^63", "got 9223372036854775807"});
+}
+
+TEST(RotaryScalingErrors, NameFactorsOfTheScoresOfYarn) {
+  for (const double bad : {-1.0, std::nan(""), std::numeric_limits<double>::infinity()}) {
+    YarnScaling scaling = yarn(4, 4096);
+    scaling.mscale = bad;
+    expect_plan_error(scaling, {"YaRN", "finite mscale ", "got " + c10::str(bad)});
+    scaling.mscale = 1;
+    scaling.mscale_all_dim = bad;
+    expect_plan_error(scaling, {"YaRN", "finite mscale_all_dim ", "got " + c10::str(bad)});
+  }
 }
 
 TEST(RotaryScalingErrors, NameBoundariesOfYarn) {

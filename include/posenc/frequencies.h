@@ -18,7 +18,7 @@ namespace posenc {
 /// `base^(-2i/R)` for `i = 0 .. R/2 - 1` (RoFormer, Su et al. 2021, section 3.2.2).
 ///
 /// @param rotary_dim  R: positive and even.
-/// @param base  positive; 10000 in the paper, `rope_theta` in model configurations.
+/// @param base  positive and finite; 10000 in the paper, `rope_theta` in model configurations.
 /// @return float64 `[R/2]` on the CPU.
 POSENC_API at::Tensor rotary_inv_freq(int64_t rotary_dim, double base = 10000.0);
 
@@ -87,7 +87,7 @@ struct YarnScaling {
   double beta_slow = 1.0;   ///< Pairs that turn less often are interpolated.
   bool truncate = true;     ///< Apply floor and ceil in lo and hi.
   /// Default: m(mscale)/m(mscale_all_dim) if both are set and not zero, else m(1), where m(k) = 0.1 k ln s + 1, or 1 if
-  /// s is at most 1.
+  /// s is at most 1. `mscale` and `mscale_all_dim` are finite and not negative.
   std::optional<double> attention_factor = std::nullopt;
   std::optional<double> mscale = std::nullopt;
   std::optional<double> mscale_all_dim = std::nullopt;
@@ -171,7 +171,7 @@ using RotaryScaling = std::variant<
 /// The frequencies of a plan.
 ///
 /// @param rotary_dim  R: positive and even.
-/// @param base  positive; `rope_theta` in model configurations.
+/// @param base  positive and finite; `rope_theta` in model configurations.
 /// @param seq_len  length of the sequence, not negative. Only dynamic NTK and LongRoPE read it.
 /// @throws c10::Error  naming the plan and its field, what was expected and what came.
 ///
@@ -200,6 +200,7 @@ rotary_frequencies(int64_t rotary_dim, double base, const RotaryScaling& scaling
 ///
 /// @return dynamic NTK: n, see `DynamicNtkScaling`. LongRoPE: L0 for the short factors, L0 + 1 for the long ones.
 ///   All other plans: 0.
+/// @throws c10::Error  for lengths of dynamic NTK that are not positive, or n of 2^63 or more.
 POSENC_API int64_t rotary_frequency_length(const RotaryScaling& scaling, int64_t seq_len);
 
 /// Whether the frequencies of a plan depend on the length of the sequence: dynamic NTK and LongRoPE.
