@@ -1,4 +1,5 @@
 // Errors of RotaryEmbeddingOptions::from_hf_config and their messages.
+#include "hf_config_support.h"
 #include "support.h"
 
 #include <posenc/modules/rotary_embedding.h>
@@ -14,16 +15,6 @@ namespace {
 using posenc::RotaryEmbeddingOptions;
 
 #if POSENC_JSON
-
-const auto from = [](const std::string& path_or_json, const std::optional<std::string>& layer_type = std::nullopt) {
-  return RotaryEmbeddingOptions::from_hf_config(path_or_json, layer_type);
-};
-
-/// A configuration with `rope_scaling` and additional fields.
-std::string with(const std::string& rope_scaling, const std::string& fields = "") {
-  return R"({"model_type": "llama", "head_dim": 64, "max_position_embeddings": 8192, "rope_scaling": )" + rope_scaling +
-      fields + "}";
-}
 
 TEST(RotaryEmbeddingHfConfigErrors, NameTheTypeAndThoseThatAreSupported) {
   expect_error(
@@ -126,7 +117,11 @@ TEST(RotaryEmbeddingHfConfigErrors, SayWhichLayersAreNotRotated) {
       [&] { from(R"({"model_type": "smollm3", "no_rope_layers": [1, 1, 1, 0], "num_hidden_layers": 4})", "3"); },
       {"layer 3", "not rotated", "no_rope_layers"});
   expect_error(
-      [&] { from(R"({"model_type": "smollm3", "num_hidden_layers": 4})", "4"); }, {"number of a layer", "got 4"});
+      [&] { from(R"({"model_type": "smollm3", "num_hidden_layers": 4})", "3"); },
+      {"layer_types, no_rope_layers or layer_rope_theta", "number of a layer", "got 3 and none of them"});
+  expect_error(
+      [&] { from(R"({"model_type": "smollm3", "no_rope_layers": [1, 1, 1, 0], "num_hidden_layers": 4})", "4"); },
+      {"number of a layer below", "got 4"});
 }
 
 TEST(RotaryEmbeddingHfConfigErrors, SayWhyAModelIsNotRotary) {

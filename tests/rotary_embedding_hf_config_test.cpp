@@ -1,4 +1,5 @@
 // RotaryEmbeddingOptions::from_hf_config on the relevant fields of published models.
+#include "hf_config_support.h"
 #include "support.h"
 
 #include <posenc/modules/rotary_embedding.h>
@@ -13,10 +14,6 @@ namespace {
 
 using posenc::RotaryEmbedding;
 using posenc::RotaryEmbeddingOptions;
-
-const auto from = [](const std::string& path_or_json, const std::optional<std::string>& layer_type = std::nullopt) {
-  return RotaryEmbeddingOptions::from_hf_config(path_or_json, layer_type);
-};
 
 /// Expected options; fields that a test does not set have the default values of such configurations.
 struct Expected {
@@ -313,12 +310,6 @@ TEST(RotaryEmbeddingHfConfig, OfHunYuanWithoutAlpha) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Fields
-
-/// A configuration with `rope_scaling` and additional fields.
-std::string with(const std::string& rope_scaling, const std::string& fields = "") {
-  return R"({"model_type": "llama", "head_dim": 64, "max_position_embeddings": 8192, "rope_scaling": )" + rope_scaling +
-      fields + "}";
-}
 
 TEST(RotaryEmbeddingHfConfig, TakesDynamicNtkFromTheLengthOfTheModel) {
   const auto options = from(with(R"({"type": "dynamic", "factor": 2})"));

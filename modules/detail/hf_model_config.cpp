@@ -234,6 +234,14 @@ HfLayer HfModelConfig::layer(const std::optional<std::string>& layer_type) const
     layer.type = std::nullopt;
     layer.index = layer_type->size() < 10 ? std::stoul(*layer_type) : SIZE_MAX;
     const auto types = fields().strings("layer_types");
+    const auto lists_layers = [this](const char* key) {
+      return !fields().numbers(key).value_or(std::vector<double>()).empty();
+    };
+    if (!types && !lists_layers("no_rope_layers") && !lists_layers("layer_rope_theta")) {
+      fail_hf_config(
+          "expected layer_types, no_rope_layers or layer_rope_theta in ", name_, " with the number of a layer, got ",
+          *layer_type, " and none of them");
+    }
     if (types && *layer.index < types->size()) {
       layer.type = (*types)[*layer.index];
     } else if (types || *layer.index >= static_cast<size_t>(fields().integer("num_hidden_layers").value_or(0))) {
