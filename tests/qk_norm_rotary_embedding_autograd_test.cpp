@@ -305,15 +305,6 @@ TEST_P(QKNormRotaryEmbeddingGraph, ForwardModeTangentsAreAnError) {
   torch::autograd::forward_ad::exit_dual_level(static_cast<uint64_t>(level));
 }
 
-/// Enables deterministic algorithms for the lifetime of the object. torch then fills uninitialized memory with NaN.
-class DeterministicAlgorithms {
- public:
-  DeterministicAlgorithms() { at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/false); }
-  ~DeterministicAlgorithms() { at::globalContext().setDeterministicAlgorithms(false, /*warn_only=*/false); }
-  DeterministicAlgorithms(const DeterministicAlgorithms&) = delete;
-  DeterministicAlgorithms& operator=(const DeterministicAlgorithms&) = delete;
-};
-
 TEST_P(QKNormRotaryEmbeddingGraph, DeterministicAlgorithmsAreNoErrorAndNoElementIsLeftUnwritten) {
   for (const RotaryCase& c : small_cases()) {
     SCOPED_TRACE(::testing::Message() << c);

@@ -540,15 +540,6 @@ TEST_P(RotaryEmbeddingGraph, GradientHasTheLayoutOfADenseInput) {
   EXPECT_EQ(in.k.grad().strides(), in.k.strides());
 }
 
-/// Enables deterministic algorithms for the lifetime of the object. torch then fills uninitialized memory with NaN.
-class DeterministicAlgorithms {
- public:
-  DeterministicAlgorithms() { at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/false); }
-  ~DeterministicAlgorithms() { at::globalContext().setDeterministicAlgorithms(false, /*warn_only=*/false); }
-  DeterministicAlgorithms(const DeterministicAlgorithms&) = delete;
-  DeterministicAlgorithms& operator=(const DeterministicAlgorithms&) = delete;
-};
-
 TEST_P(RotaryEmbeddingGraph, DeterministicAlgorithmsAreNoErrorAndNoElementIsLeftUnwritten) {
   for (const RotaryCase& c : small_cases()) {
     SCOPED_TRACE(::testing::Message() << c);

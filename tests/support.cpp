@@ -68,6 +68,14 @@ ScopedEnv::~ScopedEnv() {
   before_ ? setenv(name_.c_str(), before_->c_str(), 1) : unsetenv(name_.c_str());
 }
 
+DeterministicAlgorithms::DeterministicAlgorithms() {
+  at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/false);
+}
+
+DeterministicAlgorithms::~DeterministicAlgorithms() {
+  at::globalContext().setDeterministicAlgorithms(false, /*warn_only=*/false);
+}
+
 std::ostream& operator<<(std::ostream& stream, const Target& target) {
   return stream << target.device << " " << target.dtype;
 }

@@ -58,6 +58,15 @@ class ScopedEnv {
   std::optional<std::string> before_;
 };
 
+/// Enables deterministic algorithms for the lifetime of the object. torch then fills uninitialized memory with NaN.
+class DeterministicAlgorithms {
+ public:
+  DeterministicAlgorithms();
+  ~DeterministicAlgorithms();
+  DeterministicAlgorithms(const DeterministicAlgorithms&) = delete;
+  DeterministicAlgorithms& operator=(const DeterministicAlgorithms&) = delete;
+};
+
 /// Device and dtype that a test runs with.
 struct Target {
   at::DeviceType device = at::kCPU;
