@@ -39,8 +39,7 @@ class ALiBiBiasImpl::FixedSlopes {
     TORCH_CHECK(
         !detail::is_capturing(device), "posenc::ALiBiBias: expected the fixed slopes to be on ", device,
         " before a graph is captured, got slopes on the CPU alone during a capture; call slopes_on, or forward with "
-        "scores "
-        "on that device, before the capture");
+        "scores on that device, before the capture");
     // The copy is synchronous, so that no other stream reads it before it is complete. It is not an inference tensor,
     // because a training step may use it later.
     const torch::InferenceMode no_inference(false);

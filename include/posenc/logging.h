@@ -7,8 +7,9 @@
 /// The library logs messages to standard error through one logger.
 ///
 /// The level is read once from the environment variable `POSENC_LOG_LEVEL`: one of `trace`, `debug`, `info`,
-/// `warning`, `error`, `critical`, `off`; default `warning`. At `debug` the library reports the tables that it
-/// builds and the kernels that it chooses. At `warning` it reports each kind of call that uses a slower kernel, once.
+/// `warning`, `error`, `critical`, `off`. Without the variable, or with any other value, it is `warning`.
+/// At `debug` the library reports the tables that it builds and the kernels that it chooses. At `warning` it reports
+/// each kind of call that uses a slower kernel, once.
 ///
 /// Example:
 /// ```

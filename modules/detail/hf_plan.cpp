@@ -70,8 +70,7 @@ YarnScaling yarn(const Fields& model, const Fields& parameters) {
   if (!parameters.has("factor") && !parameters.has(original) && !model.has(original)) {
     fail_hf_config(
         "expected factor, ", original, " or both in ", parameters.name(),
-        " for yarn, got neither: nothing says how far "
-        "the model was extended");
+        " for yarn, got neither: nothing says how far the model was extended");
   }
   YarnScaling scaling;
   scaling.original_max_position_embeddings = original_positions(model, parameters, type);
