@@ -32,8 +32,22 @@ std::vector<AttentionCase> small_cases() {
   add("RowsWithNothingVisible", [](AttentionCase& c) { c.causal = true, c.query_offset = -1; });
   add("Seqlens", [](AttentionCase& c) { c.seqlens_q = {2, 3}, c.seqlens_k = {4, 0}; });
   add("Packed", [](AttentionCase& c) { c.q_len = c.k_len = 4, c.cu_seqlens_q = {0, 1, 1, 4}, c.causal = true; });
+  add("WithoutSlopes", [](AttentionCase& c) { c.with_slopes = false, c.causal = true; });
+  add("WithoutSlopesSeqlens",
+      [](AttentionCase& c) { c.with_slopes = false, c.seqlens_q = {2, 3}, c.seqlens_k = {4, 0}; });
+  add("WithoutSlopesPacked",
+      [](AttentionCase& c) { c.with_slopes = false, c.q_len = c.k_len = 4, c.cu_seqlens_q = {0, 1, 1, 4}; });
   add("Strided", [](AttentionCase& c) { c.strides = Strides::reversed, c.every_other_slope = true; });
   return cases;
+}
+
+/// The differentiable arguments: q, k, v and, if there are some, slopes. `inputs_of` is the inverse.
+TensorList arguments_of(const AttentionInputs& in) {
+  return in.slopes.defined() ? TensorList{in.q, in.k, in.v, in.slopes} : TensorList{in.q, in.k, in.v};
+}
+
+AttentionInputs inputs_of(const TensorList& arguments, const AttentionOptions& options) {
+  return {arguments[0], arguments[1], arguments[2], arguments.size() > 3 ? arguments[3] : at::Tensor(), options};
 }
 
 class AlibiAttentionDifferences : public ::testing::TestWithParam<std::tuple<at::DeviceType, AttentionCase>> {
@@ -44,20 +58,17 @@ class AlibiAttentionDifferences : public ::testing::TestWithParam<std::tuple<at:
       return;
     }
     AttentionInputs in = make_attention_inputs(std::get<1>(GetParam()), {std::get<0>(GetParam()), at::kDouble});
-    in.slopes = in.slopes.to(at::kDouble);
+    if (in.slopes.defined()) {
+      in.slopes = in.slopes.to(at::kDouble);
+    }
     inputs_ = attention_leaves(in);
   }
 
-  TensorList arguments() const { return {inputs_.q, inputs_.k, inputs_.v, inputs_.slopes}; }
+  TensorList arguments() const { return arguments_of(inputs_); }
 
   Differentiable function(bool with_lse) const {
-    return [in = inputs_, with_lse](const TensorList& arguments) -> TensorList {
-      AttentionInputs moved = in;
-      moved.q = arguments[0];
-      moved.k = arguments[1];
-      moved.v = arguments[2];
-      moved.slopes = arguments[3];
-      const auto [out, lse] = attend_with_lse(moved);
+    return [options = inputs_.options, with_lse](const TensorList& arguments) -> TensorList {
+      const auto [out, lse] = attend_with_lse(inputs_of(arguments, options));
       // Inner products with an lse of minus infinity would be infinite or NaN.
       return with_lse ? TensorList{out, lse.masked_fill(lse.detach().isinf(), 0)} : TensorList{out};
     };
@@ -96,14 +107,17 @@ INSTANTIATE_TEST_SUITE_P(
 // ---------------------------------------------------------------------------------------------------------------------
 // Against autograd of the reference version
 
-using Attention = std::function<
-    std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&)>;
+using Attention = std::tuple<at::Tensor, at::Tensor> (*)(const AttentionInputs&);
 
 /// Derivatives of orders 1 to `order` of a scalar function of `inputs`. Each order differentiates the inner product of
 /// the previous results with random cotangents.
-std::vector<TensorList> derivatives(const TensorList& inputs, const Attention& attention, int order) {
+std::vector<TensorList> derivatives(
+    const TensorList& inputs,
+    const AttentionOptions& options,
+    Attention attention,
+    int order) {
   at::manual_seed(7);
-  const auto [out, lse] = attention(inputs[0], inputs[1], inputs[2], inputs[3]);
+  const auto [out, lse] = attention(inputs_of(inputs, options));
   TensorList results{out.pow(2), lse.masked_fill(lse.detach().isinf(), 0).sin()};
   std::vector<TensorList> all;
   for (int i = 0; i < order; ++i) {
@@ -117,19 +131,9 @@ std::vector<TensorList> derivatives(const TensorList& inputs, const Attention& a
   return all;
 }
 
-void expect_derivatives(const TensorList& inputs, const ALiBiAttentionOptions& options, int order) {
-  const std::vector<TensorList> actual = derivatives(
-      inputs,
-      [&](const auto& q, const auto& k, const auto& v, const auto& slopes) {
-        return alibi_attention_with_lse(q, k, v, slopes, options);
-      },
-      order);
-  const std::vector<TensorList> expected = derivatives(
-      inputs,
-      [&](const auto& q, const auto& k, const auto& v, const auto& slopes) {
-        return reference::alibi_attention(q, k, v, slopes, options);
-      },
-      order);
+void expect_derivatives(const TensorList& inputs, const AttentionOptions& options, int order) {
+  const std::vector<TensorList> actual = derivatives(inputs, options, attend_with_lse, order);
+  const std::vector<TensorList> expected = derivatives(inputs, options, reference_attention, order);
   for (int i = 0; i < order; ++i) {
     for (size_t input = 0; input < inputs.size(); ++input) {
       SCOPED_TRACE(c10::str("derivative ", i + 1, ", input ", input));

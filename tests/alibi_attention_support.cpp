@@ -1,5 +1,7 @@
 #include "alibi_attention_support.h"
 
+#include <posenc/reference.h>
+
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
@@ -11,7 +13,8 @@ namespace posenc::test {
 std::ostream& operator<<(std::ostream& stream, const AttentionCase& c) {
   stream << c.name << ": " << (c.packed() ? "packed, " : "") << "B " << c.batch << ", S " << c.q_len << " x " << c.k_len
          << ", heads " << c.q_heads << "/" << c.k_heads << " of " << c.head_dim << ", " << strides_name(c.strides)
-         << (c.causal ? ", causal" : "") << (c.every_other_slope ? ", every other slope" : "");
+         << (c.causal ? ", causal" : "") << (c.every_other_slope ? ", every other slope" : "")
+         << (c.with_slopes ? "" : ", no slopes");
   if (c.query_offset) {
     stream << ", query_offset " << *c.query_offset;
   }
@@ -37,10 +40,12 @@ AttentionInputs make_attention_inputs(const AttentionCase& c, const Target& targ
   in.q = draw(c.q_len, c.q_heads);
   in.k = draw(c.k_len, c.k_heads);
   in.v = draw(c.k_len, c.k_heads);
-  const int64_t stored = c.every_other_slope ? 2 * c.q_heads : c.q_heads;
-  in.slopes = (at::randint(1, 257, {stored}, at::kFloat) / 256 * c.largest_slope).to(target.device);
-  if (c.every_other_slope) {
-    in.slopes = in.slopes.slice(0, 0, stored, 2);
+  if (c.with_slopes) {
+    const int64_t stored = c.every_other_slope ? 2 * c.q_heads : c.q_heads;
+    in.slopes = (at::randint(1, 257, {stored}, at::kFloat) / 256 * c.largest_slope).to(target.device);
+    if (c.every_other_slope) {
+      in.slopes = in.slopes.slice(0, 0, stored, 2);
+    }
   }
   const auto tensor = [&](const std::vector<int64_t>& values) {
     return values.empty() ? std::optional<at::Tensor>() : at::tensor(values, at::kInt).to(target.device);
@@ -68,17 +73,26 @@ AttentionInputs make_attention_inputs(const AttentionCase& c, const Target& targ
 AttentionInputs attention_leaves(const AttentionInputs& in) {
   AttentionInputs leaves = in;
   for (at::Tensor* tensor : {&leaves.q, &leaves.k, &leaves.v, &leaves.slopes}) {
-    *tensor = tensor->detach().requires_grad_();
+    if (tensor->defined()) {
+      *tensor = tensor->detach().requires_grad_();
+    }
   }
   return leaves;
 }
 
 at::Tensor attend(const AttentionInputs& in) {
-  return posenc::alibi_attention(in.q, in.k, in.v, in.slopes, in.options);
+  return in.slopes.defined() ? posenc::alibi_attention(in.q, in.k, in.v, in.slopes, in.options)
+                             : posenc::attention(in.q, in.k, in.v, in.options);
 }
 
 std::tuple<at::Tensor, at::Tensor> attend_with_lse(const AttentionInputs& in) {
-  return posenc::alibi_attention_with_lse(in.q, in.k, in.v, in.slopes, in.options);
+  return in.slopes.defined() ? posenc::alibi_attention_with_lse(in.q, in.k, in.v, in.slopes, in.options)
+                             : posenc::attention_with_lse(in.q, in.k, in.v, in.options);
+}
+
+std::tuple<at::Tensor, at::Tensor> reference_attention(const AttentionInputs& in) {
+  return in.slopes.defined() ? reference::alibi_attention(in.q, in.k, in.v, in.slopes, in.options)
+                             : reference::attention(in.q, in.k, in.v, in.options);
 }
 
 at::Tensor slope_sums(const AttentionInputs& in, const at::Tensor& grad, const at::Tensor& lse) {
@@ -89,7 +103,7 @@ at::Tensor slope_sums(const AttentionInputs& in, const at::Tensor& grad, const a
       in.q,
       in.k,
       in.v,
-      in.slopes,
+      in.slopes.defined() ? std::optional<at::Tensor>(in.slopes) : std::nullopt,
       lse,
       o.scale(),
       o.causal(),
@@ -191,8 +205,9 @@ ScalarAttention scalar_attention(
   const Table v(in.v);
   const Table go(grad_out);
   const Table gl(rows_last(grad_lse, in.q));
-  const at::Tensor slopes = in.slopes.detach().to(at::kCPU, at::kDouble).contiguous();
   const int64_t heads = in.q.size(-2);
+  const at::Tensor slopes =
+      in.slopes.defined() ? in.slopes.detach().to(at::kCPU, at::kDouble).contiguous() : at::zeros({heads}, at::kDouble);
   const int64_t group = heads / std::max<int64_t>(1, in.k.size(-2));
   const int64_t channels = in.q.size(-1);
   const double scale = in.options.scale().value_or(1 / std::sqrt(static_cast<double>(channels)));
@@ -323,11 +338,13 @@ ScalarAttention scalar_attention(
     return stored(shaped(error, like), shaped(value, like), dtype);
   };
   ScalarAttention result;
-  result.values = {shaped(out, in.q), rows_first(lse, in.q), shaped(dq, in.q),
-                   shaped(dk, in.k),  shaped(dv, in.k),      dslopes};
-  result.bounds = {bound(out_error, out, in.q), rows_first(lse_error, in.q),
-                   bound(dq_error, dq, in.q),   bound(dk_error, dk, in.k),
-                   bound(dv_error, dv, in.k),   stored(dslopes_error, dslopes, in.slopes.scalar_type())};
+  result.values = {shaped(out, in.q), rows_first(lse, in.q), shaped(dq, in.q), shaped(dk, in.k), shaped(dv, in.k), {}};
+  result.bounds = {bound(out_error, out, in.q), rows_first(lse_error, in.q), bound(dq_error, dq, in.q),
+                   bound(dk_error, dk, in.k),   bound(dv_error, dv, in.k),   {}};
+  if (in.slopes.defined()) {
+    result.values.dslopes = dslopes;
+    result.bounds.dslopes = stored(dslopes_error, dslopes, in.slopes.scalar_type());
+  }
   return result;
 }
 

@@ -24,6 +24,7 @@ struct AttentionCase {
   std::vector<int64_t> cu_seqlens_q = {};  // not empty: packed, q_len and k_len tokens in total
   std::vector<int64_t> cu_seqlens_k = {};
   Strides strides = Strides::dense;
+  bool with_slopes = true;
   bool every_other_slope = false;
   double largest_slope = 1;
 
@@ -32,6 +33,7 @@ struct AttentionCase {
 
 std::ostream& operator<<(std::ostream& stream, const AttentionCase& c);
 
+/// `slopes` are undefined without a bias.
 struct AttentionInputs {
   at::Tensor q, k, v, slopes;
   ALiBiAttentionOptions options;
@@ -44,14 +46,18 @@ AttentionInputs make_attention_inputs(const AttentionCase& c, const Target& targ
 /// The same arguments with detached q, k, v and slopes that require grad.
 AttentionInputs attention_leaves(const AttentionInputs& in);
 
-/// `alibi_attention` and `alibi_attention_with_lse` on these arguments.
+/// `alibi_attention` and `alibi_attention_with_lse` on these arguments; without slopes `attention` and
+/// `attention_with_lse`.
 at::Tensor attend(const AttentionInputs& in);
 std::tuple<at::Tensor, at::Tensor> attend_with_lse(const AttentionInputs& in);
+
+/// `reference::attention` on these arguments.
+std::tuple<at::Tensor, at::Tensor> reference_attention(const AttentionInputs& in);
 
 /// The internal operator `alibi_attention_slope_sums`, called boxed as from Python.
 at::Tensor slope_sums(const AttentionInputs& in, const at::Tensor& grad, const at::Tensor& lse);
 
-/// Results and gradients, or bounds of their errors; float64 on the CPU.
+/// Results and gradients, or bounds of their errors; float64 on the CPU. `dslopes` is undefined without slopes.
 struct AttentionResults {
   at::Tensor out, lse, dq, dk, dv, dslopes;
 };
@@ -61,7 +67,7 @@ struct ScalarAttention {
   AttentionResults bounds;
 };
 
-/// Results of `alibi_attention_with_lse(in)` and gradients of `sum(out * grad_out) + sum(lse * grad_lse)`, by a scalar
+/// Results of `attend_with_lse(in)` and gradients of `sum(out * grad_out) + sum(lse * grad_lse)`, by a scalar
 /// loop over the formulas. Bounds hold for sums in any order in float32 (float64 for float64).
 ///
 /// @param probability_roundoff  unit roundoff of the dtype to which a kernel rounds probabilities and their gradients

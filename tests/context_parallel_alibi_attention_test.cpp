@@ -39,7 +39,7 @@ TEST(ContextParallelAlibiAttention, SchemaIsThePublicOne) {
   const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("posenc::context_parallel_alibi_attention", "");
   EXPECT_EQ(
       c10::str(op.schema()),
-      "posenc::context_parallel_alibi_attention(Tensor q, Tensor k, Tensor v, Tensor slopes, str group_name, *, "
+      "posenc::context_parallel_alibi_attention(Tensor q, Tensor k, Tensor v, Tensor? slopes, str group_name, *, "
       "float? scale=None, bool causal=False) -> (Tensor out, Tensor lse)");
 }
 
@@ -157,6 +157,10 @@ TensorList everything(const AttentionInputs& in, const at::Tensor& out, const at
 void expect_equal(const TensorList& actual, const TensorList& expected) {
   ASSERT_EQ(actual.size(), expected.size());
   for (size_t i = 0; i < actual.size(); ++i) {
+    ASSERT_EQ(actual[i].defined(), expected[i].defined());
+    if (!actual[i].defined()) {
+      continue;
+    }
     EXPECT_TRUE(at::allclose(actual[i], expected[i], /*rtol=*/1e-12, /*atol=*/1e-14)) << "result " << i;
   }
 }
@@ -196,7 +200,7 @@ TEST(ContextParallelAlibiAttention, TheGroupOutlivesTheCallersHandle) {
 TensorList everything_of_ring(const AttentionInputs& whole, const at::Tensor& grad, int ranks, bool causal) {
   TensorList result{at::zeros_like(whole.q)};
   for (const at::Tensor& x : {whole.q, whole.k, whole.v, whole.slopes}) {
-    result.push_back(at::zeros_like(x));
+    result.push_back(x.defined() ? at::zeros_like(x) : x);
   }
   std::mutex mutex;
   const auto options = ContextParallelALiBiAttentionOptions().causal(causal);
@@ -206,13 +210,17 @@ TensorList everything_of_ring(const AttentionInputs& whole, const at::Tensor& gr
     AttentionInputs in = whole;
     in.q = part(whole.q), in.k = part(whole.k), in.v = part(whole.v);
     in = attention_leaves(in);
-    const at::Tensor out = context_parallel_alibi_attention(in.q, in.k, in.v, in.slopes, group, options);
+    const at::Tensor out = in.slopes.defined()
+        ? context_parallel_alibi_attention(in.q, in.k, in.v, in.slopes, group, options)
+        : context_parallel_attention(in.q, in.k, in.v, group, options);
     const TensorList actual = everything(in, out, part(grad));
     const std::lock_guard<std::mutex> lock(mutex);
     for (size_t i = 0; i < 4; ++i) {
       result[i].index_copy_(1, tokens, actual[i].detach());
     }
-    result[4] += actual[4];
+    if (result[4].defined()) {
+      result[4] += actual[4];
+    }
   });
   return result;
 }
@@ -230,6 +238,16 @@ TEST_P(ContextParallelThreads, EqualTheWhole) {
   const auto [ranks, causal] = GetParam();
   AttentionInputs whole = make_attention_inputs(ring_case(ranks, causal), {at::kCPU, at::kDouble});
   whole.slopes = whole.slopes.to(at::kDouble);  // so that its gradient is float64
+  const at::Tensor grad = at::randn_like(whole.q);
+  const AttentionInputs leaves = attention_leaves(whole);
+  expect_equal(everything_of_ring(whole, grad, ranks, causal), everything(leaves, attend(leaves), grad));
+}
+
+TEST_P(ContextParallelThreads, EqualTheWholeWithoutSlopes) {
+  const auto [ranks, causal] = GetParam();
+  AttentionCase c = ring_case(ranks, causal);
+  c.with_slopes = false;
+  const AttentionInputs whole = make_attention_inputs(c, {at::kCPU, at::kDouble});
   const at::Tensor grad = at::randn_like(whole.q);
   const AttentionInputs leaves = attention_leaves(whole);
   expect_equal(everything_of_ring(whole, grad, ranks, causal), everything(leaves, attend(leaves), grad));
@@ -287,6 +305,14 @@ TEST(ContextParallelAlibiAttention, RefusesAGroupThatIsNone) {
   expect_error(
       [&] { context_parallel_alibi_attention(in.q, in.k, in.v, in.slopes, "nobody"); },
       {"expected group_name", "registered process group", "got \"nobody\""});
+}
+
+TEST(ContextParallelAlibiAttention, RefusesSlopesInTheOptionsToo) {
+  const AttentionInputs in = make_attention_inputs(shard(), {at::kCPU, at::kFloat});
+  const auto options = ContextParallelAttentionOptions().slopes(in.slopes);
+  expect_error(
+      [&] { context_parallel_alibi_attention(in.q, in.k, in.v, in.slopes, group_of(1), options); },
+      {"posenc::context_parallel_alibi_attention: expected options without slopes", "got slopes in both"});
 }
 
 TEST(ContextParallelAlibiAttention, RefusesSequencesThatAreTooLongTogether) {

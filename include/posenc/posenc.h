@@ -4,7 +4,9 @@
 
 #include <posenc/alibi.h>
 #include <posenc/alibi_attention.h>
+#include <posenc/attention.h>
 #include <posenc/context_parallel_alibi_attention.h>
+#include <posenc/context_parallel_attention.h>
 #include <posenc/frequencies.h>
 #include <posenc/logging.h>
 #include <posenc/modules/alibi_bias.h>

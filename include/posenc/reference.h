@@ -108,8 +108,15 @@ POSENC_API at::Tensor alibi_softmax(
     const std::optional<at::Tensor>& key_padding_mask = std::nullopt,
     std::optional<int64_t> query_offset = std::nullopt);
 
-/// `posenc::alibi_attention_with_lse` in tensor operations. It stores the scores. For packed sequences the host reads
+/// `posenc::attention_with_lse` in tensor operations. It stores the scores. For packed sequences the host reads
 /// `cu_seqlens`, which waits for the device.
+POSENC_API std::tuple<at::Tensor, at::Tensor> attention(
+    const at::Tensor& q,
+    const at::Tensor& k,
+    const at::Tensor& v,
+    const AttentionOptions& options = {});
+
+/// `posenc::reference::attention` with these slopes.
 POSENC_API std::tuple<at::Tensor, at::Tensor> alibi_attention(
     const at::Tensor& q,
     const at::Tensor& k,

@@ -19,12 +19,17 @@ import torch
 from posenc.alibi import (
     alibi_add,
     alibi_add_,
-    alibi_attention,
-    alibi_attention_with_lse,
     alibi_bias,
     alibi_slopes,
     alibi_softmax,
+)
+from posenc.attention import (
+    alibi_attention,
+    alibi_attention_with_lse,
+    attention,
+    attention_with_lse,
     context_parallel_alibi_attention,
+    context_parallel_attention,
 )
 from posenc.rotary import (
     qk_norm_rotary_embedding,
@@ -45,8 +50,11 @@ __all__ = [
     "alibi_bias",
     "alibi_slopes",
     "alibi_softmax",
+    "attention",
+    "attention_with_lse",
     "cmake_dir",
     "context_parallel_alibi_attention",
+    "context_parallel_attention",
     "include_dir",
     "library_path",
     "qk_norm_rotary_embedding",

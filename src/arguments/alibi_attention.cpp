@@ -170,6 +170,13 @@ void check_rows(const char* op, const char* name, const Tensor& tensor, const Al
 
 }  // namespace
 
+void check_slopes_argument(const char* op, const Tensor& slopes, const std::optional<Tensor>& in_options) {
+  check_defined(op, "slopes", slopes);
+  TORCH_CHECK(
+      !in_options.has_value(), op, ": expected options without slopes, which are an argument of this function, got ",
+      "slopes in both");
+}
+
 AlibiAttention check_attention(
     const char* op,
     const AttentionTensors& inputs,
@@ -203,7 +210,9 @@ AlibiAttention check_attention(
       call.k_heads > 0 ? call.q_heads % call.k_heads == 0 : call.q_heads == 0, op,
       ": expected a number of query heads that is a multiple of that of key heads, got ", call.q_heads, " and ",
       call.k_heads);
-  alibi_slopes_view(op, slopes, call.q_heads, q.scalar_type(), q.device(), "q");
+  if (slopes.has_value()) {
+    alibi_slopes_view(op, *slopes, call.q_heads, q.scalar_type(), q.device(), "q");
+  }
   call.causal = options.causal;
   call.scale = options.scale.value_or(1 / std::sqrt(static_cast<double>(call.head_dim)));
   call.query_offset = options.query_offset;
@@ -247,8 +256,9 @@ AlibiAttention check_attention_double_backward(
     }
   }
   if (a.grad_grad_slopes.has_value()) {
+    TORCH_CHECK(a.slopes.has_value(), op, ": expected slopes with grad_grad_slopes, got none");
     check_like(
-        op, "grad_grad_slopes", *a.grad_grad_slopes, a.slopes.sizes(), alibi_slopes_dtype(a.q.scalar_type()),
+        op, "grad_grad_slopes", *a.grad_grad_slopes, a.slopes->sizes(), alibi_slopes_dtype(a.q.scalar_type()),
         a.q.device());
   }
   return call;
@@ -260,6 +270,7 @@ AlibiAttention check_attention_slope_sums(
     const ConcreteAttentionOptions& options) {
   check_defined(op, "q", a.q);
   TORCH_CHECK(a.q.dim() == 4, op, ": expected q of shape [B, Sq, Hq, D], got ", a.q.sizes());
+  TORCH_CHECK(a.slopes.has_value(), op, ": expected slopes, whose gradient has these sums, got none");
   const AlibiAttention call = check_attention(op, a.inputs(), options);
   check_like(op, "grad_out", a.grad_out, a.q.sizes(), a.q.scalar_type(), a.q.device());
   check_rows(op, "lse", a.lse, call, a.q);

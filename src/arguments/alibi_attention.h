@@ -1,6 +1,6 @@
 #pragma once
 
-#include <posenc/alibi_attention.h>
+#include <posenc/attention.h>
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/SymInt.h>
@@ -28,9 +28,9 @@ struct AttentionOptions {
   }
 };
 
-/// Converts the options of the public function.
+/// Converts the options of the public function, except the slopes.
 template <typename Int>
-AttentionOptions<Int> attention_options(const ALiBiAttentionOptions& o) {
+AttentionOptions<Int> attention_options(const posenc::AttentionOptions& o) {
   return {o.scale(),        o.causal(),       o.query_offset(), o.seqlens_q(),   o.seqlens_k(),
           o.cu_seqlens_q(), o.cu_seqlens_k(), o.max_seqlen_q(), o.max_seqlen_k()};
 }
@@ -44,7 +44,7 @@ struct AttentionTensors {
   const at::Tensor& q;
   const at::Tensor& k;
   const at::Tensor& v;
-  const at::Tensor& slopes;
+  const std::optional<at::Tensor>& slopes;  // nullopt means no bias
 
   auto flat() const { return std::tie(q, k, v, slopes); }
 };
@@ -55,7 +55,7 @@ struct AttentionBackwardArguments {
   const at::Tensor& q;
   const at::Tensor& k;
   const at::Tensor& v;
-  const at::Tensor& slopes;
+  const std::optional<at::Tensor>& slopes;
   const at::Tensor& out;
   const at::Tensor& lse;
 
@@ -73,7 +73,7 @@ struct AttentionDoubleBackwardArguments {
   const at::Tensor& q;
   const at::Tensor& k;
   const at::Tensor& v;
-  const at::Tensor& slopes;
+  const std::optional<at::Tensor>& slopes;
 
   AttentionTensors inputs() const { return {q, k, v, slopes}; }
   auto flat() const {
@@ -86,7 +86,7 @@ struct AttentionSlopeSumsArguments {
   const at::Tensor& q;
   const at::Tensor& k;
   const at::Tensor& v;
-  const at::Tensor& slopes;
+  const std::optional<at::Tensor>& slopes;
   const at::Tensor& lse;
 
   AttentionTensors inputs() const { return {q, k, v, slopes}; }
@@ -107,6 +107,10 @@ struct AlibiAttention {
 
   bool packed() const { return cu_seqlens_q.defined(); }
 };
+
+/// Checks the slopes of a public function that takes them as an argument and not in its options.
+/// @throws c10::Error  if they are undefined, or if `in_options` has slopes as well.
+void check_slopes_argument(const char* op, const at::Tensor& slopes, const std::optional<at::Tensor>& in_options);
 
 /// Checks a call of the operator `op`.
 /// @throws c10::Error  naming the argument, what was expected and what was given. The functions below throw the same.

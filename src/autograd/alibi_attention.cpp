@@ -72,7 +72,8 @@ class AlibiAttentionBackward final : public autograd::AttentionNode<AlibiAttenti
     const auto& [q, k, v, slopes] = inputs;
     const Tensor result = out();
     auto [grad_q, grad_k, grad_v, grad_slopes] = dispatch::alibi_attention_backward(
-        options_.unpack(), {or_zeros(grads[0], result), optional_tensor(grads[1]), q, k, v, slopes, result, lse()},
+        options_.unpack(),
+        {or_zeros(grads[0], result), optional_tensor(grads[1]), q, k, v, optional_tensor(slopes), result, lse()},
         /*slopes_grad=*/wants(3));
     return {grad_q, grad_k, grad_v, grad_slopes};
   }
@@ -85,14 +86,14 @@ std::tuple<Tensor, Tensor> alibi_attention_autograd(
     const SymbolicAttentionOptions& options,
     const AttentionTensors& inputs) {
   return autograd::record_attention<AlibiAttentionBackward>(
-      "posenc::alibi_attention", {inputs.q, inputs.k, inputs.v, inputs.slopes},
+      "posenc::alibi_attention", {inputs.q, inputs.k, inputs.v, or_undefined(inputs.slopes)},
       [&] { return dispatch::alibi_attention(options, inputs); }, options);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Second and third derivative
 
-/// The inputs of the backward pass: grad_out, grad_lse, q, k, v and slopes.
+/// The inputs of the backward pass: grad_out, grad_lse, q, k, v and slopes. Absent ones are undefined.
 using BackwardInputs = std::array<Tensor, 6>;
 
 /// The tensors as saved variables.
@@ -124,7 +125,7 @@ class AlibiAttentionDoubleBackward final : public autograd::Node<AlibiAttentionD
         options_.unpack(),
         {optional_tensor(grads[0]), optional_tensor(grads[1]), optional_tensor(grads[2]), optional_tensor(grads[3]),
          unpack(inputs_[0]), unpack_optional(inputs_[1]), unpack(inputs_[2]), unpack(inputs_[3]), unpack(inputs_[4]),
-         unpack(inputs_[5])});
+         unpack_optional(inputs_[5])});
     return {grad_out, grad_lse, q, k, v, slopes};
   }
 
@@ -173,13 +174,13 @@ class AlibiAttentionTripleBackward final : public autograd::Node<AlibiAttentionT
   variable_list double_backward(const variable_list& inputs) {
     const variable_list arguments(inputs.begin() + 6, inputs.end());
     const SymbolicAttentionOptions o = options_.unpack();
-    ALiBiAttentionOptions options;
+    AttentionOptions options;
     const auto guarded = [](const std::optional<c10::SymInt>& x) {
       return x.has_value() ? std::optional<int64_t>(x->guard_int(__FILE__, __LINE__)) : std::nullopt;
     };
-    options.scale(o.scale).causal(o.causal).query_offset(guarded(o.query_offset));
+    options.slopes(optional_tensor(arguments[3])).scale(o.scale).causal(o.causal).query_offset(guarded(o.query_offset));
     options.seqlens_q(o.seqlens_q).seqlens_k(o.seqlens_k).cu_seqlens_q(o.cu_seqlens_q).cu_seqlens_k(o.cu_seqlens_k);
-    const auto [out, lse] = reference::alibi_attention(arguments[0], arguments[1], arguments[2], arguments[3], options);
+    const auto [out, lse] = reference::attention(arguments[0], arguments[1], arguments[2], options);
     const variable_list first = defined_gradients({out, lse}, arguments, {inputs[4], inputs[5]}, /*create_graph=*/true);
     const variable_list of(inputs.begin() + 4, inputs.end());
     return defined_gradients(first, of, variable_list(inputs.begin(), inputs.begin() + 4), /*create_graph=*/true);
@@ -228,7 +229,7 @@ AttentionGradients alibi_attention_backward_autograd(
     const SymbolicAttentionOptions& options,
     const AttentionBackwardArguments& a,
     bool slopes_grad) {
-  const BackwardInputs inputs{a.grad_out, or_undefined(a.grad_lse), a.q, a.k, a.v, a.slopes};
+  const BackwardInputs inputs{a.grad_out, or_undefined(a.grad_lse), a.q, a.k, a.v, or_undefined(a.slopes)};
   autograd::check_no_tangents("posenc::alibi_attention_backward", inputs);
   auto result = autograd::below_autograd([&] { return dispatch::alibi_attention_backward(options, a, slopes_grad); });
   const auto& [grad_q, grad_k, grad_v, grad_slopes] = result;
@@ -249,7 +250,7 @@ AttentionSecondGradients alibi_attention_double_backward_autograd(
       a.q,
       a.k,
       a.v,
-      a.slopes};
+      or_undefined(a.slopes)};
   autograd::check_no_tangents("posenc::alibi_attention_double_backward", inputs);
   auto result = autograd::below_autograd([&] { return dispatch::alibi_attention_double_backward(options, a); });
   const auto& [grad_out, grad_lse, q, k, v, slopes] = result;
@@ -261,7 +262,8 @@ Tensor alibi_attention_slope_sums_autograd(
     const SymbolicAttentionOptions& options,
     const AttentionSlopeSumsArguments& a) {
   autograd::check_no_gradients(
-      "posenc::alibi_attention_slope_sums", autograd::Differentiable{a.grad_out, a.q, a.k, a.v, a.slopes, a.lse},
+      "posenc::alibi_attention_slope_sums",
+      std::array<Tensor, 6>{a.grad_out, a.q, a.k, a.v, or_undefined(a.slopes), a.lse},
       "differentiate alibi_attention with create_graph");
   return autograd::below_autograd([&] { return dispatch::alibi_attention_slope_sums(options, a); });
 }

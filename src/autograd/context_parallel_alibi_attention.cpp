@@ -40,7 +40,9 @@ class ContextParallelAlibiAttentionBackward final
     const Tensor result = out();
     auto [grad_q, grad_k, grad_v, grad_slopes] = dispatch::context_parallel_alibi_attention_backward(
         {{wants(0), wants(1), wants(2), wants(3)}},
-        {or_zeros(grads[0], result), autograd::optional_tensor(grads[1]), q, k, v, slopes, result, lse()}, options_);
+        {or_zeros(grads[0], result), autograd::optional_tensor(grads[1]), q, k, v, autograd::optional_tensor(slopes),
+         result, lse()},
+        options_);
     return {grad_q, grad_k, grad_v, grad_slopes};
   }
 
@@ -55,7 +57,7 @@ std::tuple<Tensor, Tensor> context_parallel_alibi_attention_autograd(
     const ContextParallelOptions& options,
     const AttentionTensors& inputs) {
   return autograd::record_attention<ContextParallelAlibiAttentionBackward>(
-      "posenc::context_parallel_alibi_attention", {inputs.q, inputs.k, inputs.v, inputs.slopes},
+      "posenc::context_parallel_alibi_attention", {inputs.q, inputs.k, inputs.v, autograd::or_undefined(inputs.slopes)},
       [&] { return dispatch::context_parallel_alibi_attention(options, inputs); }, options);
 }
 
@@ -64,7 +66,8 @@ AttentionGradients context_parallel_alibi_attention_backward_autograd(
     const AttentionBackwardArguments& a,
     const ContextParallelOptions& options) {
   constexpr const char* kOp = "posenc::context_parallel_alibi_attention_backward";
-  const std::array<Tensor, 6> inputs{a.grad_out, autograd::or_undefined(a.grad_lse), a.q, a.k, a.v, a.slopes};
+  using autograd::or_undefined;
+  const std::array<Tensor, 6> inputs{a.grad_out, or_undefined(a.grad_lse), a.q, a.k, a.v, or_undefined(a.slopes)};
   autograd::check_no_tangents(kOp, inputs);
   auto result =
       autograd::below_autograd([&] { return dispatch::context_parallel_alibi_attention_backward(mask, a, options); });

@@ -34,10 +34,9 @@ Blocks::Blocks(const Padded& call)
       group_(call.q_heads() / std::max<int64_t>(1, call.k_heads())),
       k_(key_matrices(call.k)),
       finite_k_(k_),
-      finite_v_(key_matrices(call.v)),
-      slopes_(call.slopes.to(dtype_).view({1, -1, 1, 1})) {
-  if (call.nan_if_too_long.defined()) {
-    slopes_ = slopes_ + call.nan_if_too_long.view({-1, 1, 1, 1});
+      finite_v_(key_matrices(call.v)) {
+  if (call.slopes.defined()) {
+    slopes_ = call.slopes.to(dtype_).view({1, -1, 1, 1});
   }
   const auto integers = call.q.options().dtype(at::kLong);
   keys_ = at::arange(call.k_len(), integers);
@@ -82,9 +81,11 @@ Block Blocks::block(int64_t begin, int64_t end, int64_t keys) const {
   result.begin = begin;
   result.end = end;
   result.keys = keys;
-  const Tensor positions = positions_.narrow(1, begin, end - begin).unsqueeze(-1);
   const Tensor columns = keys_.narrow(0, 0, keys);
-  Tensor difference = positions - columns;  // [1 or B, rows, keys]
+  Tensor difference;  // query position minus key position, [1 or B, rows, keys]
+  if (slopes_.defined() || call_.causal) {
+    difference = positions_.narrow(1, begin, end - begin).unsqueeze(-1) - columns;
+  }
   Tensor hidden;
   const auto hide = [&hidden](const Tensor& more) { hidden = hidden.defined() ? hidden.logical_or(more) : more; };
   if (call_.causal) {
@@ -96,7 +97,9 @@ Block Blocks::block(int64_t begin, int64_t end, int64_t keys) const {
   if (call_.seqlens_q.defined()) {
     hide(rows_.narrow(1, begin, end - begin).unsqueeze(-1) >= call_.seqlens_q.view({-1, 1, 1}));
   }
-  result.distances = difference.abs_().to(dtype_).unsqueeze(1);
+  if (slopes_.defined()) {
+    result.distances = difference.abs_().to(dtype_).unsqueeze(1);
+  }
   if (hidden.defined()) {
     result.hidden = hidden.unsqueeze(1);
   }
@@ -172,7 +175,15 @@ Tensor Blocks::product(const Tensor& rows, const Tensor& keys, const Block& bloc
 }
 
 Tensor Blocks::logits(const Tensor& q, const Block& block) const {
-  Tensor result = product(q, keys_of(k_, block), block).mul_(call_.scale).addcmul_(slopes_, block.distances, -1);
+  Tensor result = product(q, keys_of(k_, block), block);
+  if (call_.nan_if_too_long.defined()) {
+    result.mul_(call_.nan_if_too_long.view({-1, 1, 1, 1}) + call_.scale);
+  } else {
+    result.mul_(call_.scale);
+  }
+  if (slopes_.defined()) {
+    result.addcmul_(slopes_, block.distances, -1);
+  }
   return block.hidden.defined() ? result.masked_fill_(block.hidden, -kInfinity) : result;
 }
 

@@ -16,8 +16,8 @@ namespace posenc::blockwise {
 /// Query rows `begin` to `end - 1` of all sequences, and the first `keys` keys. No row of the block sees a later key.
 struct Block {
   int64_t begin, end, keys;
-  at::Tensor distances;  // [1 or B, 1, rows, keys], in the dtype of sums
-  at::Tensor hidden;     // bool of the same shape: the row does not see the key; undefined: all rows see all keys
+  at::Tensor distances;  // [1 or B, 1, rows, keys], in the dtype of sums; undefined without slopes
+  at::Tensor hidden;     // bool [1 or B, 1, rows, keys]: the row does not see the key; undefined: all rows see all keys
 
   int64_t rows() const { return end - begin; }
 };

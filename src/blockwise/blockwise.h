@@ -13,6 +13,7 @@ namespace posenc::blockwise {
 std::tuple<at::Tensor, at::Tensor> blockwise(const Padded& call);
 
 /// @param grad_lse  undefined means zero.
+/// @param slopes_grad  whether the gradient of the slopes is computed; false without slopes.
 /// @return the gradients of q, k, v and the slopes; the last is undefined unless `slopes_grad`.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> blockwise_backward(
     const Padded& call,

@@ -23,10 +23,10 @@ using at::Tensor;
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
-/// The options of the checked call, without its tensors.
-Padded scalars_of(const AlibiAttention& call, const Tensor& slopes) {
+/// The options of the checked call and its slopes, without its other tensors.
+Padded scalars_of(const AlibiAttention& call, const std::optional<Tensor>& slopes) {
   Padded result;
-  result.slopes = slopes;
+  result.slopes = slopes.value_or(Tensor());
   result.query_offset = call.query_offset;
   result.scale = call.scale;
   result.causal = call.causal;
@@ -145,9 +145,10 @@ std::tuple<Tensor, Tensor> forward(const AlibiAttention& call, const AttentionTe
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const AlibiAttention& call,
     const AttentionBackwardArguments& arguments,
-    bool slopes_grad,
+    bool slopes_wanted,
     Backward compute) {
   const auto& [grad_out, given_grad_lse, q, k, v, slopes, out, lse] = arguments;
+  const bool slopes_grad = slopes_wanted && slopes.has_value();
   const Tensor grad_lse = given_grad_lse.value_or(Tensor());
   if (!call.packed()) {
     const Padded padded = padded_call(call, arguments.inputs());
@@ -203,7 +204,10 @@ SecondOrderResult double_backward(
   const auto& [q, k, v, slopes] = inputs;
   const PackedBatches batches(call, q.size(0), k.size(0));
   SecondOrderResult result{at::zeros_like(q), filled_lse(call, q, 0), at::zeros_like(q),
-                           at::zeros_like(k), at::zeros_like(v),      zeros_of_slopes(call, q)};
+                           at::zeros_like(k), at::zeros_like(v),      Tensor()};
+  if (slopes.has_value()) {
+    result.slopes = zeros_of_slopes(call, q);
+  }
   const auto pad = [](const Packing& packing, const Tensor& x) { return x.defined() ? packing.pad(x) : x; };
   for (size_t i = 0; i < batches.size(); ++i) {
     const auto [of_q, of_k] = batches.batch(i);
@@ -215,7 +219,9 @@ SecondOrderResult double_backward(
     of_q.unpad(of_batch.q, result.q);
     of_k.unpad(of_batch.k, result.k);
     of_k.unpad(of_batch.v, result.v);
-    result.slopes.add_(of_batch.slopes);
+    if (slopes.has_value()) {
+      result.slopes.add_(of_batch.slopes);
+    }
   }
   for (const Tensor& x : {result.grad_out, result.q}) {
     set_nan(x, batches.invalid_q());
@@ -224,7 +230,9 @@ SecondOrderResult double_backward(
     set_nan(x, batches.invalid_k());
   }
   set_lse_nan(result.grad_lse, batches.invalid_q());
-  set_slopes_nan(result.slopes, batches.invalid_q());
+  if (slopes.has_value()) {
+    set_slopes_nan(result.slopes, batches.invalid_q());
+  }
   return result;
 }
 

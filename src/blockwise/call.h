@@ -16,7 +16,8 @@ namespace posenc::blockwise {
 /// Computes `(out, lse)` of a batch: out of the shape and dtype of q, lse `[B, Hq, Sq]` in the dtype of sums.
 using Forward = c10::function_ref<std::tuple<at::Tensor, at::Tensor>(const Padded&)>;
 
-/// Computes the gradients of q, k, v and the slopes of a batch. The last is undefined unless `slopes_grad`.
+/// Computes the gradients of q, k, v and the slopes of a batch. The last is undefined unless `slopes_grad`, which is
+/// false without slopes.
 /// @param grad_lse  undefined means zero.
 using Backward = c10::function_ref<std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
     const Padded& batch,

@@ -47,7 +47,10 @@ SecondOrderResult blockwise_double_backward(
   result.q = at::zeros_like(call.q);
   const Tensor k_sums = blocks.zeros_of_keys();
   const Tensor v_sums = blocks.zeros_of_keys();
-  const Tensor slopes_sums = at::zeros({call.q_heads()}, call.q.options().dtype(at::kDouble));
+  Tensor slopes_sums;
+  if (call.slopes.defined()) {
+    slopes_sums = at::zeros({call.q_heads()}, call.q.options().dtype(at::kDouble));
+  }
   blocks.for_each([&](const Block& block) {
     const Tensor q = blocks.rows_of(call.q, block);
     const Tensor grad = blocks.rows_of(grad_out, block);
@@ -96,11 +99,15 @@ SecondOrderResult blockwise_double_backward(
       add_to_keys(blocks, block, k_sums, ds, a, scale);
     }
     add_to_keys(blocks, block, v_sums, centred, grad, 1);
-    slopes_sums.sub_((t * block.distances).sum({0, 2, 3}, /*keepdim=*/false, at::kDouble));
+    if (slopes_sums.defined()) {
+      slopes_sums.sub_((t * block.distances).sum({0, 2, 3}, /*keepdim=*/false, at::kDouble));
+    }
   });
   result.k = blocks.like_keys(k_sums, call.k);
   result.v = blocks.like_keys(v_sums, call.v);
-  result.slopes = slopes_sums.to(blocks.dtype());
+  if (slopes_sums.defined()) {
+    result.slopes = slopes_sums.to(blocks.dtype());
+  }
   return result;
 }
 

@@ -12,7 +12,7 @@ struct SecondOrderGrads {
   at::Tensor q, k, v, slopes;
 };
 
-/// Gradients of the arguments of the backward pass.
+/// Gradients of the arguments of the backward pass. That of the slopes is undefined without slopes.
 struct SecondOrderResult {
   at::Tensor grad_out, grad_lse, q, k, v, slopes;
 };

@@ -97,13 +97,15 @@ void around(const Shard& shard, const Tensor& k, const Tensor& v, const Body& bo
 
 /// The log-sum-exp of rows, `[B, Hq, S]`, relative to the distances that the call of a pair computes, from `lse`
 /// relative to the true distances.
-Tensor lse_of_call(const Tensor& lse, const Tensor& slopes, const Pair& pair) {
-  return pair.beyond == 0 ? lse : lse + slopes.to(lse.scalar_type()).unsqueeze(-1) * pair.beyond;
+Tensor lse_of_call(const Tensor& lse, const std::optional<Tensor>& slopes, const Pair& pair) {
+  return pair.beyond == 0 || !slopes.has_value() ? lse
+                                                 : lse + slopes->to(lse.scalar_type()).unsqueeze(-1) * pair.beyond;
 }
 
 /// The inverse of `lse_of_call`.
-Tensor lse_of_whole(const Tensor& lse, const Tensor& slopes, const Pair& pair) {
-  return pair.beyond == 0 ? lse : lse - slopes.to(lse.scalar_type()).unsqueeze(-1) * pair.beyond;
+Tensor lse_of_whole(const Tensor& lse, const std::optional<Tensor>& slopes, const Pair& pair) {
+  return pair.beyond == 0 || !slopes.has_value() ? lse
+                                                 : lse - slopes->to(lse.scalar_type()).unsqueeze(-1) * pair.beyond;
 }
 
 /// Adds the sums of `alibi_attention_slope_sums` of one pair, `of_call`, to those over all keys, `total`.
@@ -142,7 +144,7 @@ std::tuple<Tensor, Tensor> ring_forward(const ContextParallelOptions& options, c
     return dispatch::alibi_attention(shard.options(), inputs);
   }
   const Tensor& q = inputs.q;
-  const Tensor& slopes = inputs.slopes;
+  const std::optional<Tensor>& slopes = inputs.slopes;
   const auto wide = q.options().dtype(arguments::alibi_slopes_dtype(q.scalar_type()));
   Tensor out = at::empty_like(q);
   Tensor lse = at::empty({shard.call.batch, shard.call.q_heads, shard.call.q_len}, wide);
@@ -175,7 +177,7 @@ AttentionGradients ring_backward(
   const bool q_grad = mask.wanted[0];
   const bool k_grad = mask.wanted[1];
   const bool v_grad = mask.wanted[2];
-  const bool slopes_grad = mask.wanted[3];
+  const bool slopes_grad = mask.wanted[3] && a.slopes.has_value();
   if (shard.ranks() == 1) {
     const auto wanted = [](bool is_wanted, const Tensor& x) { return is_wanted ? x : Tensor(); };
     const auto [dq, dk, dv, dslopes] = dispatch::alibi_attention_backward(shard.options(), a, slopes_grad);

@@ -1,5 +1,6 @@
 #include <ops/alibi_attention.h>
 
+#include <arguments/tensor.h>
 #include <ops/dispatch.h>
 
 #include <torch/library.h>
@@ -11,6 +12,8 @@ namespace posenc {
 namespace {
 
 using at::Tensor;
+
+constexpr const char* kAttention = "posenc::alibi_attention";
 
 /// The options in a schema.
 constexpr const char* kOptions =
@@ -24,24 +27,24 @@ TORCH_LIBRARY_FRAGMENT(posenc, m) {
     const std::string schema = arguments + kOptions + " -> " + results;
     m.def(schema.c_str(), {at::Tag::pt2_compliant_tag});
   };
-  define("alibi_attention(Tensor q, Tensor k, Tensor v, Tensor slopes, *, ", "(Tensor out, Tensor lse)");
+  define("alibi_attention(Tensor q, Tensor k, Tensor v, Tensor? slopes, *, ", "(Tensor out, Tensor lse)");
   define(
-      "alibi_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor slopes, "
+      "alibi_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? slopes, "
       "Tensor out, Tensor lse, *, bool slopes_grad=True, ",
       "(Tensor, Tensor, Tensor, Tensor)");
   define(
       "alibi_attention_double_backward(Tensor? grad_grad_q, Tensor? grad_grad_k, Tensor? grad_grad_v, "
-      "Tensor? grad_grad_slopes, Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor slopes, *, ",
+      "Tensor? grad_grad_slopes, Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? slopes, *, ",
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   define(
-      "alibi_attention_slope_sums(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor slopes, Tensor lse, *, ",
+      "alibi_attention_slope_sums(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? slopes, Tensor lse, *, ",
       "Tensor");
 }
 
 namespace dispatch {
 
 std::tuple<Tensor, Tensor> alibi_attention(const SymbolicAttentionOptions& options, const AttentionTensors& inputs) {
-  return call_operator<&alibi_attention>("posenc::alibi_attention", options, inputs);
+  return call_operator<&alibi_attention>(kAttention, options, inputs);
 }
 
 AttentionGradients alibi_attention_backward(
@@ -65,13 +68,27 @@ Tensor alibi_attention_slope_sums(
 
 }  // namespace dispatch
 
+std::tuple<Tensor, Tensor> attention_with_lse(
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& v,
+    const AttentionOptions& options) {
+  arguments::check_defined(kAttention, "q", q);
+  return dispatch::alibi_attention(arguments::attention_options<c10::SymInt>(options), {q, k, v, options.slopes()});
+}
+
+Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
+  return std::get<0>(attention_with_lse(q, k, v, options));
+}
+
 std::tuple<Tensor, Tensor> alibi_attention_with_lse(
     const Tensor& q,
     const Tensor& k,
     const Tensor& v,
     const Tensor& slopes,
     const ALiBiAttentionOptions& options) {
-  return dispatch::alibi_attention(arguments::attention_options<c10::SymInt>(options), {q, k, v, slopes});
+  arguments::check_slopes_argument(kAttention, slopes, options.slopes());
+  return attention_with_lse(q, k, v, AttentionOptions(options).slopes(slopes));
 }
 
 Tensor alibi_attention(

@@ -2,6 +2,7 @@
 
 #include <arguments/alibi_attention.h>
 #include <posenc/alibi_attention.h>
+#include <posenc/attention.h>
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/SymInt.h>
@@ -27,12 +28,12 @@ using AttentionSecondGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, 
 // Calls through the dispatcher.
 namespace dispatch {
 
-/// `posenc::alibi_attention_with_lse`.
+/// `posenc::attention_with_lse`.
 std::tuple<at::Tensor, at::Tensor> alibi_attention(
     const SymbolicAttentionOptions& options,
     const AttentionTensors& inputs);
 
-/// The gradients of `alibi_attention_with_lse` from its arguments and results, recomputing the probabilities
+/// The gradients of `attention_with_lse` from its arguments and results, recomputing the probabilities
 /// P = exp(S - lse) (Dao et al. 2022, https://arxiv.org/abs/2205.14135, appendix B): with
 ///
 ///     dP = dout V^T,   dS = P (dP - rowsum(dout out) + dlse),
@@ -44,7 +45,7 @@ std::tuple<at::Tensor, at::Tensor> alibi_attention(
 /// @param arguments  `grad_lse` has the shape of `lse`; nullopt means zero.
 /// @param slopes_grad  whether dslopes is computed.
 /// @return `(dq, dk, dv, dslopes)`; the last is `[Hq]`, float64 for float64, float32 for all others, and undefined
-///   unless `slopes_grad`.
+///   unless `slopes_grad`, or without slopes.
 AttentionGradients alibi_attention_backward(
     const SymbolicAttentionOptions& options,
     const AttentionBackwardArguments& arguments,
@@ -55,7 +56,7 @@ AttentionGradients alibi_attention_backward(
 ///
 /// @param arguments  `grad_grad_q`, `grad_grad_k`, `grad_grad_v` and `grad_grad_slopes` are the gradients of dq, dk, dv
 ///   and dslopes, of their shapes and dtypes; nullopt means zero.
-/// @return the gradients of grad_out, grad_lse, q, k, v and slopes.
+/// @return the gradients of grad_out, grad_lse, q, k, v and slopes; the last is undefined without slopes.
 AttentionSecondGradients alibi_attention_double_backward(
     const SymbolicAttentionOptions& options,
     const AttentionDoubleBackwardArguments& arguments);
@@ -69,7 +70,7 @@ AttentionSecondGradients alibi_attention_double_backward(
 /// over the sum of P. E[dP] is also rowsum(dout out), but `out` is rounded, and this error times a distance of
 /// thousands is larger than the gradient.
 ///
-/// @param arguments  padded tensors; `lse` is `[B, Hq, Sq]`.
+/// @param arguments  padded tensors, and slopes; `lse` is `[B, Hq, Sq]`.
 /// @return float64 `[4, B, Hq, Sq]`.
 at::Tensor alibi_attention_slope_sums(
     const SymbolicAttentionOptions& options,

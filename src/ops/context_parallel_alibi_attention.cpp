@@ -1,5 +1,6 @@
 #include <ops/context_parallel_alibi_attention.h>
 
+#include <arguments/tensor.h>
 #include <ops/dispatch.h>
 #include <posenc/context_parallel_alibi_attention.h>
 #ifdef USE_DISTRIBUTED
@@ -22,12 +23,12 @@ constexpr const char* kBackward = "posenc::context_parallel_alibi_attention_back
 
 TORCH_LIBRARY_FRAGMENT(posenc, m) {
   m.def(
-      "context_parallel_alibi_attention(Tensor q, Tensor k, Tensor v, Tensor slopes, str group_name, *, "
+      "context_parallel_alibi_attention(Tensor q, Tensor k, Tensor v, Tensor? slopes, str group_name, *, "
       "float? scale=None, bool causal=False) -> (Tensor out, Tensor lse)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "context_parallel_alibi_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
-      "Tensor slopes, Tensor out, Tensor lse, str group_name, *, float? scale=None, bool causal=False, "
+      "Tensor? slopes, Tensor out, Tensor lse, str group_name, *, float? scale=None, bool causal=False, "
       "bool[4] grad_mask=[True, True, True, True]) -> (Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
 }
@@ -49,6 +50,30 @@ AttentionGradients context_parallel_alibi_attention_backward(
 
 }  // namespace dispatch
 
+Tensor context_parallel_attention(
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& v,
+    const std::string& group_name,
+    const ContextParallelAttentionOptions& options) {
+  arguments::check_defined(kForward, "q", q);
+  return std::get<0>(dispatch::context_parallel_alibi_attention(
+      {group_name, options.scale(), options.causal()}, {q, k, v, options.slopes()}));
+}
+
+Tensor context_parallel_attention(
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& v,
+    const c10::intrusive_ptr<c10d::ProcessGroup>& group,
+    const ContextParallelAttentionOptions& options) {
+#ifdef USE_DISTRIBUTED
+  return context_parallel_attention(q, k, v, context_parallel::name_of_group(kForward, group), options);
+#else
+  return context_parallel_attention(q, k, v, std::string(), options);  // which refuses the call
+#endif
+}
+
 Tensor context_parallel_alibi_attention(
     const Tensor& q,
     const Tensor& k,
@@ -56,8 +81,8 @@ Tensor context_parallel_alibi_attention(
     const Tensor& slopes,
     const std::string& group_name,
     const ContextParallelALiBiAttentionOptions& options) {
-  return std::get<0>(
-      dispatch::context_parallel_alibi_attention({group_name, options.scale(), options.causal()}, {q, k, v, slopes}));
+  arguments::check_slopes_argument(kForward, slopes, options.slopes());
+  return context_parallel_attention(q, k, v, group_name, ContextParallelAttentionOptions(options).slopes(slopes));
 }
 
 Tensor context_parallel_alibi_attention(
@@ -67,11 +92,8 @@ Tensor context_parallel_alibi_attention(
     const Tensor& slopes,
     const c10::intrusive_ptr<c10d::ProcessGroup>& group,
     const ContextParallelALiBiAttentionOptions& options) {
-#ifdef USE_DISTRIBUTED
-  return context_parallel_alibi_attention(q, k, v, slopes, context_parallel::name_of_group(kForward, group), options);
-#else
-  return context_parallel_alibi_attention(q, k, v, slopes, std::string(), options);  // which refuses the call
-#endif
+  arguments::check_slopes_argument(kForward, slopes, options.slopes());
+  return context_parallel_attention(q, k, v, group, ContextParallelAttentionOptions(options).slopes(slopes));
 }
 
 #ifndef USE_DISTRIBUTED

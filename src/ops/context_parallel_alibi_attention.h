@@ -23,13 +23,14 @@ struct AttentionGradMask {
 // Calls through the dispatcher.
 namespace dispatch {
 
-/// The output of `posenc::context_parallel_alibi_attention` for the rows of this rank and the log-sum-exp of their
+/// The output of `posenc::context_parallel_attention` for the rows of this rank and the log-sum-exp of their
 /// logits over the keys of all ranks, `[B, Hq, S / C]`. Gradients flow through both.
 std::tuple<at::Tensor, at::Tensor> context_parallel_alibi_attention(
     const ContextParallelOptions& options,
     const AttentionTensors& inputs);
 
-/// The gradients of `context_parallel_alibi_attention`; those that `mask` does not name are undefined.
+/// The gradients of `context_parallel_alibi_attention`; those that `mask` does not name are undefined, as is that of
+/// the slopes without slopes.
 AttentionGradients context_parallel_alibi_attention_backward(
     const AttentionGradMask& mask,
     const AttentionBackwardArguments& arguments,

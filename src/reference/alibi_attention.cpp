@@ -24,12 +24,7 @@ Tensor heads_first(const Tensor& x, at::ScalarType dtype, int64_t times) {
   return x.to(dtype).transpose(1, 2).repeat_interleave(times, 1);
 }
 
-std::tuple<Tensor, Tensor> padded(
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& slopes,
-    const ALiBiAttentionOptions& options) {
+std::tuple<Tensor, Tensor> padded(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
   const auto wide = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const int64_t q_len = q.size(1);
   const int64_t k_len = k.size(1);
@@ -48,11 +43,13 @@ std::tuple<Tensor, Tensor> padded(
     hidden = hidden.logical_or(columns > positions);
   }
   hidden = hidden.unsqueeze(1);  // broadcasts with [B, H, Sq, Sk]
-  const Tensor bias = slopes.to(wide).view({1, -1, 1, 1}) * -(positions - columns).abs().to(wide).unsqueeze(1);
   const int64_t times = k.size(2) == 0 ? 1 : q.size(2) / k.size(2);
   const double scale = options.scale().value_or(1 / std::sqrt(static_cast<double>(q.size(3))));
-  const Tensor scores =
-      at::matmul(heads_first(q, wide, 1), heads_first(k, wide, times).transpose(-1, -2)) * scale + bias;
+  Tensor scores = at::matmul(heads_first(q, wide, 1), heads_first(k, wide, times).transpose(-1, -2)) * scale;
+  if (options.slopes().has_value()) {
+    const Tensor distances = (positions - columns).abs().to(wide).unsqueeze(1);
+    scores = scores - options.slopes()->to(wide).view({1, -1, 1, 1}) * distances;
+  }
   const Tensor sees_nothing = hidden.all(-1, /*keepdim=*/true);
   // The softmax of a row without a visible key would be 0 / 0. Its scores are made finite, and its result zero.
   const Tensor logits = scores.masked_fill(hidden, -kInfinity).masked_fill(sees_nothing, 0);
@@ -63,14 +60,13 @@ std::tuple<Tensor, Tensor> padded(
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> alibi_attention(
+std::tuple<Tensor, Tensor> attention(
     const Tensor& q,
     const Tensor& k,
     const Tensor& v,
-    const Tensor& slopes,
-    const ALiBiAttentionOptions& options) {
+    const AttentionOptions& options) {
   if (q.dim() == 4) {
-    return padded(q, k, v, slopes, options);
+    return padded(q, k, v, options);
   }
   const auto begins_of = [](const Tensor& cu_seqlens) {
     const Tensor on_cpu = cu_seqlens.to(at::kCPU, at::kLong).contiguous();
@@ -79,8 +75,8 @@ std::tuple<Tensor, Tensor> alibi_attention(
   const std::vector<int64_t> q_begins = begins_of(*options.cu_seqlens_q());
   const std::vector<int64_t> k_begins =
       options.cu_seqlens_k().has_value() ? begins_of(*options.cu_seqlens_k()) : q_begins;
-  ALiBiAttentionOptions of_one;
-  of_one.scale(options.scale()).causal(options.causal()).query_offset(options.query_offset());
+  AttentionOptions of_one;
+  of_one.slopes(options.slopes()).scale(options.scale()).causal(options.causal());
   const auto sums = q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   std::vector<Tensor> outs;
   std::vector<Tensor> lses;
@@ -94,13 +90,22 @@ std::tuple<Tensor, Tensor> alibi_attention(
     const int64_t k_len = k_begins[n + 1] - k_begins[n];
     const auto [out, lse] = padded(
         q.narrow(0, q_begins[n], q_len).unsqueeze(0), k.narrow(0, k_begins[n], k_len).unsqueeze(0),
-        v.narrow(0, k_begins[n], k_len).unsqueeze(0), slopes,
-        ALiBiAttentionOptions(of_one).query_offset(options.query_offset().value_or(k_len - q_len)));
+        v.narrow(0, k_begins[n], k_len).unsqueeze(0),
+        of_one.query_offset(options.query_offset().value_or(k_len - q_len)));
     outs.push_back(out.squeeze(0));
     lses.push_back(lse.squeeze(0));
   }
   add_tokens_of_no_sequence(q.size(0) - q_begins.back());
   return {at::cat(outs, 0), at::cat(lses, 1)};
+}
+
+std::tuple<Tensor, Tensor> alibi_attention(
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& v,
+    const Tensor& slopes,
+    const ALiBiAttentionOptions& options) {
+  return reference::attention(q, k, v, AttentionOptions(options).slopes(slopes));
 }
 
 }  // namespace posenc::reference

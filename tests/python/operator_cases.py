@@ -84,24 +84,29 @@ def qk_norm_rotary_embedding_backward(i, tables, **kw):
     return Sample(*[i.normal(*s) for s in shapes], i.normal(8), i.normal(8), *tables, **kw)
 
 
-def attention(i, heads=(4, 2), **kw):
+def attention(i, heads=(4, 2), with_slopes=True, **kw):
     q_heads, k_heads = heads
     shapes = [(2, i.size, n, 8) for n in (q_heads, k_heads, k_heads)]
-    return Sample(*[i.normal(*shape) for shape in shapes], i.positive(q_heads), **kw)
+    return Sample(*[i.normal(*shape) for shape in shapes], i.positive(q_heads) if with_slopes else None, **kw)
 
 
-def packed_attention(i, **kw):
+def packed_attention(i, with_slopes=True, **kw):
     """Three sequences, one of them empty, then tokens of no sequence. cu_seqlens_q and cu_seqlens_k differ."""
     shapes = [(i.size, heads, 8) for heads in (4, 2, 2)]
     cuts = {"cu_seqlens_q": i.integers([0, 2, 2, i.size - 1]), "cu_seqlens_k": i.integers([0, 1, 2, i.size - 1])}
     longest = {"max_seqlen_q": i.size, "max_seqlen_k": i.size}
-    return Sample(*[i.normal(*shape) for shape in shapes], i.positive(4), **cuts, **longest, **kw)
+    slopes = i.positive(4) if with_slopes else None
+    return Sample(*[i.normal(*shape) for shape in shapes], slopes, **cuts, **longest, **kw)
+
+
+def detached(tensors):
+    return [x if x is None else x.detach() for x in tensors]
 
 
 def attention_backward(i, make=attention, **kw):
     forward = make(i, **kw)
     kw = forward.kwargs
-    q, k, v, slopes = (x.detach() for x in forward.args)
+    q, k, v, slopes = detached(forward.args)
     out, lse = torch.ops.posenc.alibi_attention(q, k, v, slopes, **kw)
     return Sample(torch.ones_like(out), torch.ones_like(lse), q, k, v, slopes, out, lse, **kw)
 
@@ -109,12 +114,13 @@ def attention_backward(i, make=attention, **kw):
 def attention_double_backward(i, make=attention, **kw):
     backward = attention_backward(i, make, **kw)
     grad_out, grad_lse, q, k, v, slopes, _, _ = backward.args
-    return Sample(q.cos(), k.cos(), v.cos(), slopes.cos(), grad_out, grad_lse, q, k, v, slopes, **backward.kwargs)
+    of_slopes = None if slopes is None else slopes.cos()
+    return Sample(q.cos(), k.cos(), v.cos(), of_slopes, grad_out, grad_lse, q, k, v, slopes, **backward.kwargs)
 
 
 def attention_slope_sums(i, **kw):
     forward = attention(i, **kw)
-    q, k, v, slopes = (x.detach() for x in forward.args)
+    q, k, v, slopes = detached(forward.args)
     out, lse = torch.ops.posenc.alibi_attention(q, k, v, slopes, **kw)
     return Sample(torch.ones_like(out), q, k, v, slopes, lse, **kw)
 
@@ -132,12 +138,12 @@ def even(i):
     return Inputs(i.device, 2 * (i.size // 2), i.grad)
 
 
-def context_parallel_attention(i, **kw):
-    return Sample(*attention(even(i)).args, group_of_one(), **kw)
+def context_parallel_attention(i, with_slopes=True, **kw):
+    return Sample(*attention(even(i), with_slopes=with_slopes).args, group_of_one(), **kw)
 
 
-def context_parallel_attention_backward(i, grad_mask=(True, True, True, True), **kw):
-    q, k, v, slopes = (x.detach() for x in attention(even(i)).args)
+def context_parallel_attention_backward(i, grad_mask=(True, True, True, True), with_slopes=True, **kw):
+    q, k, v, slopes = detached(attention(even(i), with_slopes=with_slopes).args)
     out, lse = torch.ops.posenc.context_parallel_alibi_attention(q, k, v, slopes, group_of_one(), **kw)
     grads = torch.ones_like(out), torch.ones_like(lse)
     return Sample(*grads, q, k, v, slopes, out, lse, group_of_one(), grad_mask=list(grad_mask), **kw)
@@ -207,18 +213,22 @@ CASES = {
         lambda i: attention(i, heads=(2, 2), causal=True),
         lambda i: packed_attention(i),
         lambda i: packed_attention(i, causal=True, scale=0.5),
+        lambda i: attention(i, with_slopes=False, causal=True, query_offset=1),
+        lambda i: packed_attention(i, with_slopes=False),
     ],
     "alibi_attention_backward": [
         lambda i: attention_backward(i),
         lambda i: attention_backward(i, scale=0.5, causal=True, query_offset=1),
         lambda i: attention_backward(i, seqlens_q=i.integers([3, 2]), seqlens_k=i.integers([2, 3])),
         lambda i: attention_backward(i, packed_attention, causal=True),
+        lambda i: attention_backward(i, with_slopes=False, causal=True),
     ],
     "alibi_attention_double_backward": [
         lambda i: attention_double_backward(i),
         lambda i: attention_double_backward(i, scale=0.5, causal=True, query_offset=1),
         lambda i: attention_double_backward(i, seqlens_q=i.integers([3, 2]), seqlens_k=i.integers([2, 3])),
         lambda i: attention_double_backward(i, packed_attention, causal=True),
+        lambda i: attention_double_backward(i, packed_attention, with_slopes=False),
     ],
     "alibi_attention_slope_sums": [
         lambda i: attention_slope_sums(i),
@@ -227,9 +237,11 @@ CASES = {
     "context_parallel_alibi_attention": [
         lambda i: context_parallel_attention(i),
         lambda i: context_parallel_attention(i, scale=0.5, causal=True),
+        lambda i: context_parallel_attention(i, with_slopes=False, causal=True),
     ],
     "context_parallel_alibi_attention_backward": [
         lambda i: context_parallel_attention_backward(i, causal=True),
         lambda i: context_parallel_attention_backward(i, grad_mask=(True, False, True, False)),
+        lambda i: context_parallel_attention_backward(i, with_slopes=False),
     ],
 }

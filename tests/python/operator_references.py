@@ -115,7 +115,9 @@ def one_sequence(q, k, v, slopes, scale, causal, query_offset):
     k, v = (x.repeat_interleave(times, 1).transpose(0, 1) for x in (k, v))
     offset = offsets(q.size(0), k.size(1), query_offset, q.device)
     scale = q.size(-1) ** -0.5 if scale is None else scale
-    logits = scale * (q.transpose(0, 1) @ k.mT) - slopes[:, None, None] * offset.abs()
+    logits = scale * (q.transpose(0, 1) @ k.mT)
+    if slopes is not None:
+        logits = logits - slopes[:, None, None] * offset.abs()
     p, lse = visible_softmax(logits, ((offset < 0) & causal).expand_as(logits))
     return (p @ v).transpose(0, 1), lse
 

@@ -20,16 +20,29 @@ import posenc
 import torch
 
 # Functions whose operator has another name.
-OPERATORS = {"alibi_attention_with_lse": "alibi_attention"}
+OPERATORS = {
+    "alibi_attention_with_lse": "alibi_attention",
+    "attention": "alibi_attention",
+    "attention_with_lse": "alibi_attention",
+    "context_parallel_attention": "context_parallel_alibi_attention",
+}
+# Functions whose slopes are an optional keyword; in the schema they are positional.
+OPTIONAL_SLOPES = ("attention", "attention_with_lse", "context_parallel_attention")
+# Functions that return the first result of their operator.
+FIRST_RESULT = ("attention", "alibi_attention")
 # Suffixes of operators that only backward passes call.
 INTERNAL = ("_backward", "_slope_sums", "alibi_mask")
 PLACES = ("cmake_dir", "include_dir", "library_path")
 FUNCTIONS = [name for name in posenc.__all__ if name not in PLACES]
 
 
+def operator(name):
+    """The operator behind a function."""
+    return getattr(torch.ops.posenc, OPERATORS.get(name, name))
+
+
 def schema(name):
-    """The schema of the operator behind a function."""
-    return getattr(torch.ops.posenc, OPERATORS.get(name, name)).default._schema
+    return operator(name).default._schema
 
 
 class Signatures(unittest.TestCase):
@@ -46,6 +59,11 @@ class Signatures(unittest.TestCase):
             with self.subTest(name):
                 arguments = schema(name).arguments
                 parameters = list(inspect.signature(getattr(posenc, name)).parameters.values())
+                if name in OPTIONAL_SLOPES:
+                    (slopes,) = (p for p in parameters if p.name == "slopes")
+                    self.assertEqual((slopes.kind, slopes.default), (inspect.Parameter.KEYWORD_ONLY, None))
+                    parameters.remove(slopes)
+                    arguments = [a for a in arguments if a.name != "slopes"]
                 renamed = {"group": "group_name"}
                 self.assertEqual([renamed.get(p.name, p.name) for p in parameters], [a.name for a in arguments])
                 for parameter, argument in zip(parameters, arguments):
@@ -126,6 +144,10 @@ class Calls(unittest.TestCase):
             ("alibi_attention_with_lse", (*packed, self.slopes), sequences),
             ("alibi_attention", (self.q, self.k, self.v, self.slopes), {**attention, **lengths}),
             ("alibi_attention", (*packed, self.slopes), sequences),
+            ("attention", (self.q, self.k, self.v), {**attention, **lengths}),
+            ("attention", packed, sequences),
+            ("attention_with_lse", (self.q, self.k, self.v), {"slopes": self.slopes, **attention, **lengths}),
+            ("attention_with_lse", packed, {"slopes": self.slopes, **sequences}),
         ]
 
     def test_functions_are_the_operators(self):
@@ -133,16 +155,18 @@ class Calls(unittest.TestCase):
         for name, args, kwargs in self.calls():
             with self.subTest(name):
                 called.add(name)
-                operator = getattr(torch.ops.posenc, OPERATORS.get(name, name))
                 ours = [a.clone() if torch.is_tensor(a) else a for a in args]
                 theirs = [a.clone() if torch.is_tensor(a) else a for a in args]
                 result = getattr(posenc, name)(*ours, **kwargs)
-                expected = operator(*theirs, **kwargs)
+                options = dict(kwargs)
+                if name in OPTIONAL_SLOPES:
+                    theirs.append(options.pop("slopes", None))
+                expected = operator(name)(*theirs, **options)
                 if expected is None:  # in place
                     expected = theirs[: len(result) if isinstance(result, tuple) else 1]
                     for tensor, argument in zip(result if isinstance(result, tuple) else [result], ours):
                         self.assertIs(tensor, argument)
-                if name == "alibi_attention":
+                if name in FIRST_RESULT:
                     expected = expected[0]
                 result = result if isinstance(result, (tuple, list)) else [result]
                 expected = expected if isinstance(expected, (tuple, list)) else [expected]
@@ -150,7 +174,7 @@ class Calls(unittest.TestCase):
                 for one, other in zip(result, expected):
                     torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
         # The next test calls it in a group of one process.
-        self.assertEqual(called, set(FUNCTIONS) - {"context_parallel_alibi_attention"})
+        self.assertEqual(called, {name for name in FUNCTIONS if not name.startswith("context_parallel")})
 
     def test_a_group_of_one_process_is_attention(self):
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -162,6 +186,14 @@ class Calls(unittest.TestCase):
                     self.q, self.k, self.v, self.slopes, named, scale=0.3, causal=True
                 )
                 torch.testing.assert_close(result, expected, rtol=0, atol=0)
+                for slopes in (None, self.slopes):
+                    options = {"slopes": slopes, "scale": 0.3, "causal": True}
+                    torch.testing.assert_close(
+                        posenc.context_parallel_attention(self.q, self.k, self.v, named, **options),
+                        posenc.attention(self.q, self.k, self.v, **options),
+                        rtol=0,
+                        atol=0,
+                    )
         finally:
             torch.distributed.destroy_process_group()
 
@@ -176,6 +208,8 @@ class Calls(unittest.TestCase):
         compiled = torch.compile(posenc.alibi_attention, backend="eager", fullgraph=True)
         arguments = (self.q, self.k, self.v, self.slopes)
         torch.testing.assert_close(compiled(*arguments, causal=True), posenc.alibi_attention(*arguments, causal=True))
+        compiled = torch.compile(posenc.attention, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(*arguments[:3]), posenc.attention(*arguments[:3]))
 
 
 class Places(unittest.TestCase):

@@ -14,7 +14,7 @@
 // Autograd of attention, on one device or over a process group.
 namespace posenc::autograd {
 
-/// q, k, v and slopes.
+/// q, k, v and slopes, which are undefined if there are none.
 using AttentionInputs = std::array<at::Tensor, 4>;
 
 /// Saves inputs and outputs of attention for its backward pass, which `Derived` computes:

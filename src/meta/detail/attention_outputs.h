@@ -5,6 +5,8 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
+#include <optional>
+
 // Outputs of attention without data.
 namespace posenc::meta {
 
@@ -15,8 +17,12 @@ inline at::Tensor empty_lse(const at::Tensor& q) {
                       : at::empty_symint({q.sym_size(0), q.sym_size(2), q.sym_size(1)}, options);
 }
 
-inline at::Tensor empty_slopes_gradient(const at::Tensor& q, const at::Tensor& slopes) {
-  return at::empty_symint({slopes.sym_size(0)}, q.options().dtype(arguments::alibi_slopes_dtype(q.scalar_type())));
+/// Undefined without slopes.
+inline at::Tensor empty_slopes_gradient(const at::Tensor& q, const std::optional<at::Tensor>& slopes) {
+  if (!slopes.has_value()) {
+    return {};
+  }
+  return at::empty_symint(slopes->sym_sizes(), q.options().dtype(arguments::alibi_slopes_dtype(q.scalar_type())));
 }
 
 }  // namespace posenc::meta

@@ -1,0 +1,187 @@
+#include "alibi_attention_support.h"
+#include "gradcheck.h"
+
+#include <posenc/attention.h>
+
+#include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+
+// Attention without slopes against LibTorch's scaled_dot_product_attention, in float64. The grid of calls and the
+// derivatives without slopes are in the tests of alibi_attention.
+namespace posenc::test {
+namespace {
+
+/// `scaled_dot_product_attention` of q `[B, Sq, Hq, D]` and k, v `[B, Sk, Hk, D]`. Query i is at key position
+/// `offset + i`, and sees all keys if `causal` is false.
+at::Tensor sdpa(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal, int64_t offset) {
+  const auto heads_first = [&q](const at::Tensor& x) {
+    return x.transpose(1, 2).repeat_interleave(q.size(2) / x.size(2), 1);
+  };
+  const at::Tensor positions = at::arange(offset, offset + q.size(1), q.options().dtype(at::kLong)).unsqueeze(1);
+  const at::Tensor seen = at::arange(k.size(1), positions.options()) <= positions;
+  return at::scaled_dot_product_attention(
+             heads_first(q), heads_first(k), heads_first(v), causal ? std::optional<at::Tensor>(seen) : std::nullopt)
+      .transpose(1, 2);
+}
+
+/// Expects float64 results that differ by the order of sums only.
+void expect_equal(const at::Tensor& actual, const at::Tensor& expected) {
+  ASSERT_EQ(actual.sizes(), expected.sizes());
+  EXPECT_LE((actual - expected).abs().max().item<double>(), 1e-13 * (1 + expected.abs().max().item<double>()));
+}
+
+class Attention : public DeviceTest {
+ protected:
+  AttentionInputs leaves(AttentionCase c) const {
+    c.with_slopes = false;
+    return attention_leaves(make_attention_inputs(c, {device().type(), at::kDouble}));
+  }
+
+  /// Compares output and gradients of q, k and v.
+  static void expect_results(const AttentionInputs& in, const at::Tensor& expected) {
+    const at::Tensor out = attention(in.q, in.k, in.v, in.options);
+    expect_equal(out, expected);
+    const TensorList grad = random_like({out});
+    const TensorList found = gradients({out}, {in.q, in.k, in.v}, grad);
+    const TensorList wanted = gradients({expected}, {in.q, in.k, in.v}, grad);
+    for (size_t i = 0; i < found.size(); ++i) {
+      expect_equal(found[i], wanted[i]);
+    }
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(Cpu, Attention, ::testing::Values(at::kCPU), device_name);
+INSTANTIATE_TEST_SUITE_P(Cuda, Attention, ::testing::Values(at::kCUDA), device_name);
+
+TEST_P(Attention, OfPaddedTensorsIsThatOfLibTorch) {
+  for (const bool causal : {false, true}) {
+    for (const auto& [q_len, k_len] : std::vector<std::pair<int64_t, int64_t>>{{5, 7}, {1, 9}, {64, 64}, {130, 200}}) {
+      for (const int64_t k_heads : {1, 2, 4}) {
+        SCOPED_TRACE(c10::str(causal ? "causal, " : "", q_len, " x ", k_len, ", ", k_heads, " key heads"));
+        AttentionCase c;
+        c.causal = causal;
+        c.q_len = q_len;
+        c.k_len = k_len;
+        c.k_heads = k_heads;
+        const AttentionInputs in = leaves(c);
+        expect_results(in, sdpa(in.q, in.k, in.v, causal, k_len - q_len));
+      }
+    }
+  }
+}
+
+TEST_P(Attention, WithAnOffsetIsThatOfLibTorch) {
+  for (const int64_t offset : {0, 1, 100}) {
+    for (const bool causal : {false, true}) {
+      AttentionCase c;
+      c.causal = causal;
+      c.query_offset = offset;
+      const AttentionInputs in = leaves(c);
+      expect_results(in, sdpa(in.q, in.k, in.v, causal, offset));
+    }
+  }
+}
+
+TEST_P(Attention, OfAPaddedBatchIsThatOfItsSequences) {
+  for (const bool causal : {false, true}) {
+    AttentionCase c;
+    c.causal = causal;
+    c.q_len = 20;
+    c.k_len = 30;
+    c.seqlens_q = {20, 7};
+    c.seqlens_k = {25, 30};
+    const AttentionInputs in = leaves(c);
+    TensorList outs;
+    for (int64_t b = 0; b < 2; ++b) {
+      const int64_t q_len = c.seqlens_q[b];
+      const int64_t k_len = c.seqlens_k[b];
+      const at::Tensor out = sdpa(
+          in.q.narrow(0, b, 1).narrow(1, 0, q_len), in.k.narrow(0, b, 1).narrow(1, 0, k_len),
+          in.v.narrow(0, b, 1).narrow(1, 0, k_len), causal, k_len - q_len);
+      outs.push_back(at::cat({out, at::zeros({1, c.q_len - q_len, c.q_heads, c.head_dim}, out.options())}, 1));
+    }
+    expect_results(in, at::cat(outs, 0));
+  }
+}
+
+TEST_P(Attention, OfPackedSequencesIsThatOfEachOfThem) {
+  for (const bool causal : {false, true}) {
+    AttentionCase c;
+    c.causal = causal;
+    c.cu_seqlens_q = {0, 1, 70, 70, 100};
+    c.cu_seqlens_k = {0, 40, 109, 120, 150};
+    c.q_len = 100;
+    c.k_len = 150;
+    const AttentionInputs in = leaves(c);
+    TensorList outs;
+    for (size_t n = 0; n + 1 < c.cu_seqlens_q.size(); ++n) {
+      const int64_t q_len = c.cu_seqlens_q[n + 1] - c.cu_seqlens_q[n];
+      const int64_t k_len = c.cu_seqlens_k[n + 1] - c.cu_seqlens_k[n];
+      const auto sequence = [](const at::Tensor& x, int64_t begin, int64_t count) {
+        return x.narrow(0, begin, count).unsqueeze(0);
+      };
+      outs.push_back(sdpa(
+                         sequence(in.q, c.cu_seqlens_q[n], q_len), sequence(in.k, c.cu_seqlens_k[n], k_len),
+                         sequence(in.v, c.cu_seqlens_k[n], k_len), causal, k_len - q_len)
+                         .squeeze(0));
+    }
+    expect_results(in, at::cat(outs, 0));
+  }
+}
+
+TEST_P(Attention, WithSlopesInTheOptionsIsAlibiAttention) {
+  const AttentionInputs in = make_attention_inputs(AttentionCase(), {device().type(), at::kFloat});
+  expect_same_bits(attention(in.q, in.k, in.v, AttentionOptions(in.options).slopes(in.slopes)), attend(in));
+}
+
+TEST_P(Attention, NamesUndefinedTensors) {
+  const AttentionInputs in = leaves(AttentionCase());
+  const at::Tensor none;
+  expect_error([&] { attention(none, none, none); }, {"posenc::alibi_attention: expected q", "undefined"});
+  expect_error([&] { attention(in.q, none, in.v); }, {"posenc::alibi_attention: expected k", "undefined"});
+  expect_error(
+      [&] { attention(in.q, in.k, in.v, AttentionOptions().slopes(none)); },
+      {"posenc::alibi_attention: expected slopes", "undefined"});
+  expect_error(
+      [&] { alibi_attention(in.q, in.k, in.v, none); }, {"posenc::alibi_attention: expected slopes", "undefined"});
+}
+
+/// Calls an operator with these first arguments and the defaults of the others.
+std::vector<c10::IValue> call_operator(const char* name, std::vector<c10::IValue> stack) {
+  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
+  for (size_t i = stack.size(); i < op.schema().arguments().size(); ++i) {
+    stack.push_back(op.schema().arguments()[i].default_value().value());
+  }
+  op.callBoxed(stack);
+  return stack;
+}
+
+TEST_P(Attention, HasNoGradientOfAbsentSlopes) {
+  const AttentionInputs in = leaves(AttentionCase());
+  const at::NoGradGuard no_grad;
+  const auto [out, lse] = attend_with_lse(in);
+  const c10::IValue none;
+  const auto first = call_operator(
+      "posenc::alibi_attention_backward", {at::ones_like(out), none, in.q, in.k, in.v, none, out, lse, true});
+  EXPECT_FALSE(first[3].toTensor().defined());
+  const auto second = call_operator(
+      "posenc::alibi_attention_double_backward",
+      {in.q, in.k, in.v, none, at::ones_like(out), none, in.q, in.k, in.v, none});
+  EXPECT_FALSE(second[5].toTensor().defined());
+  const at::Tensor slopes = at::ones({in.q.size(2)}, in.q.options());
+  expect_error(
+      [&, &out = out] {
+        call_operator(
+            "posenc::alibi_attention_double_backward",
+            {none, none, none, slopes, at::ones_like(out), none, in.q, in.k, in.v, none});
+      },
+      {"posenc::alibi_attention_double_backward: expected slopes with grad_grad_slopes, got none"});
+  expect_error(
+      [&, &out = out, &lse = lse] {
+        call_operator("posenc::alibi_attention_slope_sums", {at::ones_like(out), in.q, in.k, in.v, none, lse});
+      },
+      {"posenc::alibi_attention_slope_sums: expected slopes", "got none"});
+}
+
+}  // namespace
+}  // namespace posenc::test
