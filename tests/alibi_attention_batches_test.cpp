@@ -44,8 +44,9 @@ std::vector<Lengths> distributions() {
   };
 }
 
-AttentionInputs packed_inputs(const Lengths& lengths, bool causal, const Target& target) {
+AttentionInputs packed_inputs(const Lengths& lengths, bool causal, bool slopes_of_sequences, const Target& target) {
   AttentionCase c;
+  c.slopes_of_sequences = slopes_of_sequences;
   c.causal = causal;
   c.cu_seqlens_q = cumulated(lengths.q);
   c.q_len = c.cu_seqlens_q.back();
@@ -65,8 +66,9 @@ class AlibiAttentionPacked : public ::testing::TestWithParam<std::tuple<at::Devi
 TEST_P(AlibiAttentionPacked, EqualsItsSequencesOneByOne) {
   const auto& [device, lengths] = GetParam();
   const std::vector<int64_t>& k_lengths = lengths.k.empty() ? lengths.q : lengths.k;
-  for (const bool causal : {false, true}) {
-    AttentionInputs in = packed_inputs(lengths, causal, {device, at::kDouble});
+  for (const auto& [causal, slopes_of_sequences] :
+       std::vector<std::pair<bool, bool>>{{false, false}, {true, false}, {true, true}}) {
+    AttentionInputs in = packed_inputs(lengths, causal, slopes_of_sequences, {device, at::kDouble});
     in.slopes = in.slopes.to(at::kDouble);
     in = attention_leaves(in);
     const auto [out, lse] = attend_with_lse(in);
@@ -84,7 +86,7 @@ TEST_P(AlibiAttentionPacked, EqualsItsSequencesOneByOne) {
       };
       const auto [one, one_lse] = alibi_attention_with_lse(
           part(in.q, q_begin, lengths.q[n]), part(in.k, k_begin, k_lengths[n]), part(in.v, k_begin, k_lengths[n]),
-          in.slopes, ALiBiAttentionOptions().causal(causal));
+          slopes_of_sequences ? in.slopes[static_cast<int64_t>(n)] : in.slopes, ALiBiAttentionOptions().causal(causal));
       outs.push_back(one[0]);
       lses.push_back(one_lse[0]);
       q_begin += lengths.q[n];

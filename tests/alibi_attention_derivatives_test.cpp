@@ -32,6 +32,12 @@ std::vector<AttentionCase> small_cases() {
   add("RowsWithNothingVisible", [](AttentionCase& c) { c.causal = true, c.query_offset = -1; });
   add("Seqlens", [](AttentionCase& c) { c.seqlens_q = {2, 3}, c.seqlens_k = {4, 0}; });
   add("Packed", [](AttentionCase& c) { c.q_len = c.k_len = 4, c.cu_seqlens_q = {0, 1, 1, 4}, c.causal = true; });
+  add("SlopesOfSequences", [](AttentionCase& c) { c.slopes_of_sequences = true; });
+  add("SlopesOfSequencesPacked", [](AttentionCase& c) {
+    c.slopes_of_sequences = c.causal = true;
+    c.q_len = c.k_len = 4;
+    c.cu_seqlens_q = {0, 1, 1, 4};
+  });
   add("WithoutSlopes", [](AttentionCase& c) { c.with_slopes = false, c.causal = true; });
   add("WithoutSlopesSeqlens",
       [](AttentionCase& c) { c.with_slopes = false, c.seqlens_q = {2, 3}, c.seqlens_k = {4, 0}; });

@@ -14,7 +14,7 @@ std::ostream& operator<<(std::ostream& stream, const AttentionCase& c) {
   stream << c.name << ": " << (c.packed() ? "packed, " : "") << "B " << c.batch << ", S " << c.q_len << " x " << c.k_len
          << ", heads " << c.q_heads << "/" << c.k_heads << " of " << c.head_dim << ", " << strides_name(c.strides)
          << (c.causal ? ", causal" : "") << (c.every_other_slope ? ", every other slope" : "")
-         << (c.with_slopes ? "" : ", no slopes");
+         << (c.with_slopes ? "" : ", no slopes") << (c.slopes_of_sequences ? ", slopes of sequences" : "");
   if (c.query_offset) {
     stream << ", query_offset " << *c.query_offset;
   }
@@ -41,10 +41,13 @@ AttentionInputs make_attention_inputs(const AttentionCase& c, const Target& targ
   in.k = draw(c.k_len, c.k_heads);
   in.v = draw(c.k_len, c.k_heads);
   if (c.with_slopes) {
-    const int64_t stored = c.every_other_slope ? 2 * c.q_heads : c.q_heads;
-    in.slopes = (at::randint(1, 257, {stored}, at::kFloat) / 256 * c.largest_slope).to(target.device);
+    std::vector<int64_t> sizes{c.every_other_slope ? 2 * c.q_heads : c.q_heads};
+    if (c.slopes_of_sequences) {
+      sizes.insert(sizes.begin(), c.packed() ? static_cast<int64_t>(c.cu_seqlens_q.size()) - 1 : c.batch);
+    }
+    in.slopes = (at::randint(1, 257, sizes, at::kFloat) / 256 * c.largest_slope).to(target.device);
     if (c.every_other_slope) {
-      in.slopes = in.slopes.slice(0, 0, stored, 2);
+      in.slopes = in.slopes.slice(-1, 0, sizes.back(), 2);
     }
   }
   const auto tensor = [&](const std::vector<int64_t>& values) {
@@ -206,8 +209,11 @@ ScalarAttention scalar_attention(
   const Table go(grad_out);
   const Table gl(rows_last(grad_lse, in.q));
   const int64_t heads = in.q.size(-2);
-  const at::Tensor slopes =
-      in.slopes.defined() ? in.slopes.detach().to(at::kCPU, at::kDouble).contiguous() : at::zeros({heads}, at::kDouble);
+  const std::vector<Sequence> sequences = sequences_of(in);
+  const std::vector<int64_t> of_sequences{static_cast<int64_t>(sequences.size()), heads};
+  const at::Tensor slopes = in.slopes.defined()
+      ? in.slopes.detach().to(at::kCPU, at::kDouble).expand(of_sequences).contiguous()
+      : at::zeros(of_sequences, at::kDouble);
   const int64_t group = heads / std::max<int64_t>(1, in.k.size(-2));
   const int64_t channels = in.q.size(-1);
   const double scale = in.options.scale().value_or(1 / std::sqrt(static_cast<double>(channels)));
@@ -222,10 +228,12 @@ ScalarAttention scalar_attention(
   const Table lse = zeros_like(gl);
   const Table lse_error = zeros_like(gl);
   lse.data.fill_(-std::numeric_limits<double>::infinity());
-  const at::Tensor dslopes = at::zeros({heads}, at::kDouble);
-  const at::Tensor dslopes_error = at::zeros({heads}, at::kDouble);
+  at::Tensor dslopes = at::zeros_like(slopes);
+  at::Tensor dslopes_error = at::zeros_like(slopes);
   const double of_dot = static_cast<double>(channels + 1) * u;
-  for (const Sequence& s : sequences_of(in)) {
+  for (size_t number = 0; number < sequences.size(); ++number) {
+    const Sequence& s = sequences[number];
+    const int64_t first_slope = static_cast<int64_t>(number) * heads;
     const double n = static_cast<double>(s.k_len);
     const double rows = static_cast<double>(s.q_len * group);
     std::vector<double> x(static_cast<size_t>(s.k_len));
@@ -238,7 +246,7 @@ ScalarAttention scalar_attention(
       }
       for (int64_t h = 0; h < heads; ++h) {
         const int64_t g = h / group;
-        const double slope = slopes.data_ptr<double>()[h];
+        const double slope = slopes.data_ptr<double>()[first_slope + h];
         const double* qi = q.at(s.q_begin + i, h);
         const double* goi = go.at(s.q_begin + i, h);
         double top = -std::numeric_limits<double>::infinity();
@@ -327,8 +335,8 @@ ScalarAttention scalar_attention(
             dvj_error[d] += p * std::abs(goi[d]) * (p_error(j) + probability_roundoff + (rows + 1) * u);
           }
           const double distance = static_cast<double>(std::abs(position - j));
-          dslopes.data_ptr<double>()[h] -= ds * distance;
-          dslopes_error.data_ptr<double>()[h] += distance * (ds_error + std::abs(ds) * 4 * u);
+          dslopes.data_ptr<double>()[first_slope + h] -= ds * distance;
+          dslopes_error.data_ptr<double>()[first_slope + h] += distance * (ds_error + std::abs(ds) * 4 * u);
         }
       }
     }
@@ -342,6 +350,10 @@ ScalarAttention scalar_attention(
   result.bounds = {bound(out_error, out, in.q), rows_first(lse_error, in.q), bound(dq_error, dq, in.q),
                    bound(dk_error, dk, in.k),   bound(dv_error, dv, in.k),   {}};
   if (in.slopes.defined()) {
+    if (in.slopes.dim() == 1) {
+      dslopes = dslopes.sum(0);
+      dslopes_error = dslopes_error.sum(0);
+    }
     result.values.dslopes = dslopes;
     result.bounds.dslopes = stored(dslopes_error, dslopes, in.slopes.scalar_type());
   }

@@ -25,6 +25,7 @@ struct AttentionCase {
   std::vector<int64_t> cu_seqlens_k = {};
   Strides strides = Strides::dense;
   bool with_slopes = true;
+  bool slopes_of_sequences = false;  // [B, Hq] or [N, Hq] instead of [Hq]
   bool every_other_slope = false;
   double largest_slope = 1;
 

@@ -67,6 +67,18 @@ std::vector<AttentionCase> grid() {
     add("Strides" + std::to_string(strides), [=](AttentionCase& c) { c.strides = static_cast<Strides>(strides); });
   }
   add("EveryOtherSlope", [](AttentionCase& c) { c.every_other_slope = true; });
+  add("SlopesOfSequences", [](AttentionCase& c) { c.slopes_of_sequences = true; });
+  add("SlopesOfSequencesStrided", [](AttentionCase& c) { c.slopes_of_sequences = c.every_other_slope = true; });
+  add("SlopesOfSequencesAndSeqlens", [](AttentionCase& c) {
+    c.slopes_of_sequences = true;
+    c.seqlens_q = {3, 5};
+    c.seqlens_k = {7, 2};
+  });
+  add("SlopesOfSequencesPacked", [](AttentionCase& c) {
+    c.slopes_of_sequences = true;
+    c.q_len = c.k_len = 12;
+    c.cu_seqlens_q = c.cu_seqlens_k = {0, 0, 1, 6, 6, 7, 12};
+  });
   for (const auto& [name, change] : std::vector<std::pair<std::string, std::function<void(AttentionCase&)>>>{
            {"", [](AttentionCase&) {}},
            {"WithOffset", [](AttentionCase& c) { c.query_offset = 1; }},
@@ -607,8 +619,15 @@ std::vector<BadCall> bad_calls() {
   add("HeadsThatDoNotDivide", {"multiple", "got 3 and 2"}, [](AttentionInputs& in) { in.q = in.q.narrow(2, 0, 3); });
   add("VOfAnotherShape", {"expected v", "[2, 7, 2, 8]", "got [2, 6, 2, 8]"},
       [](AttentionInputs& in) { in.v = in.v.narrow(1, 0, 6); });
-  add("SlopesOfKeyHeads", {"expected slopes", "[H] = [4]", "got [2]"},
+  add("SlopesOfKeyHeads", {"expected slopes", "[Hq] = [4] or [B, Hq] = [2, 4]", "got [2]"},
       [](AttentionInputs& in) { in.slopes = in.slopes.narrow(0, 0, 2); });
+  add("SlopesOfOtherSequences", {"expected slopes", "[Hq] = [4] or [B, Hq] = [2, 4]", "got [3, 4]"},
+      [](AttentionInputs& in) { in.slopes = in.slopes.expand({3, 4}); });
+  add("SlopesOfThreeDimensions", {"expected slopes", "got [1, 2, 4]"},
+      [](AttentionInputs& in) { in.slopes = in.slopes.expand({1, 2, 4}); });
+  add_packed(
+      "SlopesOfOtherPackedSequences", {"expected slopes", "[N, Hq] = [2, 4]", "got [1, 4]"},
+      [](AttentionInputs& in) { in.slopes = in.slopes.unsqueeze(0); });
   add("SlopesOfHalf", {"expected slopes", "float32", "got Half"},
       [](AttentionInputs& in) { in.slopes = in.slopes.to(at::kHalf); });
   add("SlopesOnAnotherDevice", {"expected slopes", "device of q", "got meta"},

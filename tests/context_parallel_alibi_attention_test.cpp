@@ -243,6 +243,17 @@ TEST_P(ContextParallelThreads, EqualTheWhole) {
   expect_equal(everything_of_ring(whole, grad, ranks, causal), everything(leaves, attend(leaves), grad));
 }
 
+TEST_P(ContextParallelThreads, EqualTheWholeWithSlopesOfSequences) {
+  const auto [ranks, causal] = GetParam();
+  AttentionCase c = ring_case(ranks, causal);
+  c.slopes_of_sequences = true;
+  AttentionInputs whole = make_attention_inputs(c, {at::kCPU, at::kDouble});
+  whole.slopes = whole.slopes.to(at::kDouble);
+  const at::Tensor grad = at::randn_like(whole.q);
+  const AttentionInputs leaves = attention_leaves(whole);
+  expect_equal(everything_of_ring(whole, grad, ranks, causal), everything(leaves, attend(leaves), grad));
+}
+
 TEST_P(ContextParallelThreads, EqualTheWholeWithoutSlopes) {
   const auto [ranks, causal] = GetParam();
   AttentionCase c = ring_case(ranks, causal);
@@ -377,7 +388,7 @@ INSTANTIATE_TEST_SUITE_P(
         BadShard{
             "SlopesOfOtherHeads",
             [](AttentionInputs& in) { in.slopes = in.slopes.narrow(0, 0, 2); },
-            {"slopes of shape [H] = [4], got [2]"}}),
+            {"slopes of shape [Hq] = [4] or [B, Hq] = [2, 4], got [2]"}}),
     [](const auto& test) { return test.param.name; });
 
 #else

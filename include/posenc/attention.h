@@ -18,8 +18,8 @@ namespace posenc {
 /// posenc::AttentionOptions().causal(true).scale(0.125)
 /// ```
 struct POSENC_API AttentionOptions {
-  /// Slopes of linear biases (ALiBi, `posenc/alibi.h`), `[Hq]` of any stride: float32, or float64 with float64 q. They
-  /// stay float32 under autocast. Default: no bias.
+  /// Slopes of linear biases (ALiBi, `posenc/alibi.h`) of any strides: `[Hq]`, or one row for each sequence, `[B, Hq]`
+  /// (packed: `[N, Hq]`). float32, or float64 with float64 q. They stay float32 under autocast. Default: no bias.
   TORCH_ARG(std::optional<at::Tensor>, slopes) = std::nullopt;
   /// Factor of the products of queries and keys, not of the bias. Default: `1 / sqrt(D)`.
   TORCH_ARG(std::optional<double>, scale) = std::nullopt;
@@ -66,12 +66,12 @@ struct POSENC_API AttentionOptions {
 /// hides from a row do not affect it if attention is not fused. Fused attention multiplies them by a probability of 0
 /// if they are in the same tile of keys as a visible key, which gives NaN.
 ///
-/// On GPUs of compute capability 9.0, calls with slopes and float16 or bfloat16 heads of 32, 64, 80, 96, 128, 192 or
-/// 256 channels are computed by a fused kernel of cuDNN, unless a gradient flows through lse. Its plans are built at
-/// the first call for a shape. A CUDA graph can be captured only after such a call; otherwise the capture is an error.
-/// All other calls are computed in blocks of matrix products, which is slower; on a GPU a warning is logged once.
-/// Results have the same bits every time. For gradients of q, k and v through cuDNN this needs LibTorch's deterministic
-/// algorithms.
+/// On GPUs of compute capability 9.0, calls with slopes `[Hq]` and float16 or bfloat16 heads of 32, 64, 80, 96, 128,
+/// 192 or 256 channels are computed by a fused kernel of cuDNN, unless a gradient flows through lse. Its plans are
+/// built at the first call for a shape. A CUDA graph can be captured only after such a call; otherwise the capture is
+/// an error. All other calls are computed in blocks of matrix products, which is slower; on a GPU a warning is logged
+/// once. Results have the same bits every time. For gradients of q, k and v through cuDNN this needs LibTorch's
+/// deterministic algorithms.
 ///
 /// @param q  `[B, Sq, Hq, D]`, or packed sequences `[T, Hq, D]`: float16, bfloat16, float32 or float64, any strides.
 /// @param k,v  `[B, Sk, Hk, D]` or `[Tk, Hk, D]`, of the dtype and device of q; Hq is a multiple of Hk (GQA, MQA).

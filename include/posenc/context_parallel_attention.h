@@ -22,8 +22,8 @@ namespace posenc {
 /// posenc::ContextParallelAttentionOptions().causal(true)
 /// ```
 struct POSENC_API ContextParallelAttentionOptions {
-  /// Slopes of linear biases (ALiBi, `posenc/alibi.h`), `[Hq]` of any stride: float32, or float64 with float64 q. The
-  /// same on all ranks. They stay float32 under autocast. Default: no bias.
+  /// Slopes of linear biases (ALiBi, `posenc/alibi.h`), `[Hq]` or `[B, Hq]` of any strides: float32, or float64 with
+  /// float64 q. The same on all ranks. They stay float32 under autocast. Default: no bias.
   TORCH_ARG(std::optional<at::Tensor>, slopes) = std::nullopt;
   /// Factor of the products of queries and keys, not of the bias. Default: `1 / sqrt(D)`.
   TORCH_ARG(std::optional<double>, scale) = std::nullopt;

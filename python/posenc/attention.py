@@ -36,7 +36,8 @@ def attention(
     Args:
         q: ``[B, Sq, Hq, D]``, or packed sequences ``[T, Hq, D]``: float16, bfloat16, float32 or float64, any strides.
         k: ``[B, Sk, Hk, D]`` or ``[Tk, Hk, D]``, like ``v``, of the dtype of ``q``; Hq is a multiple of Hk.
-        slopes: slopes of linear biases (ALiBi), ``[Hq]``: float32, or float64 with float64 ``q``. Default: no bias.
+        slopes: slopes of linear biases (ALiBi): ``[Hq]``, or one row for each sequence, ``[B, Hq]`` (packed:
+            ``[N, Hq]``); float32, or float64 with float64 ``q``. Default: no bias.
         scale: factor of the products of queries and keys. Default: ``1 / sqrt(D)``.
         causal: hide the keys beyond the position of the query.
         query_offset: key position of query 0. Default: the last query of a sequence is at its last key.

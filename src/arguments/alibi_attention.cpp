@@ -161,6 +161,24 @@ void check_like(
       tensor.device());
 }
 
+/// Checks slopes `[Hq]`, or `[B, Hq]` with one row for each sequence.
+void check_slopes(const char* op, const Tensor& slopes, const AlibiAttention& call, const Tensor& q) {
+  check_defined(op, "slopes", slopes);
+  const bool of_heads = slopes.dim() == 1 && slopes.size(0) == call.q_heads;
+  const bool of_sequences = slopes.dim() == 2 && slopes.size(0) == call.batch && slopes.size(1) == call.q_heads;
+  TORCH_CHECK(
+      of_heads || of_sequences, op, ": expected slopes of shape [Hq] = [", call.q_heads, "] or ",
+      call.packed() ? "[N, Hq]" : "[B, Hq]", " = [", call.batch, ", ", call.q_heads, "], got ", slopes.sizes());
+  const bool is_double = q.scalar_type() == at::kDouble;
+  TORCH_CHECK(
+      slopes.scalar_type() == at::kFloat || (is_double && slopes.scalar_type() == at::kDouble), op,
+      ": expected slopes of dtype float32", is_double ? " or float64" : "", " with ", q.scalar_type(), ", got ",
+      slopes.scalar_type());
+  TORCH_CHECK(
+      slopes.device() == q.device(), op, ": expected slopes on the device of q, ", q.device(), ", got ",
+      slopes.device());
+}
+
 /// Checks a tensor of the shape of lse.
 void check_rows(const char* op, const char* name, const Tensor& tensor, const AlibiAttention& call, const Tensor& q) {
   const std::vector<int64_t> sizes = call.packed() ? std::vector<int64_t>{call.q_heads, q.size(0)}
@@ -210,9 +228,6 @@ AlibiAttention check_attention(
       call.k_heads > 0 ? call.q_heads % call.k_heads == 0 : call.q_heads == 0, op,
       ": expected a number of query heads that is a multiple of that of key heads, got ", call.q_heads, " and ",
       call.k_heads);
-  if (slopes.has_value()) {
-    alibi_slopes_view(op, *slopes, call.q_heads, q.scalar_type(), q.device(), "q");
-  }
   call.causal = options.causal;
   call.scale = options.scale.value_or(1 / std::sqrt(static_cast<double>(call.head_dim)));
   call.query_offset = options.query_offset;
@@ -220,6 +235,9 @@ AlibiAttention check_attention(
     check_packed(op, call, q, k, options);
   } else {
     check_padded(op, call, q, k, options);
+  }
+  if (slopes.has_value()) {
+    check_slopes(op, *slopes, call, q);
   }
   alibi_shape({op, call.causal, call.query_offset}, call.batch, call.q_heads, call.q_len, call.k_len);
   return call;

@@ -44,7 +44,7 @@ struct AttentionTensors {
   const at::Tensor& q;
   const at::Tensor& k;
   const at::Tensor& v;
-  const std::optional<at::Tensor>& slopes;  // nullopt means no bias
+  const std::optional<at::Tensor>& slopes;  // [Hq] or [B, Hq]; nullopt means no bias
 
   auto flat() const { return std::tie(q, k, v, slopes); }
 };

@@ -7,6 +7,7 @@
 #include <ATen/ops/full.h>
 #include <ATen/ops/maximum.h>
 #include <ATen/ops/nonzero.h>
+#include <ATen/ops/ones_like.h>
 #include <ATen/ops/searchsorted.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/where.h>
@@ -119,11 +120,11 @@ PackedBatches::PackedBatches(const arguments::AlibiAttention& call, int64_t q_to
               ? of_q_
               : Sequences(call.cu_seqlens_k, k_tokens, call.k_len)) {
   if (of_q_.broken.defined()) {
-    const Tensor broken = of_q_.broken.logical_or(of_k_.broken);
-    of_q_.lengths = of_q_.lengths.masked_fill(broken, 0);
-    of_k_.lengths = of_k_.lengths.masked_fill(broken, 0);
-    broken_q_ = broken.index_select(0, of_q_.sequence);
-    broken_k_ = broken.index_select(0, of_k_.sequence);
+    broken_ = of_q_.broken.logical_or(of_k_.broken);
+    of_q_.lengths = of_q_.lengths.masked_fill(broken_, 0);
+    of_k_.lengths = of_k_.lengths.masked_fill(broken_, 0);
+    broken_q_ = broken_.index_select(0, of_q_.sequence);
+    broken_k_ = broken_.index_select(0, of_k_.sequence);
   }
   if (call.batch == 0 || call.q_len == 0 || call.k_len == 0 || q_tokens == 0 || k_tokens == 0) {
     return;
@@ -213,17 +214,34 @@ PackedBatches::Batch PackedBatches::batch(size_t i) const {
   return {std::move(of_q), packing(of_k_, extent, extent.k_len)};
 }
 
+Packing PackedBatches::sequences(size_t i) const {
+  if (!order_.defined()) {
+    const Tensor all = at::arange(of_q_.lengths.size(0), of_q_.lengths.options());
+    return {all, at::ones_like(all), all, /*max_len=*/1};
+  }
+  const auto [sequences, empty] = entries(extents_[i]);
+  return {sequences, empty.logical_not().to(at::kLong), entries_of_ranks(rank_, extents_[i]), /*max_len=*/1};
+}
+
+std::pair<Tensor, Tensor> PackedBatches::entries(const Extent& extent) const {
+  const Tensor places = at::arange(extent.entries, order_.options());
+  return {order_.index_select(0, (places + extent.first).clamp_max_(order_.size(0) - 1)), places >= extent.count};
+}
+
+Tensor PackedBatches::entries_of_ranks(const Tensor& ranks, const Extent& extent) {
+  Tensor entry = ranks - extent.first;
+  return entry.masked_fill_((entry < 0).logical_or_(entry >= extent.count), -1);
+}
+
 Packing PackedBatches::packing(const Sequences& of, const Extent& extent, int64_t max_len) const {
   Tensor begins = of.begins;
   Tensor lengths = of.lengths;
   Tensor entry = of.sequence;
   if (order_.defined()) {
-    const Tensor places = at::arange(extent.entries, of.begins.options());
-    const Tensor sequences = order_.index_select(0, (places + extent.first).clamp_max_(order_.size(0) - 1));
+    const auto [sequences, empty] = entries(extent);
     begins = begins.index_select(0, sequences);
-    lengths = lengths.index_select(0, sequences).masked_fill_(places >= extent.count, 0);
-    entry = rank_.index_select(0, of.sequence) - extent.first;
-    entry.masked_fill_((entry < 0).logical_or_(entry >= extent.count), -1);
+    lengths = lengths.index_select(0, sequences).masked_fill_(empty, 0);
+    entry = entries_of_ranks(rank_.index_select(0, of.sequence), extent);
   }
   Tensor rows = entry * max_len + of.offset;
   Tensor outside = (entry < 0).logical_or_(of.offset < 0).logical_or_(of.offset >= max_len);

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 // Packed sequences as padded batches.
@@ -59,10 +60,16 @@ class PackedBatches {
   size_t size() const { return extents_.size(); }
   Batch batch(size_t i) const;
 
+  /// Maps tensors `[N, ...]` with one row for each sequence to the sequences of a batch, `[n, 1, ...]`, with zeros for
+  /// empty entries.
+  Packing sequences(size_t i) const;
+
   /// Bool `[Tq]` and `[Tk]`: the tokens of sequences that are longer than `max_seqlen` or not within the tensors.
   /// Undefined on a CPU, where such lengths are errors.
   const at::Tensor& invalid_q() const { return broken_q_; }
   const at::Tensor& invalid_k() const { return broken_k_; }
+  /// Bool `[N]`: these sequences.
+  const at::Tensor& invalid_sequences() const { return broken_; }
 
  private:
   /// All sequences of queries or of keys.
@@ -84,10 +91,14 @@ class PackedBatches {
   void divide_on_cpu();
   void divide_by_capacity(int64_t q_len, int64_t k_len);
   Packing packing(const Sequences& of, const Extent& extent, int64_t max_len) const;
+  /// Int64 `[n]`: the sequence of each entry of a batch, any sequence for empty entries. Bool `[n]`: the empty entries.
+  std::pair<at::Tensor, at::Tensor> entries(const Extent& extent) const;
+  /// The entry of sequences given by their index in `order_`, or -1 if they are not in the batch.
+  static at::Tensor entries_of_ranks(const at::Tensor& ranks, const Extent& extent);
 
   int64_t q_tokens_, k_tokens_;
   Sequences of_q_, of_k_;
-  at::Tensor broken_q_, broken_k_;
+  at::Tensor broken_, broken_q_, broken_k_;
   at::Tensor order_;  // int64 [N]: sequences in the order of the batches; undefined: one batch, unchanged order
   at::Tensor rank_;   // int64 [N]: the index of each sequence in `order_`
   std::vector<Extent> extents_;

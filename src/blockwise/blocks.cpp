@@ -36,7 +36,7 @@ Blocks::Blocks(const Padded& call)
       finite_k_(k_),
       finite_v_(key_matrices(call.v)) {
   if (call.slopes.defined()) {
-    slopes_ = call.slopes.to(dtype_).view({1, -1, 1, 1});
+    slopes_ = beside_scores(call.slopes.to(dtype_));
   }
   const auto integers = call.q.options().dtype(at::kLong);
   keys_ = at::arange(call.k_len(), integers);
@@ -172,6 +172,15 @@ Tensor Blocks::as_matrices(const Tensor& scores, const Block& block) const {
 
 Tensor Blocks::product(const Tensor& rows, const Tensor& keys, const Block& block) const {
   return as_scores(at::bmm(rows, keys.transpose(1, 2)), block);
+}
+
+Tensor Blocks::beside_scores(const Tensor& slopes) {
+  return (slopes.dim() == 1 ? slopes.unsqueeze(0) : slopes).unsqueeze(-1).unsqueeze(-1);
+}
+
+Tensor Blocks::sums_by_slope(const Tensor& scores) const {
+  const Tensor of_sequences = scores.sum({2, 3}, /*keepdim=*/false, at::kDouble);
+  return call_.slopes.dim() == 1 ? of_sequences.sum(0) : of_sequences;
 }
 
 Tensor Blocks::logits(const Tensor& q, const Block& block) const {

@@ -85,6 +85,12 @@ class Blocks {
   /// `rows keys^T` as scores, for `rows` from `rows_of` and `keys` from `keys_of`.
   at::Tensor product(const at::Tensor& rows, const at::Tensor& keys, const Block& block) const;
 
+  /// Slopes or their gradients, `[Hq]` or `[B, Hq]`, as `[1 or B, Hq, 1, 1]`; a view.
+  static at::Tensor beside_scores(const at::Tensor& slopes);
+
+  /// Sums of scores `[B, Hq, rows, keys]` that belong to each slope of the call, float64 of the shape of the slopes.
+  at::Tensor sums_by_slope(const at::Tensor& scores) const;
+
   /// The scaled, biased and masked scores of the rows `q`.
   at::Tensor logits(const at::Tensor& q, const Block& block) const;
 

@@ -47,16 +47,21 @@ Tensor row_shift(const Blocks& blocks, const Tensor& grad_out, const Tensor& gra
 /// Adds the terms of a block to the gradient of the slopes, in float64. In exact arithmetic the sum of dS over a row is
 /// the gradient of its lse. It is not here, because `out` is rounded to the dtype of q. That error times a distance of
 /// thousands is larger than the gradient. Subtracting the mean distance of the row from the distances removes it.
-void add_slope_terms(const Tensor& total, const BlockGradient& gradient, const Tensor& grad_lse, const Block& block) {
+void add_slope_terms(
+    const Blocks& blocks,
+    const Tensor& total,
+    const BlockGradient& gradient,
+    const Tensor& grad_lse,
+    const Block& block) {
   const Tensor means = (gradient.p * block.distances).sum(-1, /*keepdim=*/true);
-  total.sub_((gradient.ds * (block.distances - means)).sum({0, 2, 3}, /*keepdim=*/false, at::kDouble));
+  total.sub_(blocks.sums_by_slope(gradient.ds * (block.distances - means)));
   if (grad_lse.defined()) {
-    total.sub_((Blocks::column_of(grad_lse, block) * means).sum({0, 2, 3}, /*keepdim=*/false, at::kDouble));
+    total.sub_(blocks.sums_by_slope(Blocks::column_of(grad_lse, block) * means));
   }
 }
 
 Tensor zero_slopes(const Padded& call) {
-  return at::zeros({call.q_heads()}, call.q.options().dtype(at::kDouble));
+  return at::zeros(call.slopes.sizes(), call.q.options().dtype(at::kDouble));
 }
 
 }  // namespace
@@ -97,7 +102,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> blockwise_backward(
     const Tensor grad = blocks.rows_of(grad_out, block);
     const BlockGradient gradient = block_gradient(blocks, block, q, grad, sums, shift);
     if (slopes_grad) {
-      add_slope_terms(grad_slopes, gradient, grad_lse, block);
+      add_slope_terms(blocks, grad_slopes, gradient, grad_lse, block);
     }
     const Tensor weights = blocks.as_matrices(gradient.ds, block);
     blocks.put_rows(at::bmm(weights, blocks.finite_k(block)).mul_(call.scale), block, grad_q);

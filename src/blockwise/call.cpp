@@ -33,9 +33,31 @@ Padded scalars_of(const AlibiAttention& call, const std::optional<Tensor>& slope
   return result;
 }
 
-/// One padded batch of a packed call.
-Padded padded_batch(const AlibiAttention& call, const PackedBatches::Batch& batch, const AttentionTensors& inputs) {
+/// The slopes of batch number `i`: those of its sequences if they are `[N, Hq]`.
+Tensor slopes_of_batch(const PackedBatches& batches, size_t i, const Tensor& slopes) {
+  return slopes.dim() == 1 ? slopes : batches.sequences(i).pad(slopes).squeeze(1);
+}
+
+/// Adds the gradient of these slopes to the gradient of all slopes.
+void add_slopes_of_batch(const PackedBatches& batches, size_t i, const Tensor& of_batch, const Tensor& total) {
+  if (total.dim() == 1) {
+    total.add_(of_batch);
+  } else {
+    batches.sequences(i).unpad(of_batch.unsqueeze(1), total);  // each sequence is in one batch
+  }
+}
+
+/// Batch number `i` of a packed call, padded.
+Padded padded_batch(
+    const AlibiAttention& call,
+    const PackedBatches& batches,
+    size_t i,
+    const PackedBatches::Batch& batch,
+    const AttentionTensors& inputs) {
   Padded result = scalars_of(call, inputs.slopes);
+  if (result.slopes.defined()) {
+    result.slopes = slopes_of_batch(batches, i, result.slopes);
+  }
   result.q = batch.of_q.pad(inputs.q);
   result.k = batch.of_k.pad(inputs.k);
   result.v = batch.of_k.pad(inputs.v);
@@ -71,14 +93,15 @@ void set_lse_nan(const Tensor& lse, const Tensor& invalid_tokens) {
   }
 }
 
-void set_slopes_nan(const Tensor& grad_slopes, const Tensor& invalid_tokens) {
-  if (invalid_tokens.defined()) {
-    grad_slopes.masked_fill_(invalid_tokens.any(), kNaN);
+void set_slopes_nan(const Tensor& grad_slopes, const PackedBatches& batches) {
+  if (batches.invalid_q().defined()) {
+    grad_slopes.masked_fill_(
+        grad_slopes.dim() == 1 ? batches.invalid_q().any() : batches.invalid_sequences().unsqueeze(1), kNaN);
   }
 }
 
-Tensor zeros_of_slopes(const AlibiAttention& call, const Tensor& q) {
-  return at::zeros({call.q_heads}, q.options().dtype(arguments::alibi_slopes_dtype(q.scalar_type())));
+Tensor zeros_of_slopes(const Tensor& slopes, const Tensor& q) {
+  return at::zeros(slopes.sizes(), q.options().dtype(arguments::alibi_slopes_dtype(q.scalar_type())));
 }
 
 /// `x` with zeros past `seqlens` in `dim`, the dimension of the tokens; `x` itself if `seqlens` is undefined.
@@ -133,7 +156,7 @@ std::tuple<Tensor, Tensor> forward(const AlibiAttention& call, const AttentionTe
   Tensor lse = filled_lse(call, q, -kInfinity);
   for (size_t i = 0; i < batches.size(); ++i) {
     const PackedBatches::Batch batch = batches.batch(i);
-    const auto [rows, sums] = compute(padded_batch(call, batch, inputs));
+    const auto [rows, sums] = compute(padded_batch(call, batches, i, batch, inputs));
     batch.of_q.unpad(rows, out);
     unpad_lse(batch.of_q, sums, lse);
   }
@@ -160,24 +183,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   Tensor grad_q = at::zeros_like(q);
   Tensor grad_k = at::zeros_like(k);
   Tensor grad_v = at::zeros_like(v);
-  Tensor grad_slopes = slopes_grad ? zeros_of_slopes(call, q) : Tensor();
+  Tensor grad_slopes = slopes_grad ? zeros_of_slopes(*slopes, q) : Tensor();
   for (size_t i = 0; i < batches.size(); ++i) {
     const auto [of_q, of_k] = batches.batch(i);
     const auto [dq, dk, dv, dslopes] = compute(
-        padded_batch(call, {of_q, of_k}, arguments.inputs()), of_q.pad(grad_out), pad_lse(of_q, grad_lse),
+        padded_batch(call, batches, i, {of_q, of_k}, arguments.inputs()), of_q.pad(grad_out), pad_lse(of_q, grad_lse),
         of_q.pad(out), pad_lse(of_q, lse), slopes_grad);
     of_q.unpad(dq, grad_q);
     of_k.unpad(dk, grad_k);
     of_k.unpad(dv, grad_v);
     if (slopes_grad) {
-      grad_slopes.add_(dslopes);
+      add_slopes_of_batch(batches, i, dslopes, grad_slopes);
     }
   }
   set_nan(grad_q, batches.invalid_q());
   set_nan(grad_k, batches.invalid_k());
   set_nan(grad_v, batches.invalid_k());
   if (slopes_grad) {
-    set_slopes_nan(grad_slopes, batches.invalid_q());
+    set_slopes_nan(grad_slopes, batches);
   }
   return {grad_q, grad_k, grad_v, grad_slopes};
 }
@@ -206,21 +229,22 @@ SecondOrderResult double_backward(
   SecondOrderResult result{at::zeros_like(q), filled_lse(call, q, 0), at::zeros_like(q),
                            at::zeros_like(k), at::zeros_like(v),      Tensor()};
   if (slopes.has_value()) {
-    result.slopes = zeros_of_slopes(call, q);
+    result.slopes = zeros_of_slopes(*slopes, q);
   }
   const auto pad = [](const Packing& packing, const Tensor& x) { return x.defined() ? packing.pad(x) : x; };
   for (size_t i = 0; i < batches.size(); ++i) {
     const auto [of_q, of_k] = batches.batch(i);
     const SecondOrderResult of_batch = blockwise_double_backward(
-        padded_batch(call, {of_q, of_k}, inputs), of_q.pad(grad_out), pad_lse(of_q, grad_lse),
-        {pad(of_q, grads.q), pad(of_k, grads.k), pad(of_k, grads.v), grads.slopes});
+        padded_batch(call, batches, i, {of_q, of_k}, inputs), of_q.pad(grad_out), pad_lse(of_q, grad_lse),
+        {pad(of_q, grads.q), pad(of_k, grads.k), pad(of_k, grads.v),
+         grads.slopes.defined() ? slopes_of_batch(batches, i, grads.slopes) : Tensor()});
     of_q.unpad(of_batch.grad_out, result.grad_out);
     unpad_lse(of_q, of_batch.grad_lse, result.grad_lse);
     of_q.unpad(of_batch.q, result.q);
     of_k.unpad(of_batch.k, result.k);
     of_k.unpad(of_batch.v, result.v);
     if (slopes.has_value()) {
-      result.slopes.add_(of_batch.slopes);
+      add_slopes_of_batch(batches, i, of_batch.slopes, result.slopes);
     }
   }
   for (const Tensor& x : {result.grad_out, result.q}) {
@@ -231,7 +255,7 @@ SecondOrderResult double_backward(
   }
   set_lse_nan(result.grad_lse, batches.invalid_q());
   if (slopes.has_value()) {
-    set_slopes_nan(result.slopes, batches.invalid_q());
+    set_slopes_nan(result.slopes, batches);
   }
   return result;
 }

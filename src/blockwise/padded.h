@@ -14,7 +14,7 @@ inline constexpr double kInfinity = std::numeric_limits<double>::infinity();
 /// packed, are computed in this form.
 struct Padded {
   at::Tensor q, k, v;                   // zeros past the lengths
-  at::Tensor slopes;                    // [Hq]; undefined: no bias
+  at::Tensor slopes;                    // [Hq] or [B, Hq]; undefined: no bias
   at::Tensor seqlens_q, seqlens_k;      // int64 [B]; undefined: all rows, all keys
   at::Tensor nan_if_too_long;           // [B], NaN where a length is beyond its tensor, else 0; or undefined
   std::optional<int64_t> query_offset;  // nullopt: `seqlens_k[b] - seqlens_q[b]`, both are defined then

@@ -49,7 +49,7 @@ SecondOrderResult blockwise_double_backward(
   const Tensor v_sums = blocks.zeros_of_keys();
   Tensor slopes_sums;
   if (call.slopes.defined()) {
-    slopes_sums = at::zeros({call.q_heads()}, call.q.options().dtype(at::kDouble));
+    slopes_sums = at::zeros(call.slopes.sizes(), call.q.options().dtype(at::kDouble));
   }
   blocks.for_each([&](const Block& block) {
     const Tensor q = blocks.rows_of(call.q, block);
@@ -73,7 +73,7 @@ SecondOrderResult blockwise_double_backward(
       u.add_(blocks.product(q, Blocks::keys_of(b, block), block), scale);
     }
     if (grads.slopes.defined()) {
-      u.addcmul_(grads.slopes.to(blocks.dtype()).view({1, -1, 1, 1}), block.distances, -1);
+      u.addcmul_(Blocks::beside_scores(grads.slopes.to(blocks.dtype())), block.distances, -1);
     }
     const Tensor mu = sum_of_rows(p * u);
     Tensor t = ds * u - mu * dp;  // R, and T below
@@ -100,7 +100,7 @@ SecondOrderResult blockwise_double_backward(
     }
     add_to_keys(blocks, block, v_sums, centred, grad, 1);
     if (slopes_sums.defined()) {
-      slopes_sums.sub_((t * block.distances).sum({0, 2, 3}, /*keepdim=*/false, at::kDouble));
+      slopes_sums.sub_(blocks.sums_by_slope(t * block.distances));
     }
   });
   result.k = blocks.like_keys(k_sums, call.k);

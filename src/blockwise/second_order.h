@@ -28,7 +28,9 @@ struct SecondOrderResult {
 ///     T = P (R - sum_j P R),   R = (dP - delta) U - mu dP + W,
 ///     dG = P (U - mu) V + P C,               ddlse = mu,
 ///     dq = scale (dS B + T K),               dk = scale (dS^T A + T^T Q),
-///     dv = (P (U - mu))^T G,                 dslopes = -sum over b, i, j of T |distance|.
+///     dv = (P (U - mu))^T G,                 dslopes = -sum over b, i, j of T |distance|,
+///
+/// where the last sum is over i and j for slopes `[B, Hq]`.
 ///
 /// Probabilities and their sums are computed again. Output and log-sum-exp of the forward pass are functions of the
 /// other arguments and are not read.

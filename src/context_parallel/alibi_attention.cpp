@@ -117,15 +117,16 @@ void add_slope_sums(const Tensor& total, const Tensor& of_call, const Pair& pair
   }
 }
 
-/// The gradient of the slopes from `alibi_attention_slope_sums` over all keys.
-Tensor slopes_gradient(const Tensor& sums, const std::optional<Tensor>& grad_lse) {
+/// The gradient of the slopes, `[Hq]` or `[B, Hq]`, from `alibi_attention_slope_sums` over all keys.
+Tensor slopes_gradient(const Tensor& sums, const std::optional<Tensor>& grad_lse, const Tensor& slopes) {
   const Tensor p = sums.select(0, 0);
   const Tensor mean = (sums.select(0, 1) / p).masked_fill_(p == 0, 0);
   Tensor terms = sums.select(0, 3) - sums.select(0, 2) * mean;
   if (grad_lse.has_value()) {
     terms.add_(*grad_lse * mean);
   }
-  return terms.sum(at::IntArrayRef({0, 2})).neg_();
+  const Tensor of_sequences = terms.sum(2).neg_();
+  return slopes.dim() == 1 ? of_sequences.sum(0) : of_sequences;
 }
 
 /// @throws c10::Error  if no group is registered by that name.
@@ -237,7 +238,7 @@ AttentionGradients ring_backward(
   const auto like = [](const Tensor& x, const Tensor& sums) { return at::empty_like(x).copy_(sums); };
   Tensor grad_slopes;
   if (slopes_grad) {
-    grad_slopes = slopes_gradient(sums_of_slopes, a.grad_lse).to(wide.dtype());
+    grad_slopes = slopes_gradient(sums_of_slopes, a.grad_lse, *a.slopes).to(wide.dtype());
   }
   return {
       q_grad ? sums_of_q.to(a.q.scalar_type()) : Tensor(),

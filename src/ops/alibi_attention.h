@@ -38,13 +38,15 @@ std::tuple<at::Tensor, at::Tensor> alibi_attention(
 ///
 ///     dP = dout V^T,   dS = P (dP - rowsum(dout out) + dlse),
 ///
-/// dq = scale dS K, dk = scale dS^T Q, dv = P^T dout and dslopes[h] = -sum over b, i, j of dS |distance|.
+/// dq = scale dS K, dk = scale dS^T Q, dv = P^T dout and dslopes[h] = -sum over b, i, j of dS |distance|. For slopes
+/// `[B, Hq]` the sum is over i and j.
 /// Deterministic. Can be differentiated with respect to grad_out, grad_lse, q, k, v and slopes. `out` and `lse` are
 /// functions of these: no gradient flows to them.
 ///
 /// @param arguments  `grad_lse` has the shape of `lse`; nullopt means zero.
 /// @param slopes_grad  whether dslopes is computed.
-/// @return `(dq, dk, dv, dslopes)`; the last is `[Hq]`, float64 for float64, float32 for all others, and undefined
+/// @return `(dq, dk, dv, dslopes)`; the last is of the shape of slopes, float64 for float64, float32 for all others,
+/// and undefined
 ///   unless `slopes_grad`, or without slopes.
 AttentionGradients alibi_attention_backward(
     const SymbolicAttentionOptions& options,

@@ -48,7 +48,8 @@ std::tuple<Tensor, Tensor> padded(const Tensor& q, const Tensor& k, const Tensor
   Tensor scores = at::matmul(heads_first(q, wide, 1), heads_first(k, wide, times).transpose(-1, -2)) * scale;
   if (options.slopes().has_value()) {
     const Tensor distances = (positions - columns).abs().to(wide).unsqueeze(1);
-    scores = scores - options.slopes()->to(wide).view({1, -1, 1, 1}) * distances;
+    const Tensor slopes = options.slopes()->to(wide);  // [Hq] or [B, Hq]
+    scores = scores - (slopes.dim() == 1 ? slopes.unsqueeze(0) : slopes).unsqueeze(-1).unsqueeze(-1) * distances;
   }
   const Tensor sees_nothing = hidden.all(-1, /*keepdim=*/true);
   // The softmax of a row without a visible key would be 0 / 0. Its scores are made finite, and its result zero.
@@ -88,6 +89,9 @@ std::tuple<Tensor, Tensor> attention(
   for (size_t n = 0; n + 1 < q_begins.size(); ++n) {
     const int64_t q_len = q_begins[n + 1] - q_begins[n];
     const int64_t k_len = k_begins[n + 1] - k_begins[n];
+    if (options.slopes().has_value() && options.slopes()->dim() == 2) {
+      of_one.slopes(options.slopes()->narrow(0, static_cast<int64_t>(n), 1));
+    }
     const auto [out, lse] = padded(
         q.narrow(0, q_begins[n], q_len).unsqueeze(0), k.narrow(0, k_begins[n], k_len).unsqueeze(0),
         v.narrow(0, k_begins[n], k_len).unsqueeze(0),

@@ -84,19 +84,25 @@ def qk_norm_rotary_embedding_backward(i, tables, **kw):
     return Sample(*[i.normal(*s) for s in shapes], i.normal(8), i.normal(8), *tables, **kw)
 
 
-def attention(i, heads=(4, 2), with_slopes=True, **kw):
+def drawn_slopes(i, slopes, heads, sequences):
+    """`slopes`: None, "heads" for one slope for each head, "sequences" for one for each head of each sequence."""
+    shapes = {"heads": (heads,), "sequences": (sequences, heads)}
+    return None if slopes is None else i.positive(*shapes[slopes])
+
+
+def attention(i, heads=(4, 2), slopes="heads", **kw):
     q_heads, k_heads = heads
     shapes = [(2, i.size, n, 8) for n in (q_heads, k_heads, k_heads)]
-    return Sample(*[i.normal(*shape) for shape in shapes], i.positive(q_heads) if with_slopes else None, **kw)
+    return Sample(*[i.normal(*shape) for shape in shapes], drawn_slopes(i, slopes, q_heads, 2), **kw)
 
 
-def packed_attention(i, with_slopes=True, **kw):
+def packed_attention(i, slopes="heads", **kw):
     """Three sequences, one of them empty, then tokens of no sequence. cu_seqlens_q and cu_seqlens_k differ."""
     shapes = [(i.size, heads, 8) for heads in (4, 2, 2)]
     cuts = {"cu_seqlens_q": i.integers([0, 2, 2, i.size - 1]), "cu_seqlens_k": i.integers([0, 1, 2, i.size - 1])}
     longest = {"max_seqlen_q": i.size, "max_seqlen_k": i.size}
-    slopes = i.positive(4) if with_slopes else None
-    return Sample(*[i.normal(*shape) for shape in shapes], slopes, **cuts, **longest, **kw)
+    qkv = [i.normal(*shape) for shape in shapes]
+    return Sample(*qkv, drawn_slopes(i, slopes, 4, 3), **cuts, **longest, **kw)
 
 
 def detached(tensors):
@@ -138,12 +144,12 @@ def even(i):
     return Inputs(i.device, 2 * (i.size // 2), i.grad)
 
 
-def context_parallel_attention(i, with_slopes=True, **kw):
-    return Sample(*attention(even(i), with_slopes=with_slopes).args, group_of_one(), **kw)
+def context_parallel_attention(i, slopes="heads", **kw):
+    return Sample(*attention(even(i), slopes=slopes).args, group_of_one(), **kw)
 
 
-def context_parallel_attention_backward(i, grad_mask=(True, True, True, True), with_slopes=True, **kw):
-    q, k, v, slopes = detached(attention(even(i), with_slopes=with_slopes).args)
+def context_parallel_attention_backward(i, grad_mask=(True, True, True, True), slopes="heads", **kw):
+    q, k, v, slopes = detached(attention(even(i), slopes=slopes).args)
     out, lse = torch.ops.posenc.context_parallel_alibi_attention(q, k, v, slopes, group_of_one(), **kw)
     grads = torch.ones_like(out), torch.ones_like(lse)
     return Sample(*grads, q, k, v, slopes, out, lse, group_of_one(), grad_mask=list(grad_mask), **kw)
@@ -213,22 +219,26 @@ CASES = {
         lambda i: attention(i, heads=(2, 2), causal=True),
         lambda i: packed_attention(i),
         lambda i: packed_attention(i, causal=True, scale=0.5),
-        lambda i: attention(i, with_slopes=False, causal=True, query_offset=1),
-        lambda i: packed_attention(i, with_slopes=False),
+        lambda i: attention(i, slopes=None, causal=True, query_offset=1),
+        lambda i: packed_attention(i, slopes=None),
+        lambda i: attention(i, slopes="sequences"),
+        lambda i: packed_attention(i, slopes="sequences", causal=True),
     ],
     "alibi_attention_backward": [
         lambda i: attention_backward(i),
         lambda i: attention_backward(i, scale=0.5, causal=True, query_offset=1),
         lambda i: attention_backward(i, seqlens_q=i.integers([3, 2]), seqlens_k=i.integers([2, 3])),
         lambda i: attention_backward(i, packed_attention, causal=True),
-        lambda i: attention_backward(i, with_slopes=False, causal=True),
+        lambda i: attention_backward(i, slopes=None, causal=True),
+        lambda i: attention_backward(i, packed_attention, slopes="sequences"),
     ],
     "alibi_attention_double_backward": [
         lambda i: attention_double_backward(i),
         lambda i: attention_double_backward(i, scale=0.5, causal=True, query_offset=1),
         lambda i: attention_double_backward(i, seqlens_q=i.integers([3, 2]), seqlens_k=i.integers([2, 3])),
         lambda i: attention_double_backward(i, packed_attention, causal=True),
-        lambda i: attention_double_backward(i, packed_attention, with_slopes=False),
+        lambda i: attention_double_backward(i, packed_attention, slopes=None),
+        lambda i: attention_double_backward(i, slopes="sequences"),
     ],
     "alibi_attention_slope_sums": [
         lambda i: attention_slope_sums(i),
@@ -237,11 +247,12 @@ CASES = {
     "context_parallel_alibi_attention": [
         lambda i: context_parallel_attention(i),
         lambda i: context_parallel_attention(i, scale=0.5, causal=True),
-        lambda i: context_parallel_attention(i, with_slopes=False, causal=True),
+        lambda i: context_parallel_attention(i, slopes=None, causal=True),
+        lambda i: context_parallel_attention(i, slopes="sequences"),
     ],
     "context_parallel_alibi_attention_backward": [
         lambda i: context_parallel_attention_backward(i, causal=True),
         lambda i: context_parallel_attention_backward(i, grad_mask=(True, False, True, False)),
-        lambda i: context_parallel_attention_backward(i, with_slopes=False),
+        lambda i: context_parallel_attention_backward(i, slopes=None),
     ],
 }

@@ -122,6 +122,11 @@ def one_sequence(q, k, v, slopes, scale, causal, query_offset):
     return (p @ v).transpose(0, 1), lse
 
 
+def slopes_of(slopes, sequence):
+    """[Hq] of one sequence, from slopes that are None, [Hq] or [B, Hq]."""
+    return slopes if slopes is None or slopes.dim() == 1 else slopes[sequence]
+
+
 def integers(x):
     """The elements of x as Python integers. LibTorch 2.8 has no Tensor.tolist inside of torch.func's transforms."""
     return [element.item() for element in x]
@@ -155,15 +160,15 @@ def alibi_attention(
         k_lens = [k.size(1)] * k.size(0) if seqlens_k is None else integers(seqlens_k)
         each = []
         for b, (m, n) in enumerate(zip(q_lens, k_lens)):
-            part = one_sequence(q[b, :m], k[b, :n], v[b, :n], slopes, *options)
+            part = one_sequence(q[b, :m], k[b, :n], v[b, :n], slopes_of(slopes, b), *options)
             each.append(rows_behind(*part, q.size(1) - m))
         outs, lses = zip(*each)
         return torch.stack(outs), torch.stack(lses)
     q_cuts = integers(cu_seqlens_q)
     k_cuts = q_cuts if cu_seqlens_k is None else integers(cu_seqlens_k)
     out, lse = rows_behind(q[:0], q.new_zeros(q.size(1), 0), q_cuts[0])
-    for i, j, m, n in zip(q_cuts, q_cuts[1:], k_cuts, k_cuts[1:]):
-        part = one_sequence(q[i:j], k[m:n], v[m:n], slopes, *options)
+    for b, (i, j, m, n) in enumerate(zip(q_cuts, q_cuts[1:], k_cuts, k_cuts[1:])):
+        part = one_sequence(q[i:j], k[m:n], v[m:n], slopes_of(slopes, b), *options)
         out, lse = torch.cat([out, part[0]]), torch.cat([lse, part[1]], -1)
     return rows_behind(out, lse, q.size(0) - q_cuts[-1])
 

@@ -117,8 +117,8 @@ std::string why_not_cudnn(const Padded& call) {
   if (call.q.numel() == 0 || call.k.numel() == 0) {
     return "tensors are empty";
   }
-  if (!call.slopes.defined()) {
-    return "cuDNN was tried with slopes only";
+  if (!call.slopes.defined() || call.slopes.dim() != 1) {
+    return "cuDNN was tried with one slope for each head only";
   }
   if (call.q.scalar_type() != at::kHalf && call.q.scalar_type() != at::kBFloat16) {
     return "cuDNN takes float16 and bfloat16";
