@@ -134,6 +134,48 @@ TEST_P(AlibiAttentionHiddenValues, InVisibleValuesReachTheirChannelOfTheRowsThat
   }
 }
 
+TEST_P(AlibiAttentionHiddenValues, OutsideOfAWindowReachNoRow) {
+  AttentionCase c;
+  c.head_dim = 5;
+  c.batch = 1;
+  c.q_len = c.k_len = 9;
+  c.q_heads = c.k_heads = 1;
+  constexpr int64_t kSpoilt = 4;
+  for (const auto& [left, right] : std::vector<std::pair<std::optional<int64_t>, std::optional<int64_t>>>{
+           {2, 1}, {0, 0}, {2, std::nullopt}, {std::nullopt, 1}}) {
+    c.window_left = left;
+    c.window_right = right;
+    const AttentionInputs in = inputs(c);
+    // Query i sees the key if -left <= key - i <= right.
+    const int64_t first = right.has_value() ? kSpoilt - *right : 0;
+    const int64_t end = left.has_value() ? kSpoilt + *left + 1 : c.q_len;
+    for (const double value : kNotFinite) {
+      AttentionInputs spoilt = in;
+      spoilt.v = in.v.clone();
+      spoilt.v.select(1, kSpoilt).select(-1, 2).fill_(value);
+      at::Tensor expected = attend(in);
+      expected.slice(1, first, end).select(-1, 2).fill_(value);
+      EXPECT_TRUE(at::allclose(
+          attend(spoilt).to(at::kDouble), expected.to(at::kDouble), 4 * unit_roundoff(dtype()),
+          8 * unit_roundoff(table_dtype(dtype())), /*equal_nan=*/true))
+          << value << ", rows " << first << " to " << end;
+      // Queries that do not see the key have the gradient of a call with another finite key.
+      spoilt.v = in.v;
+      spoilt.k = in.k.clone();
+      spoilt.k.select(1, kSpoilt).fill_(value);
+      at::Tensor grad = at::ones_like(in.q);
+      grad.slice(1, first, end).zero_();
+      const at::Tensor actual = everything(spoilt, grad)[0];
+      const at::Tensor wanted = everything(in, grad)[0];
+      for (const auto& [from, to] : std::vector<std::pair<int64_t, int64_t>>{{0, first}, {end, c.q_len}}) {
+        EXPECT_TRUE(at::allclose(
+            actual.slice(1, from, to).to(at::kDouble), wanted.slice(1, from, to).to(at::kDouble),
+            4 * unit_roundoff(dtype()), 64 * unit_roundoff(table_dtype(dtype()))));
+      }
+    }
+  }
+}
+
 TEST_P(AlibiAttentionHiddenValues, BehindTheLengthsReachNoSecondDerivative) {
   AttentionCase c;
   c.head_dim = 5;

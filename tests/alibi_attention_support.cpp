@@ -18,6 +18,12 @@ std::ostream& operator<<(std::ostream& stream, const AttentionCase& c) {
   if (c.query_offset) {
     stream << ", query_offset " << *c.query_offset;
   }
+  if (c.window_left) {
+    stream << ", window_left " << *c.window_left;
+  }
+  if (c.window_right) {
+    stream << ", window_right " << *c.window_right;
+  }
   const auto list = [&stream](const char* name, const std::vector<int64_t>& values) {
     if (!values.empty()) {
       stream << ", " << name << " " << at::IntArrayRef(values);
@@ -69,7 +75,8 @@ AttentionInputs make_attention_inputs(const AttentionCase& c, const Target& targ
                    .cu_seqlens_q(tensor(c.cu_seqlens_q))
                    .cu_seqlens_k(tensor(c.cu_seqlens_k))
                    .max_seqlen_q(longest(c.cu_seqlens_q))
-                   .max_seqlen_k(longest(c.cu_seqlens_k));
+                   .max_seqlen_k(longest(c.cu_seqlens_k))
+                   .window(c.window_left, c.window_right);
   return in;
 }
 
@@ -116,7 +123,9 @@ at::Tensor slope_sums(const AttentionInputs& in, const at::Tensor& grad, const a
       o.cu_seqlens_q(),
       o.cu_seqlens_k(),
       o.max_seqlen_q(),
-      o.max_seqlen_k()};
+      o.max_seqlen_k(),
+      o.window_left(),
+      o.window_right()};
   op.callBoxed(stack);
   return stack.at(0).toTensor();
 }
@@ -240,8 +249,12 @@ ScalarAttention scalar_attention(
     std::vector<double> x_error(x.size());
     for (int64_t i = 0; i < s.q_len; ++i) {
       const int64_t position = s.offset + i;
-      const int64_t visible = in.options.causal() ? std::clamp<int64_t>(position + 1, 0, s.k_len) : s.k_len;
-      if (visible == 0) {
+      // The row sees keys first to end - 1.
+      const auto& [left, right] = std::tie(in.options.window_left(), in.options.window_right());
+      const int64_t first = left ? std::max<int64_t>(0, position - *left) : 0;
+      int64_t end = right && *right < s.k_len - position ? position + *right + 1 : s.k_len;
+      end = in.options.causal() ? std::min(end, position + 1) : end;
+      if (first >= end) {
         continue;
       }
       for (int64_t h = 0; h < heads; ++h) {
@@ -251,7 +264,7 @@ ScalarAttention scalar_attention(
         const double* goi = go.at(s.q_begin + i, h);
         double top = -std::numeric_limits<double>::infinity();
         double top_error = 0;
-        for (int64_t j = 0; j < visible; ++j) {
+        for (int64_t j = first; j < end; ++j) {
           const double* kj = k.at(s.k_begin + j, g);
           double dot = 0;
           double magnitude = 0;
@@ -268,7 +281,7 @@ ScalarAttention scalar_attention(
         }
         double sum = 0;
         double mean_error = 0;
-        for (int64_t j = 0; j < visible; ++j) {
+        for (int64_t j = first; j < end; ++j) {
           const double e = std::exp(x[static_cast<size_t>(j)] - top);
           sum += e;
           mean_error += e * x_error[static_cast<size_t>(j)];
@@ -286,7 +299,7 @@ ScalarAttention scalar_attention(
           const auto index = static_cast<size_t>(j);
           return x_error[index] + row_error + u * (std::abs(x[index]) + std::abs(row_lse));
         };
-        for (int64_t j = 0; j < visible; ++j) {
+        for (int64_t j = first; j < end; ++j) {
           const double* vj = v.at(s.k_begin + j, g);
           const double p = p_of(j);
           const double relative = p_error(j) + probability_roundoff + (n + 1) * u;
@@ -307,7 +320,7 @@ ScalarAttention scalar_attention(
         const double cotangent = *gl.at(s.q_begin + i, h);
         double* dqi = dq.at(s.q_begin + i, h);
         double* dqi_error = dq_error.at(s.q_begin + i, h);
-        for (int64_t j = 0; j < visible; ++j) {
+        for (int64_t j = first; j < end; ++j) {
           const double* kj = k.at(s.k_begin + j, g);
           const double* vj = v.at(s.k_begin + j, g);
           double dp = 0;

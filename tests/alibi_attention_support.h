@@ -18,6 +18,8 @@ struct AttentionCase {
   int64_t head_dim = 8;
   bool causal = false;
   std::optional<int64_t> query_offset = std::nullopt;
+  std::optional<int64_t> window_left = std::nullopt;
+  std::optional<int64_t> window_right = std::nullopt;
   std::optional<double> scale = std::nullopt;
   std::vector<int64_t> seqlens_q = {};  // empty: nullopt
   std::vector<int64_t> seqlens_k = {};

@@ -90,6 +90,30 @@ std::vector<AttentionCase> grid() {
       change(c);
     });
   }
+  const auto add_window = [&add](
+                              const std::string& name, std::optional<int64_t> left, std::optional<int64_t> right,
+                              const std::function<void(AttentionCase&)>& change) {
+    add("Window" + name, [&](AttentionCase& c) {
+      c.q_len = c.k_len = 12;
+      c.window_left = left;
+      c.window_right = right;
+      change(c);
+    });
+  };
+  add_window("OfThePosition", 0, 0, [](AttentionCase&) {});
+  add_window("Left", 2, std::nullopt, [](AttentionCase&) {});
+  add_window("Right", std::nullopt, 1, [](AttentionCase&) {});
+  add_window("BeyondAllKeys", 12, std::numeric_limits<int64_t>::max(), [](AttentionCase&) {});
+  add_window("OfOneQuery", 2, 0, [](AttentionCase& c) { c.q_len = 1; });
+  add_window("BehindAllKeys", 2, 3, [](AttentionCase& c) { c.query_offset = 10; });
+  add_window("BeforeAllKeys", 2, 3, [](AttentionCase& c) { c.query_offset = -10; });
+  add_window("WithoutSlopes", 2, 1, [](AttentionCase& c) { c.with_slopes = false; });
+  add_window("AndSeqlens", 2, 1, [](AttentionCase& c) { c.seqlens_q = {3, 12}, c.seqlens_k = {12, 5}; });
+  add_window("Packed", 2, 1, [](AttentionCase& c) { c.cu_seqlens_q = {0, 3, 3, 12}; });
+  add_window("PackedOfOtherKeys", 1, 2, [](AttentionCase& c) {
+    c.cu_seqlens_q = {0, 3, 3, 12};
+    c.cu_seqlens_k = {0, 8, 9, 12};
+  });
   add("SeqlensOfBoth", [](AttentionCase& c) { c.seqlens_q = {3, 5}, c.seqlens_k = {7, 2}; });
   add("SeqlensOfSelfAttention", [](AttentionCase& c) { c.k_len = 5, c.seqlens_q = c.seqlens_k = {3, 5}; });
   add("SeqlensOfNone", [](AttentionCase& c) { c.seqlens_q = {0, 5}, c.seqlens_k = {4, 0}; });
@@ -489,7 +513,8 @@ TEST(AlibiAttentionDispatcher, SchemaIsThePublicOne) {
       c10::str(op.schema()),
       "posenc::alibi_attention(Tensor q, Tensor k, Tensor v, Tensor? slopes, *, float? scale=None, bool causal=False, "
       "SymInt? query_offset=None, Tensor? seqlens_q=None, Tensor? seqlens_k=None, Tensor? cu_seqlens_q=None, "
-      "Tensor? cu_seqlens_k=None, SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None) -> (Tensor out, Tensor lse)");
+      "Tensor? cu_seqlens_k=None, SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, SymInt? window_left=None, "
+      "SymInt? window_right=None) -> (Tensor out, Tensor lse)");
 }
 
 TEST(AlibiAttentionDispatcher, MetaTensorsHaveTheShapesOfTheResults) {
@@ -636,6 +661,10 @@ std::vector<BadCall> bad_calls() {
     add("OffsetNumber" + std::to_string(calls.size()), {"query_offset", "2^31", "got " + std::to_string(offset)},
         [offset](AttentionInputs& in) { in.options.query_offset(offset); });
   }
+  add("NegativeLeftWindow", {"expected window_left", "not negative", "got -1"},
+      [](AttentionInputs& in) { in.options.window_left(-1); });
+  add("NegativeRightWindow", {"expected window_right", "not negative", "got -2"},
+      [](AttentionInputs& in) { in.options.window(0, -2); });
   add("SeqlensOfKeysAlone", {"both seqlens_q and seqlens_k", "query_offset", "got seqlens_k alone"},
       [=](AttentionInputs& in) { in.options.seqlens_k(lengths(in, {1, 2})); });
   add("SeqlensOfQueriesAlone", {"both seqlens_q and seqlens_k", "query_offset", "got seqlens_q alone"},

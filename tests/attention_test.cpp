@@ -11,17 +11,31 @@
 namespace posenc::test {
 namespace {
 
+/// Keys that a query sees before and after its position.
+struct Window {
+  std::optional<int64_t> left, right;
+};
+
 /// `scaled_dot_product_attention` of q `[B, Sq, Hq, D]` and k, v `[B, Sk, Hk, D]`. Query i is at key position
-/// `offset + i`, and sees all keys if `causal` is false.
-at::Tensor sdpa(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal, int64_t offset) {
+/// `offset + i`.
+at::Tensor sdpa(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Window& window, int64_t offset) {
   const auto heads_first = [&q](const at::Tensor& x) {
     return x.transpose(1, 2).repeat_interleave(q.size(2) / x.size(2), 1);
   };
   const at::Tensor positions = at::arange(offset, offset + q.size(1), q.options().dtype(at::kLong)).unsqueeze(1);
-  const at::Tensor seen = at::arange(k.size(1), positions.options()) <= positions;
-  return at::scaled_dot_product_attention(
-             heads_first(q), heads_first(k), heads_first(v), causal ? std::optional<at::Tensor>(seen) : std::nullopt)
-      .transpose(1, 2);
+  const at::Tensor ahead = at::arange(k.size(1), positions.options()) - positions;
+  at::Tensor seen = at::ones_like(ahead, at::kBool);
+  if (window.left) {
+    seen = seen.logical_and(ahead >= -*window.left);
+  }
+  if (window.right) {
+    seen = seen.logical_and(ahead <= *window.right);
+  }
+  return at::scaled_dot_product_attention(heads_first(q), heads_first(k), heads_first(v), seen).transpose(1, 2);
+}
+
+at::Tensor sdpa(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal, int64_t offset) {
+  return sdpa(q, k, v, causal ? Window{std::nullopt, 0} : Window{}, offset);
 }
 
 /// Expects float64 results that differ by the order of sums only.
@@ -126,6 +140,76 @@ TEST_P(Attention, OfPackedSequencesIsThatOfEachOfThem) {
                          .squeeze(0));
     }
     expect_results(in, at::cat(outs, 0));
+  }
+}
+
+/// Sides of windows around a block of rows and a tile of keys, and beyond all keys.
+std::vector<Window> windows() {
+  std::vector<Window> result;
+  for (const int64_t side : {0, 1, 127, 128, 129, 1000}) {
+    result.push_back({side, std::nullopt});
+    result.push_back({std::nullopt, side});
+    result.push_back({side, 0});
+    result.push_back({1, side});
+  }
+  return result;
+}
+
+TEST_P(Attention, InAWindowIsThatOfLibTorch) {
+  AttentionCase c;
+  c.batch = 1;
+  c.q_heads = 2;
+  c.k_heads = 1;
+  c.head_dim = 4;
+  c.q_len = 200;
+  c.k_len = 300;
+  for (const Window& window : windows()) {
+    for (const bool causal : {false, true}) {
+      c.window_left = window.left;
+      c.window_right = window.right;
+      c.causal = causal;
+      SCOPED_TRACE(c10::str(c));
+      const AttentionInputs in = leaves(c);
+      const Window visible{window.left, causal ? std::optional<int64_t>(0) : window.right};
+      expect_results(in, sdpa(in.q, in.k, in.v, visible, c.k_len - c.q_len));
+    }
+  }
+}
+
+TEST_P(Attention, OfPackedSequencesInAWindowIsThatOfEachOfThem) {
+  AttentionCase c;
+  c.head_dim = 4;
+  c.cu_seqlens_q = c.cu_seqlens_k = {0, 1, 140, 140, 300};
+  c.q_len = c.k_len = 300;
+  for (const Window& window : windows()) {
+    c.window_left = window.left;
+    c.window_right = window.right;
+    SCOPED_TRACE(c10::str(c));
+    const AttentionInputs in = leaves(c);
+    TensorList outs;
+    for (size_t n = 0; n + 1 < c.cu_seqlens_q.size(); ++n) {
+      const auto part = [&](const at::Tensor& x) {
+        return x.slice(0, c.cu_seqlens_q[n], c.cu_seqlens_q[n + 1]).unsqueeze(0);
+      };
+      outs.push_back(sdpa(part(in.q), part(in.k), part(in.v), window, 0).squeeze(0));
+    }
+    expect_results(in, at::cat(outs, 0));
+  }
+}
+
+/// More scores than one block of rows holds: blocks begin at different first keys.
+TEST_P(Attention, InAWindowOfManyBlocksOfRowsIsThatOfLibTorch) {
+  AttentionCase c;
+  c.batch = 1;
+  c.q_heads = c.k_heads = 1;
+  c.head_dim = 4;
+  c.q_len = 4097;
+  c.k_len = 4100;
+  for (const Window& window : {Window{200, 0}, Window{5, 300}}) {
+    c.window_left = window.left;
+    c.window_right = window.right;
+    const AttentionInputs in = leaves(c);
+    expect_results(in, sdpa(in.q, in.k, in.v, window, c.k_len - c.q_len));
   }
 }
 

@@ -26,7 +26,7 @@ struct POSENC_API AttentionOptions {
   /// Whether to hide the keys beyond the position of the query. Default: false.
   TORCH_ARG(bool, causal) = false;
   /// Key position of query 0, in every sequence of the batch. Default: the last query of a sequence is at its last key.
-  /// Positions matter for the bias and for the causal mask.
+  /// Positions matter for the bias, the causal mask and the window.
   TORCH_ARG(std::optional<int64_t>, query_offset) = std::nullopt;
   /// Numbers of queries and keys of each sequence of a right-padded batch: int32 or int64 `[B]` on the device of q, 0
   /// to Sq and 0 to Sk. Set both, or one and `query_offset`, whose default is the difference of both lengths. Values
@@ -43,6 +43,16 @@ struct POSENC_API AttentionOptions {
   /// set.
   TORCH_ARG(std::optional<int64_t>, max_seqlen_q) = std::nullopt;
   TORCH_ARG(std::optional<int64_t>, max_seqlen_k) = std::nullopt;
+  /// Sliding window: a query at key position p sees keys `p - window_left` to `p + window_right`, or with `causal` to
+  /// p. Not negative. Keys that no query of a block of rows sees take no time. Default: not limited.
+  TORCH_ARG(std::optional<int64_t>, window_left) = std::nullopt;
+  TORCH_ARG(std::optional<int64_t>, window_right) = std::nullopt;
+
+ public:
+  /// Sets `window_left` and `window_right`.
+  AttentionOptions& window(std::optional<int64_t> left, std::optional<int64_t> right) {
+    return window_left(left).window_right(right);
+  }
 };
 
 /// Attention without scores in memory:
@@ -62,16 +72,16 @@ struct POSENC_API AttentionOptions {
 /// the sequences padded to `max_seqlen` have more than 2 T tokens, the time is at most that of 4 T tokens in sequences
 /// of `max_seqlen`.
 ///
-/// NaN and infinity in keys and values past the lengths affect no result and no gradient. Those that a causal mask
-/// hides from a row do not affect it if attention is not fused. Fused attention multiplies them by a probability of 0
-/// if they are in the same tile of keys as a visible key, which gives NaN.
+/// NaN and infinity in keys and values past the lengths affect no result and no gradient. Those that a causal mask or
+/// a window hides from a row do not affect it if attention is not fused. Fused attention multiplies them by a
+/// probability of 0 if they are in the same tile of keys as a visible key, which gives NaN.
 ///
-/// On GPUs of compute capability 9.0, calls with slopes `[Hq]` and float16 or bfloat16 heads of 32, 64, 80, 96, 128,
-/// 192 or 256 channels are computed by a fused kernel of cuDNN, unless a gradient flows through lse. Its plans are
-/// built at the first call for a shape. A CUDA graph can be captured only after such a call; otherwise the capture is
-/// an error. All other calls are computed in blocks of matrix products, which is slower; on a GPU a warning is logged
-/// once. Results have the same bits every time. For gradients of q, k and v through cuDNN this needs LibTorch's
-/// deterministic algorithms.
+/// On GPUs of compute capability 9.0, calls with slopes `[Hq]`, without a window and with float16 or bfloat16 heads of
+/// 32, 64, 80, 96, 128, 192 or 256 channels are computed by a fused kernel of cuDNN, unless a gradient flows through
+/// lse. Its plans are built at the first call for a shape. A CUDA graph can be captured only after such a call;
+/// otherwise the capture is an error. All other calls are computed in blocks of matrix products, which is slower; on a
+/// GPU a warning is logged once. Results have the same bits every time. For gradients of q, k and v through cuDNN this
+/// needs LibTorch's deterministic algorithms.
 ///
 /// @param q  `[B, Sq, Hq, D]`, or packed sequences `[T, Hq, D]`: float16, bfloat16, float32 or float64, any strides.
 /// @param k,v  `[B, Sk, Hk, D]` or `[Tk, Hk, D]`, of the dtype and device of q; Hq is a multiple of Hk (GQA, MQA).

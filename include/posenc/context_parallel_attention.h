@@ -32,7 +32,8 @@ struct POSENC_API ContextParallelAttentionOptions {
 };
 
 /// `posenc::attention` over sequences that are divided among the C ranks of a process group. Each rank passes its
-/// own tokens and gets the output for them. Distances and causal mask are those of the whole sequence.
+/// own tokens and gets the output for them. Distances and causal mask are those of the whole sequence. There are no
+/// sliding windows.
 ///
 /// Each sequence is 2 C chunks of equal length. Rank r holds chunks r and 2 C - 1 - r, in this order, so that a causal
 /// mask leaves all ranks the same work; `posenc::context_parallel_positions` returns these tokens.

@@ -27,6 +27,8 @@ def attention(
     cu_seqlens_k: Optional[Tensor] = None,
     max_seqlen_q: Optional[int] = None,
     max_seqlen_k: Optional[int] = None,
+    window_left: Optional[int] = None,
+    window_right: Optional[int] = None,
 ) -> Tensor:
     """``softmax over j of (scale * q_i . k_j + bias[h, i, j])``, times v.
 
@@ -46,6 +48,8 @@ def attention(
         cu_seqlens_q: with ``cu_seqlens_k``, the first token of each of N packed sequences and the end of the last one:
             int32 or int64 ``[N + 1]``. ``cu_seqlens_k`` defaults to ``cu_seqlens_q``. Required for packed tensors.
         max_seqlen_q: with ``max_seqlen_k``, at least the length of the longest packed sequence; required on a GPU.
+        window_left: with ``window_right``, a sliding window: a query at key position p sees keys ``p - window_left`` to
+            ``p + window_right``. Not negative. Default: not limited.
 
     Returns:
         A tensor of the shape and dtype of ``q``. Queries without a visible key give zeros and have zero gradients.
@@ -71,6 +75,8 @@ def attention(
         cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
+        window_left=window_left,
+        window_right=window_right,
     )[0]
 
 
@@ -89,6 +95,8 @@ def attention_with_lse(
     cu_seqlens_k: Optional[Tensor] = None,
     max_seqlen_q: Optional[int] = None,
     max_seqlen_k: Optional[int] = None,
+    window_left: Optional[int] = None,
+    window_right: Optional[int] = None,
 ) -> Tuple[Tensor, Tensor]:
     """:func:`attention` with the log-sum-exp (lse) of the logits of each row.
 
@@ -97,7 +105,8 @@ def attention_with_lse(
 
     Args:
         q: as in :func:`attention`, as are ``k``, ``v``, ``slopes``, ``scale``, ``causal``, ``query_offset``,
-            ``seqlens_q``, ``seqlens_k``, ``cu_seqlens_q``, ``cu_seqlens_k``, ``max_seqlen_q`` and ``max_seqlen_k``.
+            ``seqlens_q``, ``seqlens_k``, ``cu_seqlens_q``, ``cu_seqlens_k``, ``max_seqlen_q``, ``max_seqlen_k``,
+            ``window_left`` and ``window_right``.
 
     Returns:
         ``(out, lse)``; lse is ``[B, Hq, Sq]``, or ``[Hq, T]`` for packed sequences, float32 (float64 for float64), and
@@ -117,6 +126,8 @@ def attention_with_lse(
         cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
+        window_left=window_left,
+        window_right=window_right,
     )
 
 
@@ -135,13 +146,16 @@ def alibi_attention(
     cu_seqlens_k: Optional[Tensor] = None,
     max_seqlen_q: Optional[int] = None,
     max_seqlen_k: Optional[int] = None,
+    window_left: Optional[int] = None,
+    window_right: Optional[int] = None,
 ) -> Tensor:
     """:func:`attention` with slopes: attention with linear biases (ALiBi, Press et al. 2021,
     https://arxiv.org/abs/2108.12409).
 
     Args:
         q: as in :func:`attention`, as are ``k``, ``v``, ``slopes``, ``scale``, ``causal``, ``query_offset``,
-            ``seqlens_q``, ``seqlens_k``, ``cu_seqlens_q``, ``cu_seqlens_k``, ``max_seqlen_q`` and ``max_seqlen_k``.
+            ``seqlens_q``, ``seqlens_k``, ``cu_seqlens_q``, ``cu_seqlens_k``, ``max_seqlen_q``, ``max_seqlen_k``,
+            ``window_left`` and ``window_right``.
 
     Returns:
         A tensor of the shape and dtype of ``q``.
@@ -165,6 +179,8 @@ def alibi_attention(
         cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
+        window_left=window_left,
+        window_right=window_right,
     )[0]
 
 
@@ -183,12 +199,15 @@ def alibi_attention_with_lse(
     cu_seqlens_k: Optional[Tensor] = None,
     max_seqlen_q: Optional[int] = None,
     max_seqlen_k: Optional[int] = None,
+    window_left: Optional[int] = None,
+    window_right: Optional[int] = None,
 ) -> Tuple[Tensor, Tensor]:
     """:func:`attention_with_lse` with slopes.
 
     Args:
         q: as in :func:`attention`, as are ``k``, ``v``, ``slopes``, ``scale``, ``causal``, ``query_offset``,
-            ``seqlens_q``, ``seqlens_k``, ``cu_seqlens_q``, ``cu_seqlens_k``, ``max_seqlen_q`` and ``max_seqlen_k``.
+            ``seqlens_q``, ``seqlens_k``, ``cu_seqlens_q``, ``cu_seqlens_k``, ``max_seqlen_q``, ``max_seqlen_k``,
+            ``window_left`` and ``window_right``.
 
     Returns:
         ``(out, lse)``.
@@ -207,6 +226,8 @@ def alibi_attention_with_lse(
         cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
+        window_left=window_left,
+        window_right=window_right,
     )
 
 

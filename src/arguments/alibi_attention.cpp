@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -11,6 +12,9 @@ namespace posenc::arguments {
 namespace {
 
 using at::Tensor;
+
+/// `alibi_shape` refuses calls with a larger distance between a query and a key.
+constexpr int64_t kMaxDistance = std::numeric_limits<int32_t>::max();
 
 /// Checks int32 or int64 `[size]` on the device of q; a negative size means `[N + 1]`.
 void check_lengths(const char* op, const char* name, const Tensor& lengths, int64_t size, const Tensor& q) {
@@ -161,6 +165,12 @@ void check_like(
       tensor.device());
 }
 
+/// One side of a window; nullopt if it is at least the largest distance.
+std::optional<int64_t> window_side(const char* op, const char* name, const std::optional<int64_t>& given) {
+  TORCH_CHECK(given.value_or(0) >= 0, op, ": expected ", name, " that is not negative, got ", given.value_or(0));
+  return given.value_or(kMaxDistance) < kMaxDistance ? given : std::nullopt;
+}
+
 /// Checks slopes `[Hq]`, or `[B, Hq]` with one row for each sequence.
 void check_slopes(const char* op, const Tensor& slopes, const AlibiAttention& call, const Tensor& q) {
   check_defined(op, "slopes", slopes);
@@ -231,6 +241,8 @@ AlibiAttention check_attention(
   call.causal = options.causal;
   call.scale = options.scale.value_or(1 / std::sqrt(static_cast<double>(call.head_dim)));
   call.query_offset = options.query_offset;
+  call.window_left = window_side(op, "window_left", options.window_left);
+  call.window_right = window_side(op, "window_right", options.window_right);
   if (q.dim() == 3) {
     check_packed(op, call, q, k, options);
   } else {

@@ -6,7 +6,9 @@
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/cumsum.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/full_like.h>
 #include <ATen/ops/isfinite.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 
 #include <limits>
@@ -32,6 +34,8 @@ Blocks::Blocks(const Padded& call)
     : call_(call),
       dtype_(arguments::alibi_slopes_dtype(call.q.scalar_type())),
       group_(call.q_heads() / std::max<int64_t>(1, call.k_heads())),
+      left_(call.window_left),
+      right_(call.causal ? 0 : call.window_right),
       k_(key_matrices(call.k)),
       finite_k_(k_),
       finite_v_(key_matrices(call.v)) {
@@ -43,9 +47,10 @@ Blocks::Blocks(const Padded& call)
   rows_ = at::arange(call.q_len(), integers).unsqueeze(0);
   positions_ = call.query_offset.has_value() ? rows_ + *call.query_offset
                                              : rows_ + (call.seqlens_k - call.seqlens_q).unsqueeze(1);
-  // A block ends at the last key that its rows see. In a block of one row the causal mask therefore hides no key,
-  // unless the offset differs between sequences.
-  const bool hides_keys = call.causal && (call.q_len() > 1 || !call.query_offset.has_value());
+  // A block has the keys that its rows see. In a block of one row the mask therefore hides no key, unless the offset
+  // differs between sequences.
+  const bool masked = left_.has_value() || right_.has_value();
+  const bool hides_keys = masked && (call.q_len() > 1 || !call.query_offset.has_value());
   if (call.k_len() > 0 && (hides_keys || call.seqlens_q.defined())) {
     const auto finite = [](const Tensor& x) { return x.masked_fill(at::isfinite(x).logical_not_(), 0); };
     finite_k_ = finite(k_);
@@ -58,10 +63,14 @@ Tensor Blocks::infinities() const {
   if (!hides_values_) {
     return {};
   }
-  // Finite values become 0, so each sum is 0, infinity or NaN.
   const Tensor v = key_matrices(call_.v);
+  if (left_.has_value()) {
+    // The sum over a window is a difference. That of two sums would be infinity - infinity = NaN.
+    return at::stack({v == kInfinity, v == -kInfinity, v.isnan()}).cumsum(2, at::kInt);
+  }
+  // Finite values become 0, so each sum is 0, infinity or NaN.
   const Tensor others = v.masked_fill(at::isfinite(v), 0);
-  return call_.causal ? others.cumsum(1) : others.sum(1, /*keepdim=*/true);
+  return right_.has_value() ? others.cumsum(1) : others.sum(1, /*keepdim=*/true);
 }
 
 int64_t Blocks::rows_of_block() const {
@@ -70,26 +79,34 @@ int64_t Blocks::rows_of_block() const {
   return call_.q.is_cpu() ? std::min(rows, std::max(kFewRows, kCachedElements / scores_of_row)) : rows;
 }
 
-int64_t Blocks::visible_keys(int64_t end) const {
+std::pair<int64_t, int64_t> Blocks::visible_keys(int64_t begin, int64_t end) const {
   const int64_t keys = call_.k_len();
-  return call_.causal && call_.query_offset.has_value() ? std::clamp<int64_t>(*call_.query_offset + end, 0, keys)
-                                                        : keys;
+  if (!call_.query_offset.has_value()) {
+    return {0, keys};
+  }
+  const int64_t first = left_.has_value() ? *call_.query_offset + begin - *left_ : 0;
+  const int64_t last = right_.has_value() ? *call_.query_offset + end - 1 + *right_ : keys - 1;
+  return {std::clamp<int64_t>(first, 0, keys), std::clamp<int64_t>(last + 1, 0, keys)};
 }
 
-Block Blocks::block(int64_t begin, int64_t end, int64_t keys) const {
+Block Blocks::block(int64_t begin, int64_t end, int64_t first_key, int64_t keys) const {
   Block result;
   result.begin = begin;
   result.end = end;
+  result.first_key = first_key;
   result.keys = keys;
-  const Tensor columns = keys_.narrow(0, 0, keys);
+  const Tensor columns = keys_.narrow(0, first_key, keys);
   Tensor difference;  // query position minus key position, [1 or B, rows, keys]
-  if (slopes_.defined() || call_.causal) {
+  if (slopes_.defined() || left_.has_value() || right_.has_value()) {
     difference = positions_.narrow(1, begin, end - begin).unsqueeze(-1) - columns;
   }
   Tensor hidden;
   const auto hide = [&hidden](const Tensor& more) { hidden = hidden.defined() ? hidden.logical_or(more) : more; };
-  if (call_.causal) {
-    hide(difference < 0);
+  if (left_.has_value()) {
+    hide(difference > *left_);
+  }
+  if (right_.has_value()) {
+    hide(difference < -*right_);
   }
   if (call_.seqlens_k.defined()) {
     hide(columns >= call_.seqlens_k.view({-1, 1, 1}));
@@ -137,7 +154,7 @@ Tensor Blocks::zeros_of_keys() const {
 }
 
 Tensor Blocks::keys_of(const Tensor& matrices, const Block& block) {
-  return matrices.narrow(1, 0, block.keys);
+  return matrices.narrow(1, block.first_key, block.keys);
 }
 
 void Blocks::add_visible_infinities(const Tensor& infinities, const Tensor& out, const Block& block) const {
@@ -148,13 +165,27 @@ void Blocks::add_visible_infinities(const Tensor& infinities, const Tensor& out,
     return x.narrow(1, block.begin, block.rows()).view({-1, 1, block.rows(), 1});
   };
   const std::vector<int64_t> rows{call_.batch(), call_.k_heads(), block.rows(), call_.head_dim()};
-  const Tensor sums = infinities.view({call_.batch(), call_.k_heads(), -1, call_.head_dim()});
+  // Sums or counts over keys 0 to `last` of each row.
+  const auto up_to = [this, &rows](const Tensor& x, const Tensor& last) {
+    const Tensor sums = x.view({call_.batch(), call_.k_heads(), -1, call_.head_dim()});
+    return sums.gather(2, last.clamp(0, call_.k_len() - 1).expand(rows)).masked_fill_(last < 0, 0);
+  };
+  const Tensor positions = of_block(positions_);
+  const Tensor last = right_.has_value() ? positions + *right_ : at::full_like(positions, call_.k_len() - 1);
   Tensor seen;
-  if (call_.causal) {
-    const Tensor last = of_block(positions_);  // the last key that a row sees
-    seen = sums.gather(2, last.clamp(0, call_.k_len() - 1).expand(rows)).masked_fill_(last < 0, 0);
+  if (left_.has_value()) {
+    const Tensor before = positions - (*left_ + 1);  // the last key before the window
+    const auto any = [&](int64_t kind) {
+      const Tensor counts = infinities.select(0, kind);
+      return up_to(counts, last) > up_to(counts, before);
+    };
+    seen = at::zeros(rows, options()).masked_fill_(any(0), kInfinity);
+    seen.add_(at::zeros(rows, options()).masked_fill_(any(1), -kInfinity));
+    seen.masked_fill_(any(2), std::numeric_limits<double>::quiet_NaN());
+  } else if (right_.has_value()) {
+    seen = up_to(infinities, last);
   } else {
-    seen = sums.expand(rows);
+    seen = infinities.view({call_.batch(), call_.k_heads(), 1, call_.head_dim()}).expand(rows);
   }
   if (call_.seqlens_q.defined()) {
     seen = seen.masked_fill(of_block(rows_) >= call_.seqlens_q.view({-1, 1, 1, 1}), 0);

@@ -13,9 +13,10 @@
 // A call of attention as matrix products of blocks of query rows, in LibTorch's operations.
 namespace posenc::blockwise {
 
-/// Query rows `begin` to `end - 1` of all sequences, and the first `keys` keys. No row of the block sees a later key.
+/// Query rows `begin` to `end - 1` of all sequences, and `keys` keys from `first_key` on. No row of the block sees
+/// another key.
 struct Block {
-  int64_t begin, end, keys;
+  int64_t begin, end, first_key, keys;
   at::Tensor distances;  // [1 or B, 1, rows, keys], in the dtype of sums; undefined without slopes
   at::Tensor hidden;     // bool [1 or B, 1, rows, keys]: the row does not see the key; undefined: all rows see all keys
 
@@ -41,8 +42,9 @@ class Blocks {
     const int64_t step = rows_of_block();
     for (int64_t begin = 0; begin < call_.q_len(); begin += step) {
       const int64_t end = std::min(call_.q_len(), begin + step);
-      if (const int64_t keys = visible_keys(end); keys > 0 && call_.batch() * call_.q_heads() > 0) {
-        body(block(begin, end, keys));
+      const auto [first_key, end_key] = visible_keys(begin, end);
+      if (first_key < end_key && call_.batch() * call_.q_heads() > 0) {
+        body(block(begin, end, first_key, end_key - first_key));
       }
     }
   }
@@ -71,8 +73,11 @@ class Blocks {
   at::Tensor finite_k(const Block& block) const { return keys_of(finite_k_, block); }
   at::Tensor finite_v(const Block& block) const { return keys_of(finite_v_, block); }
 
-  /// Sums of the values that are infinite or NaN: with a causal mask over keys 0 to j, `[B * Hk, Sk, D]`, otherwise
-  /// over all keys, `[B * Hk, 1, D]`. Undefined if `finite_v` replaces nothing. Used by the forward pass only.
+  /// The values that are infinite or NaN, for `add_visible_infinities`. Undefined if `finite_v` replaces nothing.
+  ///
+  /// - without a mask: their sum over all keys, `[B * Hk, 1, D]`;
+  /// - with a causal mask or a right window: their sums over keys 0 to j, `[B * Hk, Sk, D]`;
+  /// - with a left window: numbers of +infinity, -infinity and NaN among keys 0 to j, int32 `[3, B * Hk, Sk, D]`.
   at::Tensor infinities() const;
 
   /// Adds the part of `infinities` that the rows see to `out`, the product of probabilities and `finite_v`.
@@ -96,14 +101,17 @@ class Blocks {
 
  private:
   int64_t rows_of_block() const;
-  int64_t visible_keys(int64_t end) const;
-  Block block(int64_t begin, int64_t end, int64_t keys) const;
+  /// The first key that one of the rows sees, and the end of their keys.
+  std::pair<int64_t, int64_t> visible_keys(int64_t begin, int64_t end) const;
+  Block block(int64_t begin, int64_t end, int64_t first_key, int64_t keys) const;
 
   // Sums keep their dtype in autocast regions.
   c10::impl::ExcludeDispatchKeyGuard no_autocast_{c10::autocast_dispatch_keyset};
   const Padded& call_;
   at::ScalarType dtype_;
   int64_t group_;
+  // Keys that a row sees before and after its position; nullopt: all. A causal mask is a right window of 0.
+  std::optional<int64_t> left_, right_;
   at::Tensor k_, finite_k_, finite_v_;  // [B * Hk, Sk, D]
   bool hides_values_ = false;           // whether finite_k_ and finite_v_ have zeros in the place of NaN and infinity
   at::Tensor slopes_, keys_, rows_, positions_;

@@ -30,6 +30,8 @@ Padded scalars_of(const AlibiAttention& call, const std::optional<Tensor>& slope
   result.query_offset = call.query_offset;
   result.scale = call.scale;
   result.causal = call.causal;
+  result.window_left = call.window_left;
+  result.window_right = call.window_right;
   return result;
 }
 

@@ -20,6 +20,7 @@ struct Padded {
   std::optional<int64_t> query_offset;  // nullopt: `seqlens_k[b] - seqlens_q[b]`, both are defined then
   double scale;
   bool causal;
+  std::optional<int64_t> window_left, window_right;  // as in `arguments::AlibiAttention`
 
   int64_t batch() const { return q.size(0); }
   int64_t q_len() const { return q.size(1); }

@@ -42,6 +42,12 @@ std::tuple<Tensor, Tensor> padded(const Tensor& q, const Tensor& k, const Tensor
   if (options.causal()) {
     hidden = hidden.logical_or(columns > positions);
   }
+  if (options.window_left().has_value()) {
+    hidden = hidden.logical_or(positions - columns > *options.window_left());
+  }
+  if (options.window_right().has_value()) {
+    hidden = hidden.logical_or(columns - positions > *options.window_right());
+  }
   hidden = hidden.unsqueeze(1);  // broadcasts with [B, H, Sq, Sk]
   const int64_t times = k.size(2) == 0 ? 1 : q.size(2) / k.size(2);
   const double scale = options.scale().value_or(1 / std::sqrt(static_cast<double>(q.size(3))));
@@ -78,6 +84,7 @@ std::tuple<Tensor, Tensor> attention(
       options.cu_seqlens_k().has_value() ? begins_of(*options.cu_seqlens_k()) : q_begins;
   AttentionOptions of_one;
   of_one.slopes(options.slopes()).scale(options.scale()).causal(options.causal());
+  of_one.window(options.window_left(), options.window_right());
   const auto sums = q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   std::vector<Tensor> outs;
   std::vector<Tensor> lses;

@@ -223,6 +223,8 @@ CASES = {
         lambda i: packed_attention(i, slopes=None),
         lambda i: attention(i, slopes="sequences"),
         lambda i: packed_attention(i, slopes="sequences", causal=True),
+        lambda i: attention(i, window_left=1, window_right=0),
+        lambda i: packed_attention(i, slopes=None, window_left=1, window_right=1),
     ],
     "alibi_attention_backward": [
         lambda i: attention_backward(i),
@@ -231,6 +233,7 @@ CASES = {
         lambda i: attention_backward(i, packed_attention, causal=True),
         lambda i: attention_backward(i, slopes=None, causal=True),
         lambda i: attention_backward(i, packed_attention, slopes="sequences"),
+        lambda i: attention_backward(i, window_left=1, causal=True),
     ],
     "alibi_attention_double_backward": [
         lambda i: attention_double_backward(i),
@@ -239,10 +242,12 @@ CASES = {
         lambda i: attention_double_backward(i, packed_attention, causal=True),
         lambda i: attention_double_backward(i, packed_attention, slopes=None),
         lambda i: attention_double_backward(i, slopes="sequences"),
+        lambda i: attention_double_backward(i, window_left=0, window_right=1),
     ],
     "alibi_attention_slope_sums": [
         lambda i: attention_slope_sums(i),
         lambda i: attention_slope_sums(i, scale=0.5, causal=True, query_offset=1),
+        lambda i: attention_slope_sums(i, window_left=1, window_right=1),
     ],
     "context_parallel_alibi_attention": [
         lambda i: context_parallel_attention(i),

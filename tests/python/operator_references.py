@@ -109,7 +109,7 @@ def alibi_softmax(scores, slopes, *, scale=1.0, causal=False, key_padding_mask=N
     return visible_softmax(scale * scores - slopes[:, None, None] * offset.abs(), hidden.expand_as(scores))[0]
 
 
-def one_sequence(q, k, v, slopes, scale, causal, query_offset):
+def one_sequence(q, k, v, slopes, scale, causal, query_offset, window_left, window_right):
     """Attention of one sequence: q is [Sq, Hq, D], k and v are [Sk, Hk, D]. Returns ([Sq, Hq, D], [Hq, Sq])."""
     times = q.size(1) // k.size(1)
     k, v = (x.repeat_interleave(times, 1).transpose(0, 1) for x in (k, v))
@@ -118,7 +118,12 @@ def one_sequence(q, k, v, slopes, scale, causal, query_offset):
     logits = scale * (q.transpose(0, 1) @ k.mT)
     if slopes is not None:
         logits = logits - slopes[:, None, None] * offset.abs()
-    p, lse = visible_softmax(logits, ((offset < 0) & causal).expand_as(logits))
+    hidden = (offset < 0) & causal
+    if window_left is not None:
+        hidden = hidden | (offset > window_left)
+    if window_right is not None:
+        hidden = hidden | (-offset > window_right)
+    p, lse = visible_softmax(logits, hidden.expand_as(logits))
     return (p @ v).transpose(0, 1), lse
 
 
@@ -153,8 +158,10 @@ def alibi_attention(
     cu_seqlens_k=None,
     max_seqlen_q=None,
     max_seqlen_k=None,
+    window_left=None,
+    window_right=None,
 ):
-    options = scale, causal, query_offset
+    options = scale, causal, query_offset, window_left, window_right
     if q.dim() == 4:
         q_lens = [q.size(1)] * q.size(0) if seqlens_q is None else integers(seqlens_q)
         k_lens = [k.size(1)] * k.size(0) if seqlens_k is None else integers(seqlens_k)
