@@ -41,6 +41,12 @@ std::vector<AttentionCase> small_cases() {
   add("Window", [](AttentionCase& c) { c.q_len = c.k_len = 4, c.window_left = 1, c.window_right = 0; });
   add("WindowAndSeqlens",
       [](AttentionCase& c) { c.window_left = c.window_right = 1, c.seqlens_q = {2, 3}, c.seqlens_k = {4, 1}; });
+  add("Softcap", [](AttentionCase& c) { c.softcap = 0.7, c.causal = true; });
+  add("SoftcapPacked", [](AttentionCase& c) {
+    c.softcap = 2;
+    c.q_len = c.k_len = 4;
+    c.cu_seqlens_q = {0, 1, 1, 4};
+  });
   add("WithoutSlopes", [](AttentionCase& c) { c.with_slopes = false, c.causal = true; });
   add("WithoutSlopesSeqlens",
       [](AttentionCase& c) { c.with_slopes = false, c.seqlens_q = {2, 3}, c.seqlens_k = {4, 0}; });

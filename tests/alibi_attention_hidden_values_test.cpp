@@ -134,6 +134,24 @@ TEST_P(AlibiAttentionHiddenValues, InVisibleValuesReachTheirChannelOfTheRowsThat
   }
 }
 
+TEST_P(AlibiAttentionHiddenValues, InHiddenKeysReachNoGradientThroughSoftcap) {
+  AttentionCase c;
+  c.head_dim = 5;
+  c.q_len = c.k_len = 9;
+  c.causal = true;
+  c.softcap = 2;
+  const AttentionInputs in = inputs(c);
+  at::Tensor grad = at::ones_like(in.q);
+  grad.select(1, 8).zero_();
+  const at::Tensor expected = everything(in, grad)[0];
+  for (const double value : kNotFinite) {
+    AttentionInputs spoilt = in;
+    spoilt.k = in.k.clone();
+    spoilt.k.select(1, 8).fill_(value);
+    EXPECT_TRUE(at::allclose(everything(spoilt, grad)[0].slice(1, 0, 8), expected.slice(1, 0, 8))) << value;
+  }
+}
+
 TEST_P(AlibiAttentionHiddenValues, OutsideOfAWindowReachNoRow) {
   AttentionCase c;
   c.head_dim = 5;

@@ -18,6 +18,9 @@ std::ostream& operator<<(std::ostream& stream, const AttentionCase& c) {
   if (c.query_offset) {
     stream << ", query_offset " << *c.query_offset;
   }
+  if (c.softcap) {
+    stream << ", softcap " << *c.softcap;
+  }
   if (c.window_left) {
     stream << ", window_left " << *c.window_left;
   }
@@ -76,7 +79,8 @@ AttentionInputs make_attention_inputs(const AttentionCase& c, const Target& targ
                    .cu_seqlens_k(tensor(c.cu_seqlens_k))
                    .max_seqlen_q(longest(c.cu_seqlens_q))
                    .max_seqlen_k(longest(c.cu_seqlens_k))
-                   .window(c.window_left, c.window_right);
+                   .window(c.window_left, c.window_right)
+                   .softcap(c.softcap);
   return in;
 }
 
@@ -125,7 +129,8 @@ at::Tensor slope_sums(const AttentionInputs& in, const at::Tensor& grad, const a
       o.max_seqlen_q(),
       o.max_seqlen_k(),
       o.window_left(),
-      o.window_right()};
+      o.window_right(),
+      o.softcap()};
   op.callBoxed(stack);
   return stack.at(0).toTensor();
 }

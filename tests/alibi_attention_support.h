@@ -21,6 +21,7 @@ struct AttentionCase {
   std::optional<int64_t> window_left = std::nullopt;
   std::optional<int64_t> window_right = std::nullopt;
   std::optional<double> scale = std::nullopt;
+  std::optional<double> softcap = std::nullopt;
   std::vector<int64_t> seqlens_q = {};  // empty: nullopt
   std::vector<int64_t> seqlens_k = {};
   std::vector<int64_t> cu_seqlens_q = {};  // not empty: packed, q_len and k_len tokens in total

@@ -514,7 +514,7 @@ TEST(AlibiAttentionDispatcher, SchemaIsThePublicOne) {
       "posenc::alibi_attention(Tensor q, Tensor k, Tensor v, Tensor? slopes, *, float? scale=None, bool causal=False, "
       "SymInt? query_offset=None, Tensor? seqlens_q=None, Tensor? seqlens_k=None, Tensor? cu_seqlens_q=None, "
       "Tensor? cu_seqlens_k=None, SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, SymInt? window_left=None, "
-      "SymInt? window_right=None) -> (Tensor out, Tensor lse)");
+      "SymInt? window_right=None, float? softcap=None) -> (Tensor out, Tensor lse)");
 }
 
 TEST(AlibiAttentionDispatcher, MetaTensorsHaveTheShapesOfTheResults) {
@@ -582,6 +582,9 @@ TEST_P(AlibiAttention, OfTheModuleRefusesToBeCausalWhereTheModuleIsNot) {
       [&] { module->attention(in.q, in.k, in.v, ALiBiAttentionOptions().causal(true)); },
       {"posenc::ALiBiBias: ", "causal"});
   expect_error([&] { module->attention(at::Tensor(), in.k, in.v); }, {"posenc::ALiBiBias: ", "expected q"});
+  expect_error(
+      [&] { module->attention(in.q, in.k, in.v, ALiBiAttentionOptions().slopes(in.slopes)); },
+      {"expected options without slopes", "got slopes in both"});
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -665,6 +668,10 @@ std::vector<BadCall> bad_calls() {
       [](AttentionInputs& in) { in.options.window_left(-1); });
   add("NegativeRightWindow", {"expected window_right", "not negative", "got -2"},
       [](AttentionInputs& in) { in.options.window(0, -2); });
+  for (const double softcap : {0.0, -1.0, kInfinity, std::nan("")}) {
+    add("SoftcapNumber" + std::to_string(calls.size()), {"expected softcap", "positive finite", "got "},
+        [softcap](AttentionInputs& in) { in.options.softcap(softcap); });
+  }
   add("SeqlensOfKeysAlone", {"both seqlens_q and seqlens_k", "query_offset", "got seqlens_k alone"},
       [=](AttentionInputs& in) { in.options.seqlens_k(lengths(in, {1, 2})); });
   add("SeqlensOfQueriesAlone", {"both seqlens_q and seqlens_k", "query_offset", "got seqlens_q alone"},

@@ -6,6 +6,8 @@
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include <limits>
+
 // Attention without slopes against LibTorch's scaled_dot_product_attention, in float64. The grid of calls and the
 // derivatives without slopes are in the tests of alibi_attention.
 namespace posenc::test {
@@ -53,7 +55,7 @@ class Attention : public DeviceTest {
 
   /// Compares output and gradients of q, k and v.
   static void expect_results(const AttentionInputs& in, const at::Tensor& expected) {
-    const at::Tensor out = attention(in.q, in.k, in.v, in.options);
+    const at::Tensor out = attend(in);
     expect_equal(out, expected);
     const TensorList grad = random_like({out});
     const TensorList found = gradients({out}, {in.q, in.k, in.v}, grad);
@@ -210,6 +212,33 @@ TEST_P(Attention, InAWindowOfManyBlocksOfRowsIsThatOfLibTorch) {
     c.window_right = window.right;
     const AttentionInputs in = leaves(c);
     expect_results(in, sdpa(in.q, in.k, in.v, window, c.k_len - c.q_len));
+  }
+}
+
+/// The formula in float64: capped scores, then bias and mask, as in flash-attention and in Gemma 2 of transformers.
+TEST_P(Attention, WithSoftcapIsTheFormula) {
+  for (const bool with_slopes : {false, true}) {
+    for (const double softcap : {0.5, 30.0}) {
+      AttentionCase c;
+      c.q_len = c.k_len = 70;
+      c.k_heads = c.q_heads;
+      c.scale = 2;
+      c.causal = true;
+      c.softcap = softcap;
+      AttentionInputs in = make_attention_inputs(c, {device().type(), at::kDouble});
+      in.slopes = with_slopes ? in.slopes.to(at::kDouble) : at::Tensor();
+      in = attention_leaves(in);
+      const auto heads_first = [](const at::Tensor& x) { return x.transpose(1, 2); };
+      at::Tensor scores = at::matmul(heads_first(in.q), heads_first(in.k).transpose(2, 3)) * 2;
+      scores = softcap * at::tanh(scores / softcap);
+      const at::Tensor tokens = at::arange(c.q_len, in.q.options());
+      const at::Tensor behind = tokens.unsqueeze(1) - tokens;
+      if (with_slopes) {
+        scores = scores - in.slopes.view({-1, 1, 1}) * behind;
+      }
+      const at::Tensor p = at::softmax(scores.masked_fill(behind < 0, -std::numeric_limits<double>::infinity()), -1);
+      expect_results(in, at::matmul(p, heads_first(in.v)).transpose(1, 2));
+    }
   }
 }
 

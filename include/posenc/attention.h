@@ -47,6 +47,9 @@ struct POSENC_API AttentionOptions {
   /// p. Not negative. Keys that no query of a block of rows sees take no time. Default: not limited.
   TORCH_ARG(std::optional<int64_t>, window_left) = std::nullopt;
   TORCH_ARG(std::optional<int64_t>, window_right) = std::nullopt;
+  /// A positive number c: each product of a query and a key times `scale`, s, becomes `c * tanh(s / c)`, before bias
+  /// and mask (Gemma 2, https://arxiv.org/abs/2408.00118, section 2). Default: s.
+  TORCH_ARG(std::optional<double>, softcap) = std::nullopt;
 
  public:
   /// Sets `window_left` and `window_right`.
@@ -76,9 +79,9 @@ struct POSENC_API AttentionOptions {
 /// a window hides from a row do not affect it if attention is not fused. Fused attention multiplies them by a
 /// probability of 0 if they are in the same tile of keys as a visible key, which gives NaN.
 ///
-/// On GPUs of compute capability 9.0, calls with slopes `[Hq]`, without a window and with float16 or bfloat16 heads of
-/// 32, 64, 80, 96, 128, 192 or 256 channels are computed by a fused kernel of cuDNN, unless a gradient flows through
-/// lse. Its plans are built at the first call for a shape. A CUDA graph can be captured only after such a call;
+/// On GPUs of compute capability 9.0, calls with slopes `[Hq]`, without window and softcap and with float16 or bfloat16
+/// heads of 32, 64, 80, 96, 128, 192 or 256 channels are computed by a fused kernel of cuDNN, unless a gradient flows
+/// through lse. Its plans are built at the first call for a shape. A CUDA graph can be captured only after such a call;
 /// otherwise the capture is an error. All other calls are computed in blocks of matrix products, which is slower; on a
 /// GPU a warning is logged once. Results have the same bits every time. For gradients of q, k and v through cuDNN this
 /// needs LibTorch's deterministic algorithms.

@@ -29,6 +29,7 @@ def attention(
     max_seqlen_k: Optional[int] = None,
     window_left: Optional[int] = None,
     window_right: Optional[int] = None,
+    softcap: Optional[float] = None,
 ) -> Tensor:
     """``softmax over j of (scale * q_i . k_j + bias[h, i, j])``, times v.
 
@@ -50,6 +51,8 @@ def attention(
         max_seqlen_q: with ``max_seqlen_k``, at least the length of the longest packed sequence; required on a GPU.
         window_left: with ``window_right``, a sliding window: a query at key position p sees keys ``p - window_left`` to
             ``p + window_right``. Not negative. Default: not limited.
+        softcap: a positive number c: scaled products s become ``c * tanh(s / c)``, before bias and mask (Gemma 2,
+            https://arxiv.org/abs/2408.00118, section 2). Default: s.
 
     Returns:
         A tensor of the shape and dtype of ``q``. Queries without a visible key give zeros and have zero gradients.
@@ -77,6 +80,7 @@ def attention(
         max_seqlen_k=max_seqlen_k,
         window_left=window_left,
         window_right=window_right,
+        softcap=softcap,
     )[0]
 
 
@@ -97,6 +101,7 @@ def attention_with_lse(
     max_seqlen_k: Optional[int] = None,
     window_left: Optional[int] = None,
     window_right: Optional[int] = None,
+    softcap: Optional[float] = None,
 ) -> Tuple[Tensor, Tensor]:
     """:func:`attention` with the log-sum-exp (lse) of the logits of each row.
 
@@ -106,7 +111,7 @@ def attention_with_lse(
     Args:
         q: as in :func:`attention`, as are ``k``, ``v``, ``slopes``, ``scale``, ``causal``, ``query_offset``,
             ``seqlens_q``, ``seqlens_k``, ``cu_seqlens_q``, ``cu_seqlens_k``, ``max_seqlen_q``, ``max_seqlen_k``,
-            ``window_left`` and ``window_right``.
+            ``window_left``, ``window_right`` and ``softcap``.
 
     Returns:
         ``(out, lse)``; lse is ``[B, Hq, Sq]``, or ``[Hq, T]`` for packed sequences, float32 (float64 for float64), and
@@ -128,6 +133,7 @@ def attention_with_lse(
         max_seqlen_k=max_seqlen_k,
         window_left=window_left,
         window_right=window_right,
+        softcap=softcap,
     )
 
 
@@ -148,6 +154,7 @@ def alibi_attention(
     max_seqlen_k: Optional[int] = None,
     window_left: Optional[int] = None,
     window_right: Optional[int] = None,
+    softcap: Optional[float] = None,
 ) -> Tensor:
     """:func:`attention` with slopes: attention with linear biases (ALiBi, Press et al. 2021,
     https://arxiv.org/abs/2108.12409).
@@ -155,7 +162,7 @@ def alibi_attention(
     Args:
         q: as in :func:`attention`, as are ``k``, ``v``, ``slopes``, ``scale``, ``causal``, ``query_offset``,
             ``seqlens_q``, ``seqlens_k``, ``cu_seqlens_q``, ``cu_seqlens_k``, ``max_seqlen_q``, ``max_seqlen_k``,
-            ``window_left`` and ``window_right``.
+            ``window_left``, ``window_right`` and ``softcap``.
 
     Returns:
         A tensor of the shape and dtype of ``q``.
@@ -181,6 +188,7 @@ def alibi_attention(
         max_seqlen_k=max_seqlen_k,
         window_left=window_left,
         window_right=window_right,
+        softcap=softcap,
     )[0]
 
 
@@ -201,13 +209,14 @@ def alibi_attention_with_lse(
     max_seqlen_k: Optional[int] = None,
     window_left: Optional[int] = None,
     window_right: Optional[int] = None,
+    softcap: Optional[float] = None,
 ) -> Tuple[Tensor, Tensor]:
     """:func:`attention_with_lse` with slopes.
 
     Args:
         q: as in :func:`attention`, as are ``k``, ``v``, ``slopes``, ``scale``, ``causal``, ``query_offset``,
             ``seqlens_q``, ``seqlens_k``, ``cu_seqlens_q``, ``cu_seqlens_k``, ``max_seqlen_q``, ``max_seqlen_k``,
-            ``window_left`` and ``window_right``.
+            ``window_left``, ``window_right`` and ``softcap``.
 
     Returns:
         ``(out, lse)``.
@@ -228,6 +237,7 @@ def alibi_attention_with_lse(
         max_seqlen_k=max_seqlen_k,
         window_left=window_left,
         window_right=window_right,
+        softcap=softcap,
     )
 
 

@@ -241,6 +241,10 @@ AlibiAttention check_attention(
   call.causal = options.causal;
   call.scale = options.scale.value_or(1 / std::sqrt(static_cast<double>(call.head_dim)));
   call.query_offset = options.query_offset;
+  TORCH_CHECK(
+      options.softcap.value_or(1) > 0 && std::isfinite(options.softcap.value_or(1)), op,
+      ": expected softcap to be a positive finite number, got ", options.softcap.value_or(1));
+  call.softcap = options.softcap;
   call.window_left = window_side(op, "window_left", options.window_left);
   call.window_right = window_side(op, "window_right", options.window_right);
   if (q.dim() == 3) {

@@ -22,19 +22,20 @@ struct AttentionOptions {
   std::optional<at::Tensor> seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k;
   std::optional<Int> max_seqlen_q, max_seqlen_k;
   std::optional<Int> window_left, window_right;
+  std::optional<double> softcap;
 
   auto flat() const {
     return std::tie(
         scale, causal, query_offset, seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        window_left, window_right);
+        window_left, window_right, softcap);
   }
 };
 
 /// Converts the options of the public function, except the slopes.
 template <typename Int>
 AttentionOptions<Int> attention_options(const posenc::AttentionOptions& o) {
-  return {o.scale(),        o.causal(),       o.query_offset(), o.seqlens_q(),   o.seqlens_k(),   o.cu_seqlens_q(),
-          o.cu_seqlens_k(), o.max_seqlen_q(), o.max_seqlen_k(), o.window_left(), o.window_right()};
+  return {o.scale(),        o.causal(),       o.query_offset(), o.seqlens_q(),   o.seqlens_k(),    o.cu_seqlens_q(),
+          o.cu_seqlens_k(), o.max_seqlen_q(), o.max_seqlen_k(), o.window_left(), o.window_right(), o.softcap()};
 }
 
 using ConcreteAttentionOptions = AttentionOptions<int64_t>;
@@ -106,6 +107,7 @@ struct AlibiAttention {
   std::optional<int64_t> query_offset;
   // A query at position p sees keys p - window_left to p + window_right. nullopt: it sees all keys on this side.
   std::optional<int64_t> window_left, window_right;
+  std::optional<double> softcap;
   at::Tensor seqlens_q, seqlens_k;        // [B] or undefined
   at::Tensor cu_seqlens_q, cu_seqlens_k;  // [B + 1], both or none
 

@@ -35,7 +35,7 @@ class SavedOptions {
   auto state() {
     return std::tie(
         options_.scale, options_.causal, options_.query_offset, options_.max_seqlen_q, options_.max_seqlen_k,
-        options_.window_left, options_.window_right, lengths_);
+        options_.window_left, options_.window_right, options_.softcap, lengths_);
   }
 
   SymbolicAttentionOptions unpack() const {
@@ -180,7 +180,7 @@ class AlibiAttentionTripleBackward final : public autograd::Node<AlibiAttentionT
       return x.has_value() ? std::optional<int64_t>(x->guard_int(__FILE__, __LINE__)) : std::nullopt;
     };
     options.slopes(optional_tensor(arguments[3])).scale(o.scale).causal(o.causal).query_offset(guarded(o.query_offset));
-    options.window(guarded(o.window_left), guarded(o.window_right));
+    options.window(guarded(o.window_left), guarded(o.window_right)).softcap(o.softcap);
     options.seqlens_q(o.seqlens_q).seqlens_k(o.seqlens_k).cu_seqlens_q(o.cu_seqlens_q).cu_seqlens_k(o.cu_seqlens_k);
     const auto [out, lse] = reference::attention(arguments[0], arguments[1], arguments[2], options);
     const variable_list first = defined_gradients({out, lse}, arguments, {inputs[4], inputs[5]}, /*create_graph=*/true);

@@ -30,6 +30,10 @@ constexpr int64_t kFewRows = 64;
 
 }  // namespace
 
+Tensor through_softcap(const Tensor& grad, const Logits& logits) {
+  return logits.tanh.defined() ? grad * (1 - logits.tanh.square()) : grad;
+}
+
 Blocks::Blocks(const Padded& call)
     : call_(call),
       dtype_(arguments::alibi_slopes_dtype(call.q.scalar_type())),
@@ -214,17 +218,28 @@ Tensor Blocks::sums_by_slope(const Tensor& scores) const {
   return call_.slopes.dim() == 1 ? of_sequences.sum(0) : of_sequences;
 }
 
-Tensor Blocks::logits(const Tensor& q, const Block& block) const {
-  Tensor result = product(q, keys_of(k_, block), block);
+Logits Blocks::logits(const Tensor& q, const Block& block) const {
+  Logits result;
+  result.values = product(q, keys_of(k_, block), block);
   if (call_.nan_if_too_long.defined()) {
-    result.mul_(call_.nan_if_too_long.view({-1, 1, 1, 1}) + call_.scale);
+    result.values.mul_(call_.nan_if_too_long.view({-1, 1, 1, 1}) + call_.scale);
   } else {
-    result.mul_(call_.scale);
+    result.values.mul_(call_.scale);
+  }
+  if (call_.softcap.has_value()) {
+    result.tanh = result.values.div_(*call_.softcap).tanh_();
+    result.values = result.tanh * *call_.softcap;
+    if (block.hidden.defined()) {
+      result.tanh.masked_fill_(block.hidden, 0);  // NaN in hidden keys would reach gradients
+    }
   }
   if (slopes_.defined()) {
-    result.addcmul_(slopes_, block.distances, -1);
+    result.values.addcmul_(slopes_, block.distances, -1);
   }
-  return block.hidden.defined() ? result.masked_fill_(block.hidden, -kInfinity) : result;
+  if (block.hidden.defined()) {
+    result.values.masked_fill_(block.hidden, -kInfinity);
+  }
+  return result;
 }
 
 }  // namespace posenc::blockwise

@@ -23,6 +23,15 @@ struct Block {
   int64_t rows() const { return end - begin; }
 };
 
+/// Scores of the rows of a block, `[B, Hq, rows, keys]`.
+struct Logits {
+  at::Tensor values;  // scaled, capped, biased and masked: the logits of the softmax
+  at::Tensor tanh;    // tanh(scaled / softcap), 0 where the row does not see the key; undefined without softcap
+};
+
+/// The gradient of the scaled scores from `grad`, that of the logits.
+at::Tensor through_softcap(const at::Tensor& grad, const Logits& logits);
+
 /// A call divided into blocks. Products are float32 (float64 for float64). The matrices of the G = Hq / Hk query heads
 /// that share a key head are stacked: `[B * Hk, G * rows, D]`.
 ///
@@ -96,8 +105,8 @@ class Blocks {
   /// Sums of scores `[B, Hq, rows, keys]` that belong to each slope of the call, float64 of the shape of the slopes.
   at::Tensor sums_by_slope(const at::Tensor& scores) const;
 
-  /// The scaled, biased and masked scores of the rows `q`.
-  at::Tensor logits(const at::Tensor& q, const Block& block) const;
+  /// The logits of the rows `q`.
+  Logits logits(const at::Tensor& q, const Block& block) const;
 
  private:
   int64_t rows_of_block() const;

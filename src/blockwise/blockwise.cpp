@@ -16,9 +16,10 @@ namespace {
 
 using at::Tensor;
 
-/// Probabilities and the gradient of the logits of one block.
+/// Probabilities, the gradient of the logits, and that of the scaled scores of one block. The last two are the same
+/// tensor without softcap.
 struct BlockGradient {
-  Tensor p, ds;
+  Tensor p, ds, dscaled;
 };
 
 /// @param shift  `rowsum(dout out) - dlse`, `[B, Hq, Sq]`; undefined means zero.
@@ -30,12 +31,14 @@ BlockGradient block_gradient(
     const Tensor& lse,
     const Tensor& shift) {
   BlockGradient result;
-  result.p = blocks.logits(q, block).sub_(Blocks::column_of(lse, block)).exp_();
+  const Logits logits = blocks.logits(q, block);
+  result.p = logits.values.sub_(Blocks::column_of(lse, block)).exp_();
   result.ds = blocks.product(grad, blocks.finite_v(block), block);
   if (shift.defined()) {
     result.ds.sub_(Blocks::column_of(shift, block));
   }
   result.ds.mul_(result.p);
+  result.dscaled = through_softcap(result.ds, logits);
   return result;
 }
 
@@ -72,7 +75,7 @@ std::tuple<Tensor, Tensor> blockwise(const Padded& call) {
   Tensor out = at::empty_like(call.q).zero_();
   Tensor lse = at::empty({call.batch(), call.q_heads(), call.q_len()}, blocks.options()).fill_(-kInfinity);
   blocks.for_each([&](const Block& block) {
-    Tensor p = blocks.logits(blocks.rows_of(call.q, block), block);
+    Tensor p = blocks.logits(blocks.rows_of(call.q, block), block).values;
     const Tensor sums = at::logsumexp(p, -1, /*keepdim=*/true);
     p.sub_(finite(sums)).exp_();
     Blocks::column_of(lse, block).copy_(sums);
@@ -104,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> blockwise_backward(
     if (slopes_grad) {
       add_slope_terms(blocks, grad_slopes, gradient, grad_lse, block);
     }
-    const Tensor weights = blocks.as_matrices(gradient.ds, block);
+    const Tensor weights = blocks.as_matrices(gradient.dscaled, block);
     blocks.put_rows(at::bmm(weights, blocks.finite_k(block)).mul_(call.scale), block, grad_q);
     Blocks::keys_of(grad_k, block).baddbmm_(weights.transpose(1, 2), q, /*beta=*/1, /*alpha=*/call.scale);
     Blocks::keys_of(grad_v, block).baddbmm_(blocks.as_matrices(gradient.p, block).transpose(1, 2), grad);

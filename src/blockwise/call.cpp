@@ -32,6 +32,7 @@ Padded scalars_of(const AlibiAttention& call, const std::optional<Tensor>& slope
   result.causal = call.causal;
   result.window_left = call.window_left;
   result.window_right = call.window_right;
+  result.softcap = call.softcap;
   return result;
 }
 

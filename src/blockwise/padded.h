@@ -10,8 +10,8 @@ namespace posenc::blockwise {
 
 inline constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-/// A call of `softmax(scale q k^T + bias + mask) v` on tensors `[B, S, H, D]`. All calls of attention, padded or
-/// packed, are computed in this form.
+/// A call of `softmax(softcap(scale q k^T) + bias + mask) v` on tensors `[B, S, H, D]`. All calls of attention, padded
+/// or packed, are computed in this form.
 struct Padded {
   at::Tensor q, k, v;                   // zeros past the lengths
   at::Tensor slopes;                    // [Hq] or [B, Hq]; undefined: no bias
@@ -21,6 +21,7 @@ struct Padded {
   double scale;
   bool causal;
   std::optional<int64_t> window_left, window_right;  // as in `arguments::AlibiAttention`
+  std::optional<double> softcap;
 
   int64_t batch() const { return q.size(0); }
   int64_t q_len() const { return q.size(1); }

@@ -56,22 +56,24 @@ SecondOrderResult blockwise_double_backward(
     const Tensor grad = blocks.rows_of(grad_out, block);
     const Tensor k = blocks.finite_k(block);
     const Tensor v = blocks.finite_v(block);
-    Tensor p = blocks.logits(q, block);
+    const Logits logits = blocks.logits(q, block);
+    Tensor p = logits.values;
     p.sub_(finite(at::logsumexp(p, -1, /*keepdim=*/true))).exp_();
     const Tensor dp = blocks.product(grad, v, block);
     Tensor ds = dp - sum_of_rows(p * dp);  // dP - delta, and dS below
     if (grad_lse.defined()) {
       ds.add_(Blocks::column_of(grad_lse, block));
     }
-    Tensor u = at::zeros_like(p);
+    Tensor scaled = at::zeros_like(p);  // scale (a_i k_j + q_i b_j)
     Tensor a;
     if (grads.q.defined()) {
       a = blocks.rows_of(grads.q, block);
-      u.add_(blocks.product(a, k, block), scale);
+      scaled.add_(blocks.product(a, k, block), scale);
     }
     if (b.defined()) {
-      u.add_(blocks.product(q, Blocks::keys_of(b, block), block), scale);
+      scaled.add_(blocks.product(q, Blocks::keys_of(b, block), block), scale);
     }
+    Tensor u = through_softcap(scaled, logits);
     if (grads.slopes.defined()) {
       u.addcmul_(Blocks::beside_scores(grads.slopes.to(blocks.dtype())), block.distances, -1);
     }
@@ -89,14 +91,19 @@ SecondOrderResult blockwise_double_backward(
     grad_rows.add_(at::bmm(blocks.as_matrices(centred, block), v));
     blocks.put_rows(grad_rows, block, result.grad_out);
     Blocks::column_of(result.grad_lse, block).copy_(mu);
-    Tensor q_rows = at::bmm(blocks.as_matrices(t, block), k);
+    const Tensor first = through_softcap(ds, logits);
+    Tensor second = through_softcap(t, logits);
+    if (logits.tanh.defined()) {
+      second.addcmul_(first * scaled, logits.tanh, -2 / *call.softcap);
+    }
+    Tensor q_rows = at::bmm(blocks.as_matrices(second, block), k);
     if (b.defined()) {
-      q_rows.add_(at::bmm(blocks.as_matrices(ds, block), Blocks::keys_of(b, block)));
+      q_rows.add_(at::bmm(blocks.as_matrices(first, block), Blocks::keys_of(b, block)));
     }
     blocks.put_rows(q_rows.mul_(scale), block, result.q);
-    add_to_keys(blocks, block, k_sums, t, q, scale);
+    add_to_keys(blocks, block, k_sums, second, q, scale);
     if (a.defined()) {
-      add_to_keys(blocks, block, k_sums, ds, a, scale);
+      add_to_keys(blocks, block, k_sums, first, a, scale);
     }
     add_to_keys(blocks, block, v_sums, centred, grad, 1);
     if (slopes_sums.defined()) {

@@ -32,6 +32,10 @@ struct SecondOrderResult {
 ///
 /// where the last sum is over i and j for slopes `[B, Hq]`.
 ///
+/// With a softcap c, the scaled scores s become c tanh(s / c) with the derivatives J = 1 - tanh(s / c)^2 and
+/// J' = -2 J tanh(s / c) / c. Then Y = scale (a_i k_j + q_i b_j) in U becomes J Y, dS in dq and dk becomes J dS, and T
+/// in dq and dk becomes J T + J' dS Y, elementwise products of matrices over i and j.
+///
 /// Probabilities and their sums are computed again. Output and log-sum-exp of the forward pass are functions of the
 /// other arguments and are not read.
 ///

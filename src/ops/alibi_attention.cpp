@@ -19,7 +19,7 @@ constexpr const char* kAttention = "posenc::alibi_attention";
 constexpr const char* kOptions =
     "float? scale=None, bool causal=False, SymInt? query_offset=None, Tensor? seqlens_q=None, Tensor? seqlens_k=None, "
     "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, "
-    "SymInt? window_left=None, SymInt? window_right=None)";
+    "SymInt? window_left=None, SymInt? window_right=None, float? softcap=None)";
 
 }  // namespace
 

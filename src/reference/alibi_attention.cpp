@@ -52,6 +52,9 @@ std::tuple<Tensor, Tensor> padded(const Tensor& q, const Tensor& k, const Tensor
   const int64_t times = k.size(2) == 0 ? 1 : q.size(2) / k.size(2);
   const double scale = options.scale().value_or(1 / std::sqrt(static_cast<double>(q.size(3))));
   Tensor scores = at::matmul(heads_first(q, wide, 1), heads_first(k, wide, times).transpose(-1, -2)) * scale;
+  if (options.softcap().has_value()) {
+    scores = (scores / *options.softcap()).tanh() * *options.softcap();
+  }
   if (options.slopes().has_value()) {
     const Tensor distances = (positions - columns).abs().to(wide).unsqueeze(1);
     const Tensor slopes = options.slopes()->to(wide);  // [Hq] or [B, Hq]
@@ -84,7 +87,7 @@ std::tuple<Tensor, Tensor> attention(
       options.cu_seqlens_k().has_value() ? begins_of(*options.cu_seqlens_k()) : q_begins;
   AttentionOptions of_one;
   of_one.slopes(options.slopes()).scale(options.scale()).causal(options.causal());
-  of_one.window(options.window_left(), options.window_right());
+  of_one.window(options.window_left(), options.window_right()).softcap(options.softcap());
   const auto sums = q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   std::vector<Tensor> outs;
   std::vector<Tensor> lses;

@@ -225,6 +225,7 @@ CASES = {
         lambda i: packed_attention(i, slopes="sequences", causal=True),
         lambda i: attention(i, window_left=1, window_right=0),
         lambda i: packed_attention(i, slopes=None, window_left=1, window_right=1),
+        lambda i: attention(i, softcap=0.75, causal=True),
     ],
     "alibi_attention_backward": [
         lambda i: attention_backward(i),
@@ -234,6 +235,7 @@ CASES = {
         lambda i: attention_backward(i, slopes=None, causal=True),
         lambda i: attention_backward(i, packed_attention, slopes="sequences"),
         lambda i: attention_backward(i, window_left=1, causal=True),
+        lambda i: attention_backward(i, softcap=0.75),
     ],
     "alibi_attention_double_backward": [
         lambda i: attention_double_backward(i),
@@ -243,6 +245,7 @@ CASES = {
         lambda i: attention_double_backward(i, packed_attention, slopes=None),
         lambda i: attention_double_backward(i, slopes="sequences"),
         lambda i: attention_double_backward(i, window_left=0, window_right=1),
+        lambda i: attention_double_backward(i, softcap=0.75),
     ],
     "alibi_attention_slope_sums": [
         lambda i: attention_slope_sums(i),

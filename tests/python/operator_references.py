@@ -109,13 +109,15 @@ def alibi_softmax(scores, slopes, *, scale=1.0, causal=False, key_padding_mask=N
     return visible_softmax(scale * scores - slopes[:, None, None] * offset.abs(), hidden.expand_as(scores))[0]
 
 
-def one_sequence(q, k, v, slopes, scale, causal, query_offset, window_left, window_right):
+def one_sequence(q, k, v, slopes, scale, causal, query_offset, window_left, window_right, softcap):
     """Attention of one sequence: q is [Sq, Hq, D], k and v are [Sk, Hk, D]. Returns ([Sq, Hq, D], [Hq, Sq])."""
     times = q.size(1) // k.size(1)
     k, v = (x.repeat_interleave(times, 1).transpose(0, 1) for x in (k, v))
     offset = offsets(q.size(0), k.size(1), query_offset, q.device)
     scale = q.size(-1) ** -0.5 if scale is None else scale
     logits = scale * (q.transpose(0, 1) @ k.mT)
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
     if slopes is not None:
         logits = logits - slopes[:, None, None] * offset.abs()
     hidden = (offset < 0) & causal
@@ -160,8 +162,9 @@ def alibi_attention(
     max_seqlen_k=None,
     window_left=None,
     window_right=None,
+    softcap=None,
 ):
-    options = scale, causal, query_offset, window_left, window_right
+    options = scale, causal, query_offset, window_left, window_right, softcap
     if q.dim() == 4:
         q_lens = [q.size(1)] * q.size(0) if seqlens_q is None else integers(seqlens_q)
         k_lens = [k.size(1)] * k.size(0) if seqlens_k is None else integers(seqlens_k)

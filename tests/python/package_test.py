@@ -108,6 +108,7 @@ class Calls(unittest.TestCase):
         tables = (self.cos, self.sin, torch.arange(6).flip(0))
         qkv = torch.cat([self.q.flatten(2), self.k.flatten(2), self.v.flatten(2)], -1)
         attention = {"scale": 0.3, "causal": True, "query_offset": -1, "window_left": 3, "window_right": 2}
+        attention["softcap"] = 5.0
         lengths = {"seqlens_q": torch.tensor([6, 3]), "seqlens_k": torch.tensor([5, 4])}
         packed = [x.flatten(0, 1) for x in (self.q, self.k, self.v)]
         starts = torch.tensor([0, 5, 12])

@@ -123,6 +123,9 @@ std::string why_not_cudnn(const Padded& call) {
   if (call.window_left.has_value() || call.window_right.has_value()) {
     return "cuDNN was tried without windows only";
   }
+  if (call.softcap.has_value()) {
+    return "cuDNN was tried without softcap only";
+  }
   if (call.q.scalar_type() != at::kHalf && call.q.scalar_type() != at::kBFloat16) {
     return "cuDNN takes float16 and bfloat16";
   }
