@@ -242,6 +242,78 @@ TEST_P(Attention, WithSoftcapIsTheFormula) {
   }
 }
 
+std::vector<AttentionCase> cases_with_sinks() {
+  std::vector<AttentionCase> cases(4);
+  cases[1].causal = true;
+  cases[1].query_offset = -2;  // two queries see no key
+  cases[2].seqlens_q = {2, 5};
+  cases[2].seqlens_k = {0, 6};
+  cases[3].q_len = cases[3].k_len = 12;
+  cases[3].cu_seqlens_q = {0, 3, 3, 10};
+  return cases;
+}
+
+TEST_P(Attention, WithSinksHasOneMoreLogitWithoutAValue) {
+  for (const AttentionCase& c : cases_with_sinks()) {
+    SCOPED_TRACE(c10::str(c));
+    AttentionInputs in = leaves(c);
+    const at::Tensor sinks = at::tensor({-1.0, 0.0, 0.5, 3.0}, in.q.options()).requires_grad_();
+    in.options.sinks(sinks);
+    const TensorList of{in.q, in.k, in.v, sinks};
+    const auto derivatives = [&of](const std::tuple<at::Tensor, at::Tensor>& results) {
+      const auto& [out, lse] = results;
+      TensorList all{out, lse};
+      const TensorList first = gradients({out.pow(2), lse.sin()}, of, {at::ones_like(out), at::ones_like(lse)}, true);
+      all.insert(all.end(), first.begin(), first.end());
+      TensorList squares;
+      for (const at::Tensor& x : first) {
+        squares.push_back(x.pow(2).sum());
+      }
+      for (const at::Tensor& x : gradients({at::stack(squares).sum()}, of, {at::ones({}, first[0].options())})) {
+        all.push_back(x);
+      }
+      return all;
+    };
+    const TensorList actual = derivatives(attention_with_lse(in.q, in.k, in.v, in.options));
+    const TensorList expected = derivatives(reference_attention(in));
+    for (size_t i = 0; i < actual.size(); ++i) {
+      SCOPED_TRACE(i);
+      const double size = 1 + expected[i].abs().max().item<double>();
+      ASSERT_EQ(actual[i].sizes(), expected[i].sizes());
+      EXPECT_LE((actual[i] - expected[i]).abs().max().item<double>(), 1e-12 * size);
+    }
+  }
+}
+
+TEST_P(Attention, WithSinksKeepsDtypeAndLayout) {
+  for (const at::ScalarType dtype : {at::kHalf, at::kBFloat16, at::kFloat}) {
+    for (const Strides strides : {Strides::dense, Strides::head_major, Strides::token_major}) {
+      AttentionCase c;
+      c.strides = strides;
+      AttentionInputs in = make_attention_inputs(c, {device().type(), dtype});
+      in.options.sinks(at::ones({c.q_heads}, in.q.options().dtype(at::kFloat)));
+      const auto [out, lse] = attend_with_lse(in);
+      EXPECT_EQ(out.scalar_type(), dtype);
+      EXPECT_EQ(out.strides(), in.q.strides());
+      EXPECT_EQ(lse.scalar_type(), at::kFloat);
+    }
+  }
+}
+
+TEST_P(Attention, NamesWhatIsWrongWithSinks) {
+  const AttentionInputs in = leaves(AttentionCase());
+  const auto expect = [&](const at::Tensor& sinks, const std::vector<std::string>& parts) {
+    std::vector<std::string> all = parts;
+    all.emplace_back("posenc::attention_sinks: expected sinks");
+    expect_error([&] { attention(in.q, in.k, in.v, AttentionOptions().sinks(sinks)); }, all);
+  };
+  const at::Tensor sinks = at::ones({4}, in.q.options());
+  expect(at::Tensor(), {"undefined"});
+  expect(sinks.narrow(0, 0, 2), {"[Hq] = [4]", "got [2]"});
+  expect(sinks.to(at::kHalf), {"float32 or float64", "got Half"});
+  expect(sinks.to(at::kMeta), {"device of out", "got meta"});
+}
+
 TEST_P(Attention, WithSlopesInTheOptionsIsAlibiAttention) {
   const AttentionInputs in = make_attention_inputs(AttentionCase(), {device().type(), at::kFloat});
   expect_same_bits(attention(in.q, in.k, in.v, AttentionOptions(in.options).slopes(in.slopes)), attend(in));

@@ -50,6 +50,11 @@ struct POSENC_API AttentionOptions {
   /// A positive number c: each product of a query and a key times `scale`, s, becomes `c * tanh(s / c)`, before bias
   /// and mask (Gemma 2, https://arxiv.org/abs/2408.00118, section 2). Default: s.
   TORCH_ARG(std::optional<double>, softcap) = std::nullopt;
+  /// Attention sinks: a logit for each head whose exponential is added to the sum of the softmax, without a value
+  /// (gpt-oss, https://arxiv.org/abs/2508.10925; Miller 2023, "Attention is off by one"). `[Hq]`: float32, or float64
+  /// with float64 q. They have gradients of any order. Computed in tensor operations from out and lse: out is rounded
+  /// twice, and a gradient flows through lse. Default: none.
+  TORCH_ARG(std::optional<at::Tensor>, sinks) = std::nullopt;
 
  public:
   /// Sets `window_left` and `window_right`.
@@ -107,7 +112,7 @@ POSENC_API at::Tensor attention(
 /// it: `out = sum of exp(lse_i - lse) out_i` with `lse = logsumexp of lse_i`. Both results have gradients.
 ///
 /// @return `(out, lse)`; lse is `[B, Hq, Sq]`, or `[Hq, T]` for packed sequences, float32 (float64 for float64), and
-///   minus infinity for queries without a visible key.
+///   minus infinity for queries without a visible key. Sinks are included: such queries then have their sink as lse.
 POSENC_API std::tuple<at::Tensor, at::Tensor> attention_with_lse(
     const at::Tensor& q,
     const at::Tensor& k,

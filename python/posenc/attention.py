@@ -30,6 +30,7 @@ def attention(
     window_left: Optional[int] = None,
     window_right: Optional[int] = None,
     softcap: Optional[float] = None,
+    sinks: Optional[Tensor] = None,
 ) -> Tensor:
     """``softmax over j of (scale * q_i . k_j + bias[h, i, j])``, times v.
 
@@ -53,6 +54,8 @@ def attention(
             ``p + window_right``. Not negative. Default: not limited.
         softcap: a positive number c: scaled products s become ``c * tanh(s / c)``, before bias and mask (Gemma 2,
             https://arxiv.org/abs/2408.00118, section 2). Default: s.
+        sinks: attention sinks: a logit for each head whose exponential is added to the sum of the softmax, without a
+            value (gpt-oss). ``[Hq]``: float32, or float64 with float64 ``q``. Default: none.
 
     Returns:
         A tensor of the shape and dtype of ``q``. Queries without a visible key give zeros and have zero gradients.
@@ -81,6 +84,7 @@ def attention(
         window_left=window_left,
         window_right=window_right,
         softcap=softcap,
+        sinks=sinks,
     )[0]
 
 
@@ -102,6 +106,7 @@ def attention_with_lse(
     window_left: Optional[int] = None,
     window_right: Optional[int] = None,
     softcap: Optional[float] = None,
+    sinks: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor]:
     """:func:`attention` with the log-sum-exp (lse) of the logits of each row.
 
@@ -111,13 +116,13 @@ def attention_with_lse(
     Args:
         q: as in :func:`attention`, as are ``k``, ``v``, ``slopes``, ``scale``, ``causal``, ``query_offset``,
             ``seqlens_q``, ``seqlens_k``, ``cu_seqlens_q``, ``cu_seqlens_k``, ``max_seqlen_q``, ``max_seqlen_k``,
-            ``window_left``, ``window_right`` and ``softcap``.
+            ``window_left``, ``window_right``, ``softcap`` and ``sinks``.
 
     Returns:
         ``(out, lse)``; lse is ``[B, Hq, Sq]``, or ``[Hq, T]`` for packed sequences, float32 (float64 for float64), and
         minus infinity for queries without a visible key.
     """
-    return _ops.alibi_attention(
+    results = _ops.alibi_attention(
         q,
         k,
         v,
@@ -135,6 +140,7 @@ def attention_with_lse(
         window_right=window_right,
         softcap=softcap,
     )
+    return results if sinks is None else _ops.attention_sinks(*results, sinks)
 
 
 def alibi_attention(
@@ -155,6 +161,7 @@ def alibi_attention(
     window_left: Optional[int] = None,
     window_right: Optional[int] = None,
     softcap: Optional[float] = None,
+    sinks: Optional[Tensor] = None,
 ) -> Tensor:
     """:func:`attention` with slopes: attention with linear biases (ALiBi, Press et al. 2021,
     https://arxiv.org/abs/2108.12409).
@@ -162,7 +169,7 @@ def alibi_attention(
     Args:
         q: as in :func:`attention`, as are ``k``, ``v``, ``slopes``, ``scale``, ``causal``, ``query_offset``,
             ``seqlens_q``, ``seqlens_k``, ``cu_seqlens_q``, ``cu_seqlens_k``, ``max_seqlen_q``, ``max_seqlen_k``,
-            ``window_left``, ``window_right`` and ``softcap``.
+            ``window_left``, ``window_right``, ``softcap`` and ``sinks``.
 
     Returns:
         A tensor of the shape and dtype of ``q``.
@@ -189,6 +196,7 @@ def alibi_attention(
         window_left=window_left,
         window_right=window_right,
         softcap=softcap,
+        sinks=sinks,
     )[0]
 
 
@@ -210,13 +218,14 @@ def alibi_attention_with_lse(
     window_left: Optional[int] = None,
     window_right: Optional[int] = None,
     softcap: Optional[float] = None,
+    sinks: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor]:
     """:func:`attention_with_lse` with slopes.
 
     Args:
         q: as in :func:`attention`, as are ``k``, ``v``, ``slopes``, ``scale``, ``causal``, ``query_offset``,
             ``seqlens_q``, ``seqlens_k``, ``cu_seqlens_q``, ``cu_seqlens_k``, ``max_seqlen_q``, ``max_seqlen_k``,
-            ``window_left``, ``window_right`` and ``softcap``.
+            ``window_left``, ``window_right``, ``softcap`` and ``sinks``.
 
     Returns:
         ``(out, lse)``.
@@ -238,6 +247,7 @@ def alibi_attention_with_lse(
         window_left=window_left,
         window_right=window_right,
         softcap=softcap,
+        sinks=sinks,
     )
 
 

@@ -298,6 +298,29 @@ AlibiAttention check_attention_double_backward(
   return call;
 }
 
+void check_attention_sinks(const char* op, const AttentionSinksArguments& a) {
+  check_defined(op, "out", a.out);
+  check_defined(op, "lse", a.lse);
+  check_defined(op, "sinks", a.sinks);
+  TORCH_CHECK(
+      a.out.dim() == 4 || a.out.dim() == 3, op, ": expected out of shape [B, Sq, Hq, D] or [T, Hq, D], got ",
+      a.out.sym_sizes());
+  TORCH_CHECK(
+      a.lse.dim() == a.out.dim() - 1, op, ": expected lse of shape ", a.out.dim() == 4 ? "[B, Hq, Sq]" : "[Hq, T]",
+      ", got ", a.lse.sym_sizes());
+  TORCH_CHECK(
+      a.sinks.dim() == 1 && a.sinks.sym_size(0) == a.out.sym_size(-2), op, ": expected sinks of shape [Hq] = [",
+      a.out.sym_size(-2), "], got ", a.sinks.sym_sizes());
+  const bool is_double = a.out.scalar_type() == at::kDouble;
+  TORCH_CHECK(
+      a.sinks.scalar_type() == at::kFloat || (is_double && a.sinks.scalar_type() == at::kDouble), op,
+      ": expected sinks of dtype float32", is_double ? " or float64" : "", " with ", a.out.scalar_type(), ", got ",
+      a.sinks.scalar_type());
+  TORCH_CHECK(
+      a.sinks.device() == a.out.device(), op, ": expected sinks on the device of out, ", a.out.device(), ", got ",
+      a.sinks.device());
+}
+
 AlibiAttention check_attention_slope_sums(
     const char* op,
     const AttentionSlopeSumsArguments& a,

@@ -96,6 +96,15 @@ struct AttentionSlopeSumsArguments {
   auto flat() const { return std::tie(grad_out, q, k, v, slopes, lse); }
 };
 
+/// Results of attention, and sinks `[Hq]`.
+struct AttentionSinksArguments {
+  const at::Tensor& out;
+  const at::Tensor& lse;
+  const at::Tensor& sinks;
+
+  auto flat() const { return std::tie(out, lse, sinks); }
+};
+
 /// A checked call. For packed tensors `batch` is the number of sequences, and `q_len` and `k_len` are at least the
 /// length of the longest sequence.
 struct AlibiAttention {
@@ -129,6 +138,7 @@ AlibiAttention check_attention_double_backward(
     const char* op,
     const AttentionDoubleBackwardArguments& arguments,
     const ConcreteAttentionOptions& options);
+void check_attention_sinks(const char* op, const AttentionSinksArguments& arguments);
 AlibiAttention check_attention_slope_sums(
     const char* op,
     const AttentionSlopeSumsArguments& arguments,

@@ -37,12 +37,19 @@ TORCH_LIBRARY_FRAGMENT(posenc, m) {
       "alibi_attention_double_backward(Tensor? grad_grad_q, Tensor? grad_grad_k, Tensor? grad_grad_v, "
       "Tensor? grad_grad_slopes, Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? slopes, *, ",
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "attention_sinks(Tensor out, Tensor lse, Tensor sinks) -> (Tensor out, Tensor lse)",
+      {at::Tag::pt2_compliant_tag});
   define(
       "alibi_attention_slope_sums(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? slopes, Tensor lse, *, ",
       "Tensor");
 }
 
 namespace dispatch {
+
+std::tuple<Tensor, Tensor> attention_sinks(const AttentionSinksArguments& arguments) {
+  return call_operator<&attention_sinks>("posenc::attention_sinks", arguments);
+}
 
 std::tuple<Tensor, Tensor> alibi_attention(const SymbolicAttentionOptions& options, const AttentionTensors& inputs) {
   return call_operator<&alibi_attention>(kAttention, options, inputs);
@@ -75,7 +82,13 @@ std::tuple<Tensor, Tensor> attention_with_lse(
     const Tensor& v,
     const AttentionOptions& options) {
   arguments::check_defined(kAttention, "q", q);
-  return dispatch::alibi_attention(arguments::attention_options<c10::SymInt>(options), {q, k, v, options.slopes()});
+  auto results =
+      dispatch::alibi_attention(arguments::attention_options<c10::SymInt>(options), {q, k, v, options.slopes()});
+  if (!options.sinks().has_value()) {
+    return results;
+  }
+  const auto& [out, lse] = results;
+  return dispatch::attention_sinks({out, lse, *options.sinks()});
 }
 
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {

@@ -15,6 +15,7 @@ namespace posenc {
 
 using arguments::AttentionBackwardArguments;
 using arguments::AttentionDoubleBackwardArguments;
+using arguments::AttentionSinksArguments;
 using arguments::AttentionSlopeSumsArguments;
 using arguments::AttentionTensors;
 using arguments::ConcreteAttentionOptions;
@@ -32,6 +33,13 @@ namespace dispatch {
 std::tuple<at::Tensor, at::Tensor> alibi_attention(
     const SymbolicAttentionOptions& options,
     const AttentionTensors& inputs);
+
+/// Results of attention with sinks, from those without: with the logit s of a head,
+///
+///     out exp(lse) / (exp(lse) + exp(s))   and   log(exp(lse) + exp(s)).
+///
+/// Tensor operations, which LibTorch differentiates.
+std::tuple<at::Tensor, at::Tensor> attention_sinks(const AttentionSinksArguments& arguments);
 
 /// The gradients of `attention_with_lse` from its arguments and results, recomputing the probabilities
 /// P = exp(S - lse) (Dao et al. 2022, https://arxiv.org/abs/2205.14135, appendix B): with

@@ -62,6 +62,14 @@ std::tuple<Tensor, Tensor> padded(const Tensor& q, const Tensor& k, const Tensor
   }
   const Tensor sees_nothing = hidden.all(-1, /*keepdim=*/true);
   // The softmax of a row without a visible key would be 0 / 0. Its scores are made finite, and its result zero.
+  if (options.sinks().has_value()) {
+    // One more key, which all rows see, without a value.
+    const Tensor sink = options.sinks()->to(wide).view({1, -1, 1, 1}).expand({q.size(0), q.size(2), q_len, 1});
+    const Tensor logits = at::cat({scores.masked_fill(hidden, -kInfinity), sink}, -1);
+    const Tensor p = at::softmax(logits, -1).narrow(-1, 0, k_len);
+    const Tensor out = at::matmul(p, heads_first(v, wide, times)).transpose(1, 2).to(q.scalar_type());
+    return {out, at::logsumexp(logits, -1)};
+  }
   const Tensor logits = scores.masked_fill(hidden, -kInfinity).masked_fill(sees_nothing, 0);
   const Tensor p = at::softmax(logits, -1).masked_fill(sees_nothing, 0);
   const Tensor out = at::matmul(p, heads_first(v, wide, times)).transpose(1, 2).to(q.scalar_type());
@@ -88,12 +96,14 @@ std::tuple<Tensor, Tensor> attention(
   AttentionOptions of_one;
   of_one.slopes(options.slopes()).scale(options.scale()).causal(options.causal());
   of_one.window(options.window_left(), options.window_right()).softcap(options.softcap());
+  of_one.sinks(options.sinks());
   const auto sums = q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   std::vector<Tensor> outs;
   std::vector<Tensor> lses;
   const auto add_tokens_of_no_sequence = [&](int64_t count) {
     outs.push_back(at::zeros({count, q.size(1), q.size(2)}, q.options()));
-    lses.push_back(at::zeros({q.size(1), count}, sums) - kInfinity);
+    const Tensor none = at::zeros({q.size(1), count}, sums);
+    lses.push_back(options.sinks().has_value() ? none + options.sinks()->unsqueeze(-1) : none - kInfinity);
   };
   add_tokens_of_no_sequence(q_begins.front());
   for (size_t n = 0; n + 1 < q_begins.size(); ++n) {

@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 from operator_cases import CASES
 
 # Arguments that are float32 if the inputs have 16 bits.
-WIDE = {"grad_grad_slopes", "cos", "sin", "table", "slopes", "inv_freq", "lse", "grad_lse", "grad_cos", "grad_sin"}
+WIDE = {"grad_grad_slopes", "cos", "sin", "table", "slopes", "sinks", "inv_freq", "lse", "grad_lse"}
+WIDE |= {"grad_cos", "grad_sin"}
 # Operators of tables of cosines and sines, which have no 16-bit dtype.
 WIDE_OPERATORS = {"rotary_tables", "rotary_tables_backward"}
 

@@ -131,6 +131,13 @@ def attention_slope_sums(i, **kw):
     return Sample(torch.ones_like(out), q, k, v, slopes, lse, **kw)
 
 
+def attention_sinks(i, make=attention, **kw):
+    """Results as those of attention, one row without a visible key included."""
+    q, k, v, slopes = detached(make(i, **kw).args)
+    out, lse = torch.ops.posenc.alibi_attention(q, k, v, slopes, **make(i, **kw).kwargs)
+    return Sample(out.requires_grad_(i.grad), lse.requires_grad_(i.grad), i.normal(4))
+
+
 def group_of_one():
     """The name of a group of one rank; tests/python/context_parallel_test.py has larger groups."""
     if not torch.distributed.is_initialized():
@@ -251,6 +258,11 @@ CASES = {
         lambda i: attention_slope_sums(i),
         lambda i: attention_slope_sums(i, scale=0.5, causal=True, query_offset=1),
         lambda i: attention_slope_sums(i, window_left=1, window_right=1),
+    ],
+    "attention_sinks": [
+        lambda i: attention_sinks(i),
+        lambda i: attention_sinks(i, causal=True, query_offset=-1),
+        lambda i: attention_sinks(i, packed_attention),
     ],
     "context_parallel_alibi_attention": [
         lambda i: context_parallel_attention(i),

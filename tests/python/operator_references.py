@@ -183,6 +183,12 @@ def alibi_attention(
     return rows_behind(out, lse, q.size(0) - q_cuts[-1])
 
 
+def attention_sinks(out, lse, sinks):
+    total = torch.logaddexp(lse, sinks[:, None].expand_as(lse))
+    share = (lse - total).exp()
+    return out * share.transpose(-1, -2)[..., None], total
+
+
 def context_parallel_alibi_attention(q, k, v, slopes, group_name, *, scale=None, causal=False):
     """For a group of one rank, which holds the whole sequence."""
     return alibi_attention(q, k, v, slopes, scale=scale, causal=causal)
@@ -204,5 +210,6 @@ REFERENCES = {
     "alibi_mask": alibi_mask,
     "alibi_softmax": alibi_softmax,
     "alibi_attention": alibi_attention,
+    "attention_sinks": attention_sinks,
     "context_parallel_alibi_attention": context_parallel_alibi_attention,
 }

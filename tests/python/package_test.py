@@ -28,10 +28,12 @@ OPERATORS = {
 }
 # Functions whose slopes are an optional keyword; in the schema they are positional.
 OPTIONAL_SLOPES = ("attention", "attention_with_lse", "context_parallel_attention")
+# Keywords that are an operator of their own.
+COMPOSED = {"sinks"}
 # Functions that return the first result of their operator.
 FIRST_RESULT = ("attention", "alibi_attention")
 # Suffixes of operators that only backward passes call.
-INTERNAL = ("_backward", "_slope_sums", "alibi_mask")
+INTERNAL = ("_backward", "_slope_sums", "_sinks", "alibi_mask")
 PLACES = ("cmake_dir", "include_dir", "library_path")
 FUNCTIONS = [name for name in posenc.__all__ if name not in PLACES]
 
@@ -58,7 +60,9 @@ class Signatures(unittest.TestCase):
         for name in FUNCTIONS:
             with self.subTest(name):
                 arguments = schema(name).arguments
-                parameters = list(inspect.signature(getattr(posenc, name)).parameters.values())
+                parameters = [
+                    p for p in inspect.signature(getattr(posenc, name)).parameters.values() if p.name not in COMPOSED
+                ]
                 if name in OPTIONAL_SLOPES:
                     (slopes,) = (p for p in parameters if p.name == "slopes")
                     self.assertEqual((slopes.kind, slopes.default), (inspect.Parameter.KEYWORD_ONLY, None))
@@ -197,6 +201,26 @@ class Calls(unittest.TestCase):
                     )
         finally:
             torch.distributed.destroy_process_group()
+
+    def test_sinks_are_an_operator_on_the_results(self):
+        sinks = self.random(4)
+        arguments = (self.q, self.k, self.v)
+        results = torch.ops.posenc.attention_sinks(*posenc.attention_with_lse(*arguments), sinks)
+        torch.testing.assert_close(posenc.attention_with_lse(*arguments, sinks=sinks), results, rtol=0, atol=0)
+        torch.testing.assert_close(posenc.attention(*arguments, sinks=sinks), results[0], rtol=0, atol=0)
+        self.assertFalse(torch.equal(results[0], posenc.attention(*arguments)))
+        torch.testing.assert_close(
+            posenc.alibi_attention_with_lse(*arguments, self.slopes, sinks=sinks),
+            posenc.attention_with_lse(*arguments, slopes=self.slopes, sinks=sinks),
+            rtol=0,
+            atol=0,
+        )
+        torch.testing.assert_close(
+            posenc.alibi_attention(*arguments, self.slopes, sinks=sinks),
+            posenc.attention(*arguments, slopes=self.slopes, sinks=sinks),
+            rtol=0,
+            atol=0,
+        )
 
     def test_gradients_flow(self):
         q = self.q.clone().requires_grad_()
