@@ -1,5 +1,6 @@
 #include <blockwise/blockwise.h>
 #include <blockwise/call.h>
+#include <cpu/detail/attention.h>
 #include <ops/alibi_attention.h>
 #include <ops/dispatch.h>
 
@@ -14,7 +15,7 @@ std::tuple<Tensor, Tensor> alibi_attention_cpu(
     const ConcreteAttentionOptions& options,
     const AttentionTensors& inputs) {
   const auto call = arguments::check_attention("posenc::alibi_attention", inputs, options);
-  return blockwise::forward(call, inputs, blockwise::blockwise);
+  return blockwise::forward(call, inputs, cpu::attention);
 }
 
 AttentionGradients alibi_attention_backward_cpu(
@@ -22,7 +23,7 @@ AttentionGradients alibi_attention_backward_cpu(
     const AttentionBackwardArguments& arguments,
     bool slopes_grad) {
   const auto call = arguments::check_attention_backward("posenc::alibi_attention_backward", arguments, options);
-  return blockwise::backward(call, arguments, slopes_grad, blockwise::blockwise_backward);
+  return blockwise::backward(call, arguments, slopes_grad, cpu::attention_backward);
 }
 
 Tensor alibi_attention_slope_sums_cpu(

@@ -1,0 +1,275 @@
+#pragma once
+
+#include <cpu/detail/attention_tiles.h>
+#include <cpu/detail/exp.h>
+#include <cpu/detail/simd.h>
+
+#include <limits>
+#include <type_traits>
+
+// The functions of `TileKernels`, for sources that are compiled for one instruction set each. They call no inline
+// function of the standard library that another source could call too: the linker keeps one copy of such a function,
+// which may have instructions that the machine lacks.
+namespace posenc::cpu {
+
+template <typename T>
+POSENC_ALWAYS_INLINE T min(T a, T b) {
+  return b < a ? b : a;
+}
+
+template <typename T>
+POSENC_ALWAYS_INLINE T max(T a, T b) {
+  return a < b ? b : a;
+}
+
+template <typename Real>
+POSENC_ALWAYS_INLINE void fill(Real* begin, const Real* end, Real value) {
+  for (; begin != end; ++begin) {
+    *begin = value;
+  }
+}
+
+/// One block of a product: `kRows` rows and one panel, which is two vectors wide. The sums are in registers.
+template <typename S, int kRows, bool kTransposed>
+POSENC_ALWAYS_INLINE void product_block(const Product<typename S::Scalar>& p, int row, int panel, Range depths) {
+  using Real = typename S::Scalar;
+  using Vector = typename S::Vector;
+  constexpr int kPanel = 2 * S::kLanes;
+  const int64_t row_step = kTransposed ? 1 : p.a_row;
+  const int64_t depth_step = kTransposed ? p.a_depth : 1;
+  const Real* a = p.a + row * row_step + depths.begin * depth_step;
+  const Real* b = p.b + panel * p.b_panel + static_cast<int64_t>(depths.begin) * kPanel;
+  Vector sums[kRows][2] = {};
+  for (int32_t k = depths.begin; k < depths.end; ++k) {
+    const Vector left = S::load(b);
+    const Vector right = S::load(b + S::kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      const Vector x = S::all(a[i * row_step]);
+      sums[i][0] += x * left;
+      sums[i][1] += x * right;
+    }
+    a += depth_step;
+    b += kPanel;
+  }
+  Real* c = p.c + row * p.c_row + static_cast<int64_t>(panel) * kPanel;
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+    if (p.accumulate) {
+      sums[i][0] += S::load(c);
+      sums[i][1] += S::load(c + S::kLanes);
+    }
+    S::store(c, sums[i][0]);
+    S::store(c + S::kLanes, sums[i][1]);
+    c += p.c_row;
+  }
+}
+
+/// `product_block` for `rows <= kRows` rows.
+template <typename S, int kRows, bool kTransposed>
+POSENC_ALWAYS_INLINE void product_rows(
+    const Product<typename S::Scalar>& p,
+    int row,
+    int rows,
+    int panel,
+    Range depths) {
+  if (rows == kRows) {
+    product_block<S, kRows, kTransposed>(p, row, panel, depths);
+  } else if constexpr (kRows > 1) {
+    product_rows<S, kRows - 1, kTransposed>(p, row, rows, panel, depths);
+  }
+}
+
+/// The smallest range that contains those of all rows.
+POSENC_ALWAYS_INLINE Range union_of(const Range* ranges, int rows) {
+  Range result{std::numeric_limits<int32_t>::max(), 0};
+  for (int i = 0; i < rows; ++i) {
+    if (!ranges[i].empty()) {
+      result.begin = min(result.begin, ranges[i].begin);
+      result.end = max(result.end, ranges[i].end);
+    }
+  }
+  return result;
+}
+
+template <typename S, int kRows, bool kTransposed>
+POSENC_ALWAYS_INLINE void product_of(const Product<typename S::Scalar>& p) {
+  constexpr int kPanel = 2 * S::kLanes;
+  constexpr int kGroups = (kMaxProductRows + kRows - 1) / kRows;
+  Range columns[kGroups], depths[kGroups];
+  for (int row = 0, group = 0; row < p.rows; row += kRows, ++group) {
+    const int rows = min(kRows, p.rows - row);
+    columns[group] = p.columns == nullptr ? Range{0, p.panels * kPanel} : union_of(p.columns + row, rows);
+    depths[group] = p.depths == nullptr ? Range{0, p.depth} : union_of(p.depths + row, rows);
+  }
+  for (int panel = 0; panel < p.panels; ++panel) {
+    for (int row = 0, group = 0; row < p.rows; row += kRows, ++group) {
+      if (columns[group].begin < (panel + 1) * kPanel && columns[group].end > panel * kPanel) {
+        product_rows<S, kRows, kTransposed>(p, row, min(kRows, p.rows - row), panel, depths[group]);
+      }
+    }
+  }
+}
+
+template <typename S, int kRows>
+POSENC_ALWAYS_INLINE void product(const Product<typename S::Scalar>& p) {
+  if (p.a_depth == 1) {
+    product_of<S, kRows, false>(p);
+  } else {
+    product_of<S, kRows, true>(p);
+  }
+}
+
+/// The visible keys of a row, rounded outwards to whole vectors.
+template <typename S>
+POSENC_ALWAYS_INLINE Range whole_vectors(Range visible) {
+  constexpr int kLanes = S::kLanes;
+  return {visible.begin / kLanes * kLanes, (visible.end + kLanes - 1) / kLanes * kLanes};
+}
+
+/// Sets the values of hidden keys within `whole`.
+template <typename Real>
+POSENC_ALWAYS_INLINE void fill_hidden(Range whole, Range visible, Real* values, Real hidden) {
+  fill(values + whole.begin, values + visible.begin, hidden);
+  fill(values + visible.end, values + whole.end, hidden);
+}
+
+template <typename Real>
+POSENC_ALWAYS_INLINE void zero_outside(Range whole, Real* values, int width) {
+  fill(values, values + whole.begin, Real(0));
+  fill(values + whole.end, values + width, Real(0));
+}
+
+/// The scaled scores of keys `j` to `j + kLanes - 1` with the bias. A score of -infinity stays -infinity.
+template <typename S>
+POSENC_ALWAYS_INLINE typename S::Vector logits(const TileRow<typename S::Scalar>& row, int j) {
+  using Real = typename S::Scalar;
+  const typename S::Vector distance = S::abs(S::iota() + (static_cast<Real>(j) - row.position));
+  return S::load(row.scores + j) * row.scale - distance * row.slope;
+}
+
+template <typename S>
+POSENC_ALWAYS_INLINE void softmax_row(const TileRow<typename S::Scalar>& row, SoftmaxRow<typename S::Scalar>& state) {
+  using Real = typename S::Scalar;
+  using Vector = typename S::Vector;
+  constexpr Real kHidden = -std::numeric_limits<Real>::infinity();
+  if (row.visible.empty()) {
+    fill(row.scores, row.scores + row.width, Real(0));
+    return;
+  }
+  const Range whole = whole_vectors<S>(row.visible);
+  Vector highest = S::all(kHidden);
+  for (int j = whole.begin; j < whole.end; j += S::kLanes) {
+    const Vector x = logits<S>(row, j);
+    S::store(row.scores + j, x);
+    highest = x > highest ? x : highest;
+  }
+  if (whole.begin != row.visible.begin || whole.end != row.visible.end) {
+    fill_hidden(whole, row.visible, row.scores, kHidden);
+    highest = S::all(kHidden);
+    for (int j = whole.begin; j < whole.end; j += S::kLanes) {
+      const Vector x = S::load(row.scores + j);
+      highest = x > highest ? x : highest;
+    }
+  }
+  const Real maximum = max(state.maximum, S::max(highest));
+  const Real shift = maximum == kHidden ? Real(0) : maximum;
+  Vector sums[2] = {};
+  int j = whole.begin;
+  for (; j + 2 * S::kLanes <= whole.end; j += 2 * S::kLanes) {
+    const Vector left = exponential<S>(S::load(row.scores + j) - shift);
+    const Vector right = exponential<S>(S::load(row.scores + j + S::kLanes) - shift);
+    S::store(row.scores + j, left);
+    S::store(row.scores + j + S::kLanes, right);
+    sums[0] += left;
+    sums[1] += right;
+  }
+  if (j < whole.end) {
+    const Vector x = exponential<S>(S::load(row.scores + j) - shift);
+    S::store(row.scores + j, x);
+    sums[0] += x;
+  }
+  zero_outside(whole, row.scores, row.width);
+  const Real sum = S::sum(sums[0] + sums[1]);
+  if (maximum == state.maximum) {
+    state.sum += sum;
+    return;
+  }
+  const Real factor = exponential<S>(S::all(state.maximum - shift))[0];
+  state.maximum = maximum;
+  state.sum = state.sum * factor + sum;
+  for (int c = 0; c < state.channels; c += S::kLanes) {
+    S::store(state.out + c, S::load(state.out + c) * factor);
+  }
+}
+
+template <typename S>
+POSENC_ALWAYS_INLINE void gradient_row(
+    const TileRow<typename S::Scalar>& row,
+    const GradientRow<typename S::Scalar>& gradient) {
+  using Real = typename S::Scalar;
+  using Vector = typename S::Vector;
+  if (row.visible.empty()) {
+    fill(row.scores, row.scores + row.width, Real(0));
+    fill(gradient.dp, gradient.dp + row.width, Real(0));
+    return;
+  }
+  const Range whole = whole_vectors<S>(row.visible);
+  for (int j = whole.begin; j < whole.end; j += S::kLanes) {
+    const Vector p = exponential<S>(logits<S>(row, j) - gradient.lse);
+    S::store(row.scores + j, p);
+    S::store(gradient.dp + j, p * (S::load(gradient.dp + j) - gradient.shift));
+  }
+  fill_hidden(whole, row.visible, row.scores, Real(0));
+  fill_hidden(whole, row.visible, gradient.dp, Real(0));
+  zero_outside(whole, row.scores, row.width);
+  zero_outside(whole, gradient.dp, row.width);
+}
+
+template <typename S>
+POSENC_ALWAYS_INLINE void slope_terms(
+    const TileRow<typename S::Scalar>& row,
+    const GradientRow<typename S::Scalar>& gradient,
+    SlopeTerms& terms) {
+  using Wide = Simd<double, S::kLanes * static_cast<int>(sizeof(typename S::Scalar))>;  // half as many lanes of float
+  using Part = Simd<typename S::Scalar, Wide::kLanes * static_cast<int>(sizeof(typename S::Scalar))>;
+  using Vector = typename Wide::Vector;
+  if (row.visible.empty()) {
+    return;
+  }
+  Vector ds{};
+  Vector ds_distance{};
+  Vector p_distance{};
+  const int begin = row.visible.begin / Wide::kLanes * Wide::kLanes;
+  for (int j = begin; j < row.visible.end; j += Wide::kLanes) {
+    const Vector distance = Wide::abs(Wide::iota() + (j - static_cast<double>(row.position)));
+    const Vector p = __builtin_convertvector(Part::load(row.scores + j), Vector);
+    const Vector gradients = __builtin_convertvector(Part::load(gradient.dp + j), Vector);
+    ds += gradients;
+    ds_distance += gradients * distance;
+    p_distance += p * distance;
+  }
+  terms.ds += Wide::sum(ds);
+  terms.ds_distance += Wide::sum(ds_distance);
+  terms.p_distance += Wide::sum(p_distance);
+}
+
+/// The kernels with vectors of `kBytes` bytes. The sums of `product_block` take two registers for each of `kRows` rows.
+template <typename Real, int kBytes, int kRows>
+struct TileKernelsOf {
+  using S = Simd<Real, kBytes>;
+
+  static void run_product(const Product<Real>& p) { product<S, kRows>(p); }
+  static void run_softmax_row(const TileRow<Real>& row, SoftmaxRow<Real>& state) { softmax_row<S>(row, state); }
+  static void run_gradient_row(const TileRow<Real>& row, const GradientRow<Real>& gradient) {
+    gradient_row<S>(row, gradient);
+  }
+  static void run_slope_terms(const TileRow<Real>& row, const GradientRow<Real>& gradient, SlopeTerms& terms) {
+    slope_terms<S>(row, gradient, terms);
+  }
+
+  static constexpr TileKernels<Real> kernels{
+      2 * S::kLanes, run_product, run_softmax_row, run_gradient_row, run_slope_terms};
+};
+
+}  // namespace posenc::cpu
