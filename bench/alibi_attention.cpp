@@ -3,6 +3,7 @@
 
 #include <posenc/alibi.h>
 #include <posenc/alibi_attention.h>
+#include <posenc/attention.h>
 
 #ifdef POSENC_CUDNN
 #include <cuda/detail/cudnn_attention.h>
@@ -10,12 +11,14 @@
 #endif
 
 #include <ATen/ATen.h>
+#include <ATen/Context.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/autograd.h>
 
 #include <cmath>
 #include <optional>
 #include <sstream>
+#include <string_view>
 #include <tuple>
 #include <utility>
 
@@ -57,8 +60,12 @@ std::vector<Configuration> configurations(c10::Device device) {
         all.push_back({at::kFloat, 1, 512, 4, 64, causal, learnable});
         continue;
       }
-      for (const auto& [batch, sequence] : std::vector<std::pair<int64_t, int64_t>>{{8, 2048}, {4, 4096}, {1, 16384}}) {
+      for (const auto& [batch, sequence] :
+           std::vector<std::pair<int64_t, int64_t>>{{4, 1024}, {8, 2048}, {4, 4096}, {1, 16384}}) {
         all.push_back({at::kBFloat16, batch, sequence, 16, 128, causal, learnable});
+        if (causal && !learnable) {
+          all.push_back({at::kFloat, batch, sequence, 16, 128, causal, learnable});
+        }
       }
     }
   }
@@ -83,6 +90,28 @@ Call make_posenc(const Configuration& c, const at::Tensor& /*slopes*/) {
   return [options = ALiBiAttentionOptions().causal(c.causal)](
              const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& slopes) {
     return alibi_attention(q, k, v, slopes, options);
+  };
+}
+
+/// Switches cuDNN off in its scope. posenc then runs as on other compute capabilities than 9.0.
+class CudnnSwitch {
+ public:
+  explicit CudnnSwitch(bool on) : before_(at::globalContext().userEnabledCuDNN()) {
+    at::globalContext().setUserEnabledCuDNN(on);
+  }
+  CudnnSwitch(const CudnnSwitch&) = delete;
+  CudnnSwitch& operator=(const CudnnSwitch&) = delete;
+  ~CudnnSwitch() { at::globalContext().setUserEnabledCuDNN(before_); }
+
+ private:
+  bool before_;
+};
+
+/// The same without slopes.
+Call make_without_slopes(const Configuration& c, const at::Tensor& /*slopes*/) {
+  return [options = AttentionOptions().causal(c.causal)](
+             const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& /*slopes*/) {
+    return attention(q, k, v, options);
   };
 }
 
@@ -190,6 +219,7 @@ bool is_fused(const Configuration& c, c10::Device device) {
   blockwise::Padded call{};
   call.q = at::empty({1, c.sequence, c.heads, c.head_dim}, at::TensorOptions().dtype(c.dtype).device(device));
   call.k = call.v = call.q;
+  call.slopes = at::empty({c.heads}, call.q.options().dtype(at::kFloat));
   call.query_offset = 0;
   call.causal = c.causal;
   return cuda::why_not_cudnn(call).empty();
@@ -225,12 +255,17 @@ Timing time_bare_cudnn(Device& device, const Configuration& c, Pass pass) {
 }  // namespace
 
 void add_alibi_attention(Suite& suite, Device& device, Protocol protocol) {
-  const std::vector<std::pair<const char*, CallFactory>> implementations{
+  const std::vector<std::pair<const char*, CallFactory>> common{
       {kPosenc, make_posenc}, {"stored_bias", make_stored_bias}, {kWithoutBias, make_without_bias}};
   const std::vector<Pass> passes = protocol == Protocol::kernel
       ? std::vector<Pass>{Pass::forward, Pass::backward}
       : std::vector<Pass>{Pass::forward, Pass::backward, Pass::total};
   for (const Configuration& c : configurations(device.torch_device())) {
+    auto implementations = common;
+    if (!device.torch_device().is_cpu() && protocol == Protocol::kernel && !c.learnable && c.dtype == at::kBFloat16) {
+      implementations.emplace_back(kPosencWithoutCudnn, make_posenc);
+      implementations.emplace_back(kPosencWithoutSlopes, make_without_slopes);
+    }
     const auto add = [&](Pass pass, const char* name, const Suite::Body& body) {
       Case described{"ALiBi attention", label(c), title(c), pass, name, /*bytes=*/0};
       described.operations = operations(c, pass);
@@ -238,8 +273,10 @@ void add_alibi_attention(Suite& suite, Device& device, Protocol protocol) {
     };
     for (const Pass pass : passes) {
       for (const auto& [name, factory] : implementations) {
-        add(pass, name, [&device, protocol, c = c, pass, factory = factory] {
+        const bool with_cudnn = std::string_view(name) != kPosencWithoutCudnn;
+        add(pass, name, [&device, protocol, c = c, pass, factory = factory, with_cudnn] {
           device.release_memory();
+          const CudnnSwitch cudnn(with_cudnn);
           const Problem problem(c, device.torch_device());
           if (protocol == Protocol::wall) {
             return time_wall(device, problem, factory(c, problem.slopes.detach()), pass);

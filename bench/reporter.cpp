@@ -23,8 +23,9 @@ const char* row_title(Pass pass) {
 }
 
 bool is_formulation(const std::string& implementation) {
-  return implementation != kPosenc && implementation != kCopy && implementation != kFill &&
-      implementation != kWithoutBias && implementation != kBareCudnn;
+  const std::array<const char*, 7> others{
+      kPosenc, kCopy, kFill, kWithoutBias, kBareCudnn, kPosencWithoutCudnn, kPosencWithoutSlopes};
+  return std::find(others.begin(), others.end(), implementation) == others.end();
 }
 
 std::string fixed(double value, int decimals) {
@@ -222,6 +223,8 @@ void MarkdownReporter::print_table(const Configuration& configuration, const Sec
   print_ratios(posenc, fill, kFill);
   print_ratios(posenc, find(configuration, kWithoutBias), "attention without bias");
   print_ratios(posenc, find(configuration, kBareCudnn), "bare cuDNN graph");
+  print_ratios(posenc, find(configuration, kPosencWithoutCudnn), "posenc without cuDNN");
+  print_ratios(find(configuration, kPosencWithoutSlopes), find(configuration, kWithoutBias), "attention without bias");
   print_operations(configuration);
   print_memory(configuration);
 }

@@ -23,6 +23,8 @@ inline constexpr const char* kCopy = "copy";
 inline constexpr const char* kFill = "fill";
 inline constexpr const char* kWithoutBias = "without_bias";
 inline constexpr const char* kBareCudnn = "bare_cudnn";
+inline constexpr const char* kPosencWithoutCudnn = "posenc_without_cudnn";
+inline constexpr const char* kPosencWithoutSlopes = "posenc_without_slopes";
 
 /// One implementation of one pass of an encoding at one configuration.
 struct Case {

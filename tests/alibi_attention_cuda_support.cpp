@@ -13,6 +13,21 @@ namespace {
 constexpr size_t kFirstGradientOfScores = 2;
 constexpr size_t kGradientOfValues = 4;
 
+/// The results of a call and the gradients of its inputs.
+TensorList with_gradients(
+    const std::tuple<at::Tensor, at::Tensor>& results,
+    const AttentionInputs& in,
+    const at::Tensor& grad) {
+  const auto& [out, lse] = results;
+  TensorList inputs{in.q, in.k, in.v};
+  if (in.slopes.defined()) {
+    inputs.push_back(in.slopes);
+  }
+  TensorList all = gradients({out}, inputs, {grad});
+  all.insert(all.begin(), {out, lse});
+  return all;
+}
+
 }  // namespace
 
 std::string logged(const std::function<void()>& action) {
@@ -33,22 +48,18 @@ double relative_error(const at::Tensor& actual, const at::Tensor& expected) {
 
 TensorList everything(const AttentionInputs& inputs, const at::Tensor& grad) {
   const AttentionInputs in = attention_leaves(inputs);
-  const auto [out, lse] = attend_with_lse(in);
-  TensorList results = gradients({out}, {in.q, in.k, in.v, in.slopes}, {grad});
-  results.insert(results.begin(), {out, lse});
-  return results;
+  return with_gradients(attend_with_lse(in), in, grad);
 }
 
 TensorList everything_in_float64(const AttentionInputs& inputs, const at::Tensor& grad) {
   AttentionInputs wide = inputs;
   for (at::Tensor* tensor : {&wide.q, &wide.k, &wide.v, &wide.slopes}) {
-    *tensor = tensor->to(at::kDouble);
+    if (tensor->defined()) {
+      *tensor = tensor->to(at::kDouble);
+    }
   }
   wide = attention_leaves(wide);
-  const auto [out, lse] = reference::alibi_attention(wide.q, wide.k, wide.v, wide.slopes, wide.options);
-  TensorList results = gradients({out}, {wide.q, wide.k, wide.v, wide.slopes}, {grad.to(at::kDouble)});
-  results.insert(results.begin(), {out, lse});
-  return results;
+  return with_gradients(reference_attention(wide), wide, grad.to(at::kDouble));
 }
 
 double tolerance(size_t result, at::ScalarType dtype) {
@@ -71,13 +82,15 @@ void expect_everything_right(
     const at::Tensor infinite = expected[i].isinf();
     EXPECT_TRUE(actual[i].isinf().eq(infinite).all().item<bool>());
     const at::Tensor result = actual[i].masked_fill(infinite, 0);
-    if (c.k_len == 1 && i >= kFirstGradientOfScores && i != kGradientOfValues) {
-      // The probability of a single key is always 1, so these gradients are zero except for the rounding of `out`.
+    if ((c.k_len == 1 || c.window_left == 0) && i >= kFirstGradientOfScores && i != kGradientOfValues) {
+      // The probability of a single visible key is always 1, so these gradients are zero except for the rounding of
+      // `out`.
       EXPECT_LE(result.norm().item<double>(), 2 * unit_roundoff(dtype) * (grad.norm() * in.v.norm()).item<double>());
       continue;
     }
-    // With few keys or one query, the terms of the gradients of scores mostly cancel.
-    const double factor = c.k_len <= 8 || c.q_len == 1 ? 2 : 1;
+    // With few visible keys or one query, the terms of the gradients of scores mostly cancel.
+    const bool few_keys = c.k_len <= 8 || c.window_left.value_or(c.k_len) <= 1;
+    const double factor = few_keys || c.q_len == 1 ? 2 : 1;
     EXPECT_LE(relative_error(result, expected[i].masked_fill(infinite, 0)), factor * tolerance(i, dtype));
   }
 }
@@ -182,6 +195,54 @@ std::vector<AttentionCase> attention_forms() {
         c.causal = causal;
         c.strides = Strides::head_slice;
         c.every_other_slope = true;
+      });
+    }
+  }
+  for (const int64_t length : {257, 512}) {
+    const AttentionCase base = of(length, 128);
+    for (const bool causal : {false, true}) {
+      const std::string suffix = causal ? "Causal" : "";
+      add("WithoutSlopes" + suffix, base, [=](AttentionCase& c) { c.causal = causal, c.with_slopes = false; });
+      add("WithoutSlopesAtTheEnd" + suffix, base, [=](AttentionCase& c) {
+        c.causal = causal;
+        c.with_slopes = false;
+        c.q_len = c.k_len / 2;
+      });
+      add("WithoutSlopesPadded" + suffix, base, [=](AttentionCase& c) {
+        c.causal = causal;
+        c.with_slopes = false;
+        c.batch = 3;
+        c.seqlens_q = c.seqlens_k = {c.k_len, 0, 130};
+      });
+      add("SlopesOfSequences" + suffix, base, [=](AttentionCase& c) {
+        c.causal = causal;
+        c.batch = 3;
+        c.slopes_of_sequences = true;
+      });
+      add("PackedSlopesOfSequences" + suffix, base, [=](AttentionCase& c) {
+        c.causal = causal;
+        c.slopes_of_sequences = true;
+        c.cu_seqlens_q = {0, 1, 3, 6, 6, 6, 16, 27, 130, 130, c.q_len};
+      });
+      for (const bool with_slopes : {false, true}) {
+        add(std::string("Softcap") + (with_slopes ? "AndSlopes" : "") + suffix, base, [=](AttentionCase& c) {
+          c.causal = causal;
+          c.with_slopes = with_slopes;
+          c.softcap = 1.5;
+        });
+      }
+      for (const int64_t window : {0, 1, 127, 128, 129, 1000}) {
+        add("Window" + std::to_string(window) + "Of" + suffix, base, [=](AttentionCase& c) {
+          c.causal = causal;
+          c.window_left = window;
+          c.window_right = window / 2;
+          c.with_slopes = window % 2 == 0;
+        });
+      }
+      add("WindowPacked" + suffix, base, [=](AttentionCase& c) {
+        c.causal = causal;
+        c.window_left = 20;
+        c.cu_seqlens_q = {0, 1, 3, 6, 6, 6, 16, 27, 130, 130, c.q_len};
       });
     }
   }

@@ -30,7 +30,7 @@ struct POSENC_API AttentionOptions {
   TORCH_ARG(std::optional<int64_t>, query_offset) = std::nullopt;
   /// Numbers of queries and keys of each sequence of a right-padded batch: int32 or int64 `[B]` on the device of q, 0
   /// to Sq and 0 to Sk. Set both, or one and `query_offset`, whose default is the difference of both lengths. Values
-  /// past the lengths may be NaN: q, k and v are copied with zeros there. Default: Sq and Sk.
+  /// past the lengths may be NaN. Default: Sq and Sk.
   TORCH_ARG(std::optional<at::Tensor>, seqlens_q) = std::nullopt;
   TORCH_ARG(std::optional<at::Tensor>, seqlens_k) = std::nullopt;
   /// The first token of each of N sequences in packed q, and in packed k and v, and the end of the last one: int32 or
@@ -75,21 +75,18 @@ struct POSENC_API AttentionOptions {
 /// q, k, v and slopes have first and second derivatives, in memory that grows likewise. Higher derivatives hold the
 /// scores in memory and are not available under `torch.func`.
 ///
-/// Packed sequences are computed as padded batches of sequences of similar length, so memory grows with the number of
-/// tokens. On a CPU time grows with the sum of the squared lengths. On a GPU the host does not wait for the lengths. If
-/// the sequences padded to `max_seqlen` have more than 2 T tokens, the time is at most that of 4 T tokens in sequences
-/// of `max_seqlen`.
+/// Packed sequences take the time of their own lengths, without padding. On a GPU the host does not wait for the
+/// lengths.
+///
+/// float16 and bfloat16 are fused on GPUs of compute capability 8.0 and later, with up to 256 channels. On compute
+/// capability 9.0 cuDNN computes the most common calls; its plans are built at the first call for a shape. A CUDA graph
+/// of such a call can be captured only afterwards; otherwise the capture is an error. docs/attention.md says which path
+/// computes which call. Results have the same bits every time; for gradients of q, k and v through cuDNN this needs
+/// LibTorch's deterministic algorithms.
 ///
 /// NaN and infinity in keys and values past the lengths affect no result and no gradient. Those that a causal mask or
 /// a window hides from a row do not affect it if attention is not fused. Fused attention multiplies them by a
 /// probability of 0 if they are in the same tile of keys as a visible key, which gives NaN.
-///
-/// On GPUs of compute capability 9.0, calls with slopes `[Hq]`, without window and softcap and with float16 or bfloat16
-/// heads of 32, 64, 80, 96, 128, 192 or 256 channels are computed by a fused kernel of cuDNN, unless a gradient flows
-/// through lse. Its plans are built at the first call for a shape. A CUDA graph can be captured only after such a call;
-/// otherwise the capture is an error. All other calls are computed in blocks of matrix products, which is slower; on a
-/// GPU a warning is logged once. Results have the same bits every time. For gradients of q, k and v through cuDNN this
-/// needs LibTorch's deterministic algorithms.
 ///
 /// @param q  `[B, Sq, Hq, D]`, or packed sequences `[T, Hq, D]`: float16, bfloat16, float32 or float64, any strides.
 /// @param k,v  `[B, Sk, Hk, D]` or `[Tk, Hk, D]`, of the dtype and device of q; Hq is a multiple of Hk (GQA, MQA).

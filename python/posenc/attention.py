@@ -1,6 +1,6 @@
 """Attention without scores in memory, with or without linear biases (ALiBi): memory grows with Sq + Sk, not with their
-product. On GPUs of compute capability 9.0, a fused cuDNN kernel computes float16 and bfloat16 with slopes. All other
-calls are computed in blocks of matrix products, which is slower.
+product. float16 and bfloat16 are fused on GPUs of compute capability 8.0 and later. All other calls on a GPU are
+computed in blocks of matrix products, which is slower.
 """
 
 from typing import Optional, Tuple, Union

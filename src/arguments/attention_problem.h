@@ -18,13 +18,14 @@ struct RowStrides {
 /// The windows of `AttentionProblem` if they are not limited.
 constexpr int32_t kUnlimitedWindow = 1 << 30;
 
-/// `softmax(scale q k^T + bias + mask) v` for a batch of sequences. Addresses of tokens are multiples of 16 bytes.
+/// `softmax(softcap(scale q k^T) + bias + mask) v` for a batch of sequences. Addresses of tokens are multiples of 16
+/// bytes.
 struct AttentionProblem {
   const void* q;
   const void* k;
   const void* v;
   HeadStrides q_strides, k_strides, v_strides;
-  const float* slopes;       // [Hq], or with `slopes_stride` [B, Hq]; null: no bias
+  const void* slopes;        // [Hq], or with `slopes_stride` [B, Hq]; null: no bias. float32, or float64 for float64
   int64_t slopes_stride;     // from one sequence to the next, or 0
   const int64_t* seqlens_q;  // [B] of padded sequences, or null: all tokens
   const int64_t* seqlens_k;
@@ -35,7 +36,8 @@ struct AttentionProblem {
   int32_t q_len, k_len;        // of padded tensors; of packed ones the largest length
   int32_t q_heads, group;      // group: query heads that share a key head
   int32_t head_dim;            // a multiple of 8
-  float scale;
+  double scale;
+  double softcap;        // scaled products s become softcap * tanh(s / softcap); 0: they do not
   bool has_offset;       // otherwise the last query of a sequence is at its last key
   int32_t query_offset;  // position of query 0 among the keys
   int32_t window_left;   // a query at position p sees the keys from p - window_left to p + window_right
@@ -69,9 +71,23 @@ struct AttentionBackwardProblem : AttentionProblem {
   // Scratch: for each row its `shift` and `delta` (see cuda/detail/attention_row_terms.cuh), [B, Hq, Sq] or [Hq, T].
   float* row_terms;
   RowStrides row_terms_strides;  // in pairs
-  // [Hq, B, tiles] or packed [Hq, tiles], zero at first, or null: minus the gradient of the slopes, of each tile.
+  // The gradient of the slopes, float32 [Hq], or [B, Hq] with `slopes_stride`; or null. `slope_sums` is scratch,
+  // [Hq, B, tiles] or packed [Hq, tiles]: minus the gradient, of each tile of queries.
+  float* grad_slopes;
   double* slope_sums;
   double* row_sums;  // [4, B, Hq, Sq] of padded tensors, or null: sums of P, P d, P dP and P dP d
+};
+
+/// A block of rows of the scores `q k^T`, `[B, Hq, rows, keys]`, of padded sequences: queries `first_row` to
+/// `first_row + rows - 1` and keys `first_key` to `first_key + keys - 1`. float32 or float64.
+struct AttentionRowsProblem : AttentionProblem {
+  int32_t first_row, rows;
+  int32_t first_key, keys;
+  void* scores;       // products of queries and keys; overwritten by probabilities
+  void* gradients;    // products of the gradient of the output and values, dP; overwritten by dS. Null: forward pass
+  void* lse;          // [B, Hq, Sq]: written by the forward pass, read by the backward pass
+  const void* delta;  // [B, Hq, Sq]: rowsum(dout out) - dlse; null: zero
+  double* row_sums;   // as in AttentionBackwardProblem
 };
 
 }  // namespace posenc

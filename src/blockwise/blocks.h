@@ -77,6 +77,9 @@ class Blocks {
   /// The keys of a block, `[B * Hk, keys, D]`, of `key_matrices`; a view.
   static at::Tensor keys_of(const at::Tensor& matrices, const Block& block);
 
+  /// Keys of a block, `[B * Hk, keys, D]`.
+  at::Tensor k(const Block& block) const { return keys_of(k_, block); }
+
   /// Keys and values of a block. NaN and infinity are replaced by 0 if some row does not see all keys before its
   /// `seqlens_k`.
   at::Tensor finite_k(const Block& block) const { return keys_of(finite_k_, block); }
@@ -98,6 +101,9 @@ class Blocks {
 
   /// `rows keys^T` as scores, for `rows` from `rows_of` and `keys` from `keys_of`.
   at::Tensor product(const at::Tensor& rows, const at::Tensor& keys, const Block& block) const;
+
+  /// `rowsum(dout out) - dlse`, `[B, Hq, Sq]`. An undefined `grad_lse` means zero.
+  at::Tensor row_shift(const at::Tensor& grad_out, const at::Tensor& grad_lse, const at::Tensor& out) const;
 
   /// Slopes or their gradients, `[Hq]` or `[B, Hq]`, as `[1 or B, Hq, 1, 1]`; a view.
   static at::Tensor beside_scores(const at::Tensor& slopes);

@@ -42,11 +42,6 @@ BlockGradient block_gradient(
   return result;
 }
 
-Tensor row_shift(const Blocks& blocks, const Tensor& grad_out, const Tensor& grad_lse, const Tensor& out) {
-  Tensor shift = (grad_out.to(blocks.dtype()) * out).sum(-1).transpose(1, 2);
-  return grad_lse.defined() ? shift - grad_lse : shift;
-}
-
 /// Adds the terms of a block to the gradient of the slopes, in float64. In exact arithmetic the sum of dS over a row is
 /// the gradient of its lse. It is not here, because `out` is rounded to the dtype of q. That error times a distance of
 /// thousands is larger than the gradient. Subtracting the mean distance of the row from the distances removes it.
@@ -94,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> blockwise_backward(
     const Tensor& lse,
     bool slopes_grad) {
   const Blocks blocks(call);
-  const Tensor shift = row_shift(blocks, grad_out, grad_lse, out);
+  const Tensor shift = blocks.row_shift(grad_out, grad_lse, out);
   const Tensor sums = finite(lse);
   Tensor grad_q = at::empty_like(call.q).zero_();
   const Tensor grad_k = blocks.zeros_of_keys();

@@ -1,5 +1,6 @@
 #include <arguments/alibi.h>
 #include <blockwise/merge.h>
+#include <blockwise/slopes_gradient.h>
 #include <context_parallel/group.h>
 #include <context_parallel/ring.h>
 #include <ops/alibi_attention.h>
@@ -117,18 +118,6 @@ void add_slope_sums(const Tensor& total, const Tensor& of_call, const Pair& pair
   }
 }
 
-/// The gradient of the slopes, `[Hq]` or `[B, Hq]`, from `alibi_attention_slope_sums` over all keys.
-Tensor slopes_gradient(const Tensor& sums, const std::optional<Tensor>& grad_lse, const Tensor& slopes) {
-  const Tensor p = sums.select(0, 0);
-  const Tensor mean = (sums.select(0, 1) / p).masked_fill_(p == 0, 0);
-  Tensor terms = sums.select(0, 3) - sums.select(0, 2) * mean;
-  if (grad_lse.has_value()) {
-    terms.add_(*grad_lse * mean);
-  }
-  const Tensor of_sequences = terms.sum(2).neg_();
-  return slopes.dim() == 1 ? of_sequences.sum(0) : of_sequences;
-}
-
 /// @throws c10::Error  if no group is registered by that name.
 Group process_group(const char* op, const std::string& name) {
   Group group = find_group(name);
@@ -238,7 +227,7 @@ AttentionGradients ring_backward(
   const auto like = [](const Tensor& x, const Tensor& sums) { return at::empty_like(x).copy_(sums); };
   Tensor grad_slopes;
   if (slopes_grad) {
-    grad_slopes = slopes_gradient(sums_of_slopes, a.grad_lse, *a.slopes).to(wide.dtype());
+    grad_slopes = blockwise::slopes_gradient(sums_of_slopes, a.grad_lse.value_or(Tensor()), *a.slopes).to(wide.dtype());
   }
   return {
       q_grad ? sums_of_q.to(a.q.scalar_type()) : Tensor(),

@@ -1,5 +1,5 @@
-#include <blockwise/blockwise.h>
 #include <blockwise/call.h>
+#include <cuda/detail/rows_attention.h>
 #include <cuda/detail/tiled_attention.h>
 #include <ops/alibi_attention.h>
 #include <ops/dispatch.h>
@@ -23,9 +23,9 @@ using at::Tensor;
 
 /// What computes a call.
 enum class Path : uint8_t {
-  cudnn,      // fused kernels of cuDNN, with a plan for each shape
-  tiled,      // the kernels of this library
-  blockwise,  // matrix products of blocks of rows
+  cudnn,  // fused kernels of cuDNN, with a plan for each shape
+  tiled,  // the kernels of this library
+  rows,   // matrix products of blocks of rows
 };
 
 #if POSENC_CUDNN
@@ -48,8 +48,14 @@ std::string why_not_cudnn(const AlibiAttention& call, const AttentionTensors& in
   padded.q = inputs.q;
   padded.k = inputs.k;
   padded.v = inputs.v;
+  padded.slopes = inputs.slopes.value_or(Tensor());
+  padded.seqlens_q = call.seqlens_q;
+  padded.seqlens_k = call.seqlens_k;
   padded.query_offset = call.query_offset;
   padded.causal = call.causal;
+  padded.window_left = call.window_left;
+  padded.window_right = call.window_right;
+  padded.softcap = call.softcap;
   return cuda::why_not_cudnn(padded);
 }
 #else
@@ -83,7 +89,7 @@ Path path_of(const AlibiAttention& call, const AttentionTensors& inputs, bool gr
   LogLevel level = LogLevel::debug;
   std::call_once(once, [&level] { level = LogLevel::warning; });
   log_path(level, inputs, " in blocks of matrix products, slower than fused attention: ", not_tiled);
-  return Path::blockwise;
+  return Path::rows;
 }
 
 std::tuple<Tensor, Tensor> alibi_attention_cuda(
@@ -98,7 +104,7 @@ std::tuple<Tensor, Tensor> alibi_attention_cuda(
   }
 #endif
   return path == Path::tiled ? cuda::tiled_attention(call, inputs)
-                             : blockwise::forward(call, inputs, blockwise::blockwise);
+                             : blockwise::forward(call, inputs, cuda::rows_attention);
 }
 
 #if POSENC_CUDNN
@@ -135,7 +141,7 @@ AttentionGradients alibi_attention_backward_cuda(
   }
 #endif
   return path == Path::tiled ? cuda::tiled_attention_backward(call, arguments, slopes_grad)
-                             : blockwise::backward(call, arguments, slopes_grad, blockwise::blockwise_backward);
+                             : blockwise::backward(call, arguments, slopes_grad, cuda::rows_attention_backward);
 }
 
 Tensor alibi_attention_slope_sums_cuda(
@@ -150,7 +156,7 @@ Tensor alibi_attention_slope_sums_cuda(
   }
 #endif
   return path == Path::tiled ? cuda::tiled_attention_slope_sums(call, arguments)
-                             : blockwise::slope_sums(call, arguments, blockwise::blockwise_slope_sums);
+                             : blockwise::slope_sums(call, arguments, cuda::rows_attention_slope_sums);
 }
 
 }  // namespace

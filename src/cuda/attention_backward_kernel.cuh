@@ -58,6 +58,7 @@ struct SlopeSums {
   }
 };
 
+/// @tparam kSlopeSums  also computes the sums for the slopes; with a softcap it computes no other result.
 template <typename T, int D, Held kHeld, bool kSlopeSums>
 __global__ void __launch_bounds__(AttentionBackwardTile<D>::kThreads, AttentionBackwardTile<D>::kBlocks)
     attention_backward_kernel(const __grid_constant__ AttentionBackwardProblem problem) {
@@ -92,7 +93,7 @@ __global__ void __launch_bounds__(AttentionBackwardTile<D>::kThreads, AttentionB
   const Positions positions(problem, sequence);
   const int q_end = sequence.valid ? sequence.q_len : 0;
   const int k_end = sequence.valid ? sequence.k_len : 0;
-  const float scale = problem.scale * kLog2E;
+  const float scale = binary_scale(problem);
 
   // Rows of the other kind that some row of the tile sees or is seen by.
   const int held_end = kOfKeys ? k_end : q_end;
@@ -122,9 +123,7 @@ __global__ void __launch_bounds__(AttentionBackwardTile<D>::kThreads, AttentionB
   };
   const auto keys = rows_of_head<T>(problem.k, problem.k_strides, sequence, sequence.k_first, key_head);
   const auto values = rows_of_head<T>(problem.v, problem.v_strides, sequence, sequence.k_first, key_head);
-  const auto slope_of = [&](int head) {
-    return problem.slopes == nullptr ? 0.0F : problem.slopes[sequence.index * problem.slopes_stride + head] * kLog2E;
-  };
+  const auto binary_slope = [&](int head) { return slope_of<float>(problem, sequence, head) * kLog2E; };
   const auto terms_of_row = [&](int head, int row) {
     const auto* const terms = reinterpret_cast<const float2*>(problem.row_terms);
     return row < q_end ? terms[row_index(problem.row_terms_strides, sequence, head, sequence.q_first + row)]
@@ -159,7 +158,7 @@ __global__ void __launch_bounds__(AttentionBackwardTile<D>::kThreads, AttentionB
           const int row = first + static_cast<int>(threadIdx.x);
           float2 terms = terms_of_row(head, row);
           const Side side = side_of_tile(first);
-          terms.x = side == Side::mixed ? terms.x : -linear_term(side, slope_of(head), row, tile.first, terms.x);
+          terms.x = side == Side::mixed ? terms.x : -linear_term(side, binary_slope(head), row, tile.first, terms.x);
           terms_of(stage)[threadIdx.x] = terms;
         }
       } else {
@@ -192,7 +191,7 @@ __global__ void __launch_bounds__(AttentionBackwardTile<D>::kThreads, AttentionB
 
   /// Replaces scores by probabilities P, and `dp`, dP, by dS = P (dP - delta).
   const auto to_gradients = [&](float(&scores)[1][kColumns][4], float(&dp)[1][kColumns][4], int step) {
-    const float slope = slope_of(first_head + step / tiles);
+    const float slope = binary_slope(first_head + step / tiles);
     const int first_read = read_begin + step % tiles * Tile::kRead;
     const float2* const terms = terms_of(step % Tile::kStages);
     const Side side = side_of_tile(first_read);
@@ -208,6 +207,17 @@ __global__ void __launch_bounds__(AttentionBackwardTile<D>::kThreads, AttentionB
         }
       }
     };
+    if (problem.softcap != 0) {
+      for_each([&](int half, int n, int i, int /*row*/, int column) {
+        const float tanh = tanh_of_score(scores[0][n][i], problem);
+        scores[0][n][i] = tanh;
+        if constexpr (!kSlopeSums) {
+          // dS below is p (dp - delta), times the derivative of the softcap, 1 - tanh^2.
+          const float delta = kOfKeys ? terms[column].y : of_row[half].y;
+          dp[0][n][i] = fmaf(dp[0][n][i] - delta, fmaf(-tanh, tanh, 1.0F), delta);
+        }
+      });
+    }
     SlopeSums<float> of_tile[2];
     const auto add = [&](int half, float p, float product, float distance) {
       if constexpr (kSlopeSums) {
@@ -331,10 +341,10 @@ __global__ void __launch_bounds__(AttentionBackwardTile<D>::kThreads, AttentionB
   };
   const int head = static_cast<int>(blockIdx.y);
   if constexpr (kOfKeys) {
-    store(problem.grad_k, problem.grad_k_strides, grad_a, problem.scale, head);
+    store(problem.grad_k, problem.grad_k_strides, grad_a, static_cast<float>(problem.scale), head);
     store(problem.grad_v, problem.grad_v_strides, grad_b, 1.0F, head);
   } else {
-    store(problem.grad_q, problem.grad_q_strides, grad_a, problem.scale, head);
+    store(problem.grad_q, problem.grad_q_strides, grad_a, static_cast<float>(problem.scale), head);
   }
   if constexpr (kSlopeSums) {
     double total = 0;
@@ -373,6 +383,36 @@ __global__ void __launch_bounds__(AttentionBackwardTile<D>::kThreads, AttentionB
 #else
   __trap();  // never reached: launched on compute capability 8.0 and later only
 #endif
+}
+
+constexpr int kGradSlopesThreads = 128;
+
+/// The gradient of the slopes from the sums of `tiles` tiles, with a block for each head and, if slopes differ between
+/// sequences, for each sequence.
+__global__ void __launch_bounds__(kGradSlopesThreads)
+    attention_grad_slopes_kernel(const __grid_constant__ AttentionBackwardProblem problem, int64_t tiles) {
+  __shared__ double scratch[mma::kWarpThreads];
+  const int64_t head = blockIdx.x;
+  const int64_t batch = blockIdx.y;
+  int64_t begin = 0;
+  int64_t end = tiles;
+  if (problem.slopes_stride != 0) {
+    const int64_t* const cu_seqlens = problem.cu_seqlens_q;
+    const auto first_tile = [&](int64_t b) {
+      const int64_t number = cu_seqlens == nullptr ? tiles / problem.batch * b : cu_seqlens[b] / kAttentionHeldRows + b;
+      return max(int64_t{0}, min(number, tiles));
+    };
+    begin = first_tile(batch);
+    end = first_tile(batch + 1);
+  }
+  double total = 0;
+  for (int64_t tile = begin + threadIdx.x; tile < end; tile += kGradSlopesThreads) {
+    total -= problem.slope_sums[head * tiles + tile];
+  }
+  total = sum_of_block(total, scratch);
+  if (threadIdx.x == 0) {
+    problem.grad_slopes[batch * problem.q_heads + head] = static_cast<float>(total);
+  }
 }
 
 }  // namespace posenc::cuda

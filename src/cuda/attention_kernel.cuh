@@ -112,9 +112,8 @@ __global__ void __launch_bounds__(AttentionTile<D>::kThreads, AttentionTile<D>::
   }
   const int warp_first = positions.of(tile.first + first_in_warp);
   const int warp_last = warp_first + min(Tile::kGroups * 16, max(1, q_end - tile.first - first_in_warp)) - 1;
-  const float scale = problem.scale * kLog2E;
-  const float slope =
-      problem.slopes == nullptr ? 0.0F : problem.slopes[sequence.index * problem.slopes_stride + head] * kLog2E;
+  const float scale = binary_scale(problem);
+  const float slope = slope_of<float>(problem, sequence, head) * kLog2E;
 
   // Replaces scores by exponents of 2: scaled, biased and masked. The exponents of a row lack a common term, `base`.
   const auto to_exponents = [&](Scores& scores, float(&base)[Tile::kGroups][2], int first_key) {
@@ -236,6 +235,18 @@ __global__ void __launch_bounds__(AttentionTile<D>::kThreads, AttentionTile<D>::
     __syncthreads();  // values have arrived, and no warp reads the keys
     start_keys(first_key - Tile::kKeys);
     if (sees) {
+      if (problem.softcap != 0) {
+#pragma unroll
+        for (auto& of_group : scores) {
+#pragma unroll
+          for (auto& of_columns : of_group) {
+#pragma unroll
+            for (float& score : of_columns) {
+              score = tanh_of_score(score, problem);
+            }
+          }
+        }
+      }
       float base[Tile::kGroups][2];
       to_exponents(scores, base, first_key);
       to_probabilities(scores, base);

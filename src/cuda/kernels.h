@@ -32,10 +32,11 @@ void qk_norm_rotate_backward(const QKNormRotaryBackwardProblem& problem, DType d
 /// Whether the current device has compute capability 8.0 or later and the library contains code of 8.0 or later for it.
 bool has_attention_kernels();
 void attention_forward(const AttentionForwardProblem& problem, DType dtype);
+void attention_backward(AttentionBackwardProblem problem, DType dtype);
 
-/// Number of tiles of queries of the backward pass, of all sequences.
-int64_t attention_query_tiles(const AttentionBackwardProblem& problem);
-void attention_backward(const AttentionBackwardProblem& problem, DType dtype);
+/// For blocks of rows of scores in memory. @param dtype  float32 or float64.
+void attention_softmax_rows(const AttentionRowsProblem& problem, DType dtype);
+void attention_gradient_rows(const AttentionRowsProblem& problem, DType dtype);
 
 void alibi_bias(const AlibiAddProblem& problem, DType dtype);
 void alibi_add(const AlibiAddProblem& problem, DType dtype);

@@ -108,8 +108,8 @@ __device__ void rotate_chunks_of_mixed_axes(
   using Real = arithmetic_t<T>;
   constexpr int V = Policy::kVectorWidth;
   constexpr int kStep = kTableVector<Real, V>;
-  __shared__ alignas(kMaxVectorBytes) Real cosines[kMaxThreads * V];
-  __shared__ alignas(kMaxVectorBytes) Real sines[kMaxThreads * V];
+  alignas(kMaxVectorBytes) __shared__ Real cosines[kMaxThreads * V];
+  alignas(kMaxVectorBytes) __shared__ Real sines[kMaxThreads * V];
 
   const ChunkChannels channels = channels_of_chunk<Policy>(problem, chunk);
   HeadChunk<T, Policy> x[Heads];

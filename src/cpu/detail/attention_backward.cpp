@@ -165,8 +165,7 @@ class Backward {
       panels_of_rows(rows, count, channels_, panel, scratch.k_columns.get() + offset * channels_);
       make_finite(rows, count, channels_);
       std::fill(rows + count * channels_, rows + kTileKeys * channels_, Real(0));
-      panels_of_channels(
-          rows, kTileKeys, channels_, panel, part_keys_ * panel, scratch.k_rows.get() + offset * panel);
+      panels_of_channels(rows, kTileKeys, channels_, panel, part_keys_ * panel, scratch.k_rows.get() + offset * panel);
     }
   }
 
@@ -180,8 +179,7 @@ class Backward {
       SlopeTerms terms[kBlockRows];
       read_row_gradients(block, scratch, gradients);
       read_rows(q_, block.batch, block.head, block.begin, block.rows, channels_, scratch.rows.get());
-      panels_of_channels(
-          scratch.rows.get(), block.rows, channels_, panel, kBlockRows * panel, scratch.q_panels.get());
+      panels_of_channels(scratch.rows.get(), block.rows, channels_, panel, kBlockRows * panel, scratch.q_panels.get());
       const int64_t part_begin = keys_of(part).begin;
       for (int64_t begin = part_begin + (keys.begin - part_begin) / panel * panel; begin < keys.end;
            begin += kTileKeys) {
@@ -307,9 +305,9 @@ class Backward {
     });
   }
 
-  /// The gradient of the slopes, in float64. In exact arithmetic the sum of dS over a row is the gradient of its lse. It
-  /// is not here, because `out` is rounded to the dtype of q. That error times a distance of thousands is larger than
-  /// the gradient. Subtracting the mean distance of the row from the distances removes it.
+  /// The gradient of the slopes, in float64. In exact arithmetic the sum of dS over a row is the gradient of its lse.
+  /// It is not here, because `out` is rounded to the dtype of q. That error times a distance of thousands is larger
+  /// than the gradient. Subtracting the mean distance of the row from the distances removes it.
   void sum_slope_terms() {
     Real* result = grad_slopes_.template mutable_data_ptr<Real>();
     for (int64_t head = 0; head < call_.q_heads(); ++head) {
@@ -347,7 +345,7 @@ class Backward {
   int64_t channels_, wide_channels_;  // rounded up to panels
   int64_t group_;                     // query heads of a key head
   int64_t part_keys_, parts_, rows_;
-  at::Tensor q_parts_;                    // [parts, B, Hq, Sq, D], before the factor `scale`
+  at::Tensor q_parts_;                   // [parts, B, Hq, Sq, D], before the factor `scale`
   std::vector<SlopeTerms> slope_terms_;  // [parts, B, Hq, Sq]
 };
 

@@ -45,8 +45,7 @@ void for_each_task(int64_t tasks, const Make& make) {
 template <typename Real>
 class Buffer {
  public:
-  explicit Buffer(int64_t elements)
-      : memory_(new char[elements * sizeof(Real) + kAlignment]) {
+  explicit Buffer(int64_t elements) : memory_(new char[elements * sizeof(Real) + kAlignment]) {
     const auto address = reinterpret_cast<std::uintptr_t>(memory_.get());
     data_ = reinterpret_cast<Real*>((address + kAlignment - 1) / kAlignment * kAlignment);
   }
@@ -121,7 +120,7 @@ struct RowBlock {
 /// The part of a block in the tile of keys `begin` to `begin + keys - 1`.
 struct Tile {
   int64_t begin;
-  int keys, width;  // width: rounded up to whole panels
+  int keys, width;            // width: rounded up to whole panels
   Range visible[kBlockRows];  // for each row, relative to the tile
   bool is_dense = true;       // all rows see all keys, and the keys are whole panels
 

@@ -231,8 +231,8 @@ POSENC_ALWAYS_INLINE void slope_terms(
     const TileRow<typename S::Scalar>& row,
     const GradientRow<typename S::Scalar>& gradient,
     SlopeTerms& terms) {
-  using Wide = Simd<double, S::kLanes * static_cast<int>(sizeof(typename S::Scalar))>;  // half as many lanes of float
-  using Part = Simd<typename S::Scalar, Wide::kLanes * static_cast<int>(sizeof(typename S::Scalar))>;
+  using Wide = Simd<double, S::kLanes* static_cast<int>(sizeof(typename S::Scalar))>;  // half as many lanes of float
+  using Part = Simd<typename S::Scalar, Wide::kLanes* static_cast<int>(sizeof(typename S::Scalar))>;
   using Vector = typename Wide::Vector;
   if (row.visible.empty()) {
     return;

@@ -35,12 +35,12 @@ struct Product {
 /// A row of scores of one tile.
 template <typename Real>
 struct TileRow {
-  Real* scores;    // `q . k` of `width` keys
-  Range visible;   // the keys of the tile that the row sees
-  int width;       // a multiple of the panel
+  Real* scores;   // `q . k` of `width` keys
+  Range visible;  // the keys of the tile that the row sees
+  int width;      // a multiple of the panel
   Real scale;
   Real slope;
-  Real position;   // of the query, relative to the first key of the tile
+  Real position;  // of the query, relative to the first key of the tile
 };
 
 /// Running results of a row in the online softmax.

@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kRowTermsThreads)
     }
   }
   const Positions positions(problem, sequence);
-  const float slope = problem.slopes == nullptr ? 0.0F : problem.slopes[sequence.index * problem.slopes_stride + head];
+  const float slope = slope_of<float>(problem, sequence, head);
   const float away = static_cast<float>(positions.away(positions.of(row)));
   // 2^(x - infinity) is 0: rows without a visible key contribute nothing.
   const float shift = lse == -INFINITY ? INFINITY : fmaf(slope, away, lse) * kLog2E;

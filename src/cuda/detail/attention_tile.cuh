@@ -84,6 +84,12 @@ __device__ inline TileOfSequence find_tile(const AttentionProblem& p, int tile, 
   return {s, static_cast<int32_t>(first), first >= 0 && first < most};
 }
 
+/// The slope of a head, 0 without slopes.
+template <typename Real>
+__device__ Real slope_of(const AttentionProblem& p, const Sequence& s, int head) {
+  return p.slopes == nullptr ? Real(0) : static_cast<const Real*>(p.slopes)[s.index * p.slopes_stride + head];
+}
+
 /// Rows of a head in memory.
 template <typename T>
 struct HeadRows {
@@ -163,6 +169,16 @@ __device__ void multiply_transposed(float (&scores)[M][N][4], uint32_t rows, int
       }
     }
   }
+}
+
+/// The factor of a score, or with a softcap of its hyperbolic tangent, in a binary exponent.
+__device__ inline float binary_scale(const AttentionProblem& p) {
+  return static_cast<float>(p.softcap != 0 ? p.softcap : p.scale) * kLog2E;
+}
+
+/// `tanh(scale score / softcap)`.
+__device__ inline float tanh_of_score(float score, const AttentionProblem& p) {
+  return tanhf(score * static_cast<float>(p.scale / p.softcap));
 }
 
 /// `sums[m] += weights[m] tile` for channels `first_channel` to `first_channel + 8 C - 1` of the `8 N` rows of `tile`.

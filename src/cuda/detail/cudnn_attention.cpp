@@ -51,6 +51,14 @@ std::optional<Form> form_of(const Padded& call) {
   const int64_t q_len = call.q_len();
   const int64_t k_len = call.k_len();
   const bool at_the_end = offset == k_len - q_len;
+  const bool hides_keys = call.causal && offset < k_len - 1;
+  if (!call.slopes.defined()) {
+    if (call.seqlens_q.defined() || call.seqlens_k.defined() || (hides_keys && !(at_the_end && q_len <= k_len))) {
+      return std::nullopt;
+    }
+    const auto mask = q_len == k_len ? CudnnMask::causal : CudnnMask::causal_bottom_right;
+    return Form{CudnnBias::none, hides_keys ? mask : CudnnMask::none, 0};
+  }
   // A single query at the last key sees all keys, with or without a causal mask.
   if ((call.causal || q_len == 1) && at_the_end && q_len <= k_len && k_len > 1) {
     if (q_len == k_len) {
@@ -60,7 +68,7 @@ std::optional<Form> form_of(const Padded& call) {
   }
   // cuDNN returns wrong results for one row without a causal mask. With all keys before the queries the mask hides
   // none.
-  if ((!call.causal || offset >= k_len - 1) && q_len > 1) {
+  if (!hides_keys && q_len > 1) {
     return Form{CudnnBias::distance, CudnnMask::none, offset};
   }
   return std::nullopt;
@@ -89,7 +97,7 @@ struct RowLimits {
 RowLimits row_limits(const Padded& call, const Form& form) {
   const auto real = call.q.options().dtype(at::kFloat);
   if (!call.seqlens_q.defined() && !call.seqlens_k.defined()) {
-    if (form.mask == CudnnMask::none && call.k_len() % kTile != 0) {
+    if (form.bias == CudnnBias::distance && call.k_len() % kTile != 0) {
       return {at::full({call.batch(), call.q_len()}, static_cast<double>(call.k_len()), real), {}};
     }
     return {};
@@ -107,8 +115,8 @@ RowLimits row_limits(const Padded& call, const Form& form) {
 }
 
 CudnnGraph graph_of(const Padded& call, const Form& form, const RowLimits& limits) {
-  return {call.q,    call.k,      call.v,    call.slopes.contiguous(), limits.key_limits, form.bias,
-          form.mask, form.offset, call.scale};
+  const Tensor slopes = call.slopes.defined() ? call.slopes.contiguous() : Tensor();
+  return {call.q, call.k, call.v, slopes, limits.key_limits, form.bias, form.mask, form.offset, call.scale};
 }
 
 }  // namespace
@@ -117,7 +125,7 @@ std::string why_not_cudnn(const Padded& call) {
   if (call.q.numel() == 0 || call.k.numel() == 0) {
     return "tensors are empty";
   }
-  if (!call.slopes.defined() || call.slopes.dim() != 1) {
+  if (call.slopes.defined() && call.slopes.dim() != 1) {
     return "cuDNN was tried with one slope for each head only";
   }
   if (call.window_left.has_value() || call.window_right.has_value()) {

@@ -238,6 +238,19 @@ class ScoreModifier {
   Attributes slopes_, key_limits_;
 };
 
+/// Adds bias and masks of a call to the attributes of a forward or backward pass.
+template <typename SdpaAttributes>
+SdpaAttributes with_bias_and_mask(SdpaAttributes attributes, fe::graph::Graph& graph, const CudnnGraph& call) {
+  if (call.bias != CudnnBias::none) {
+    attributes.set_score_mod(ScoreModifier(graph, call));
+  } else if (call.mask == CudnnMask::causal) {
+    attributes.set_causal_mask(true);
+  } else if (call.mask == CudnnMask::causal_bottom_right) {
+    attributes.set_causal_mask_bottom_right(true);
+  }
+  return attributes;
+}
+
 template <typename AddNodes>
 std::shared_ptr<Plan> build(const CudnnGraph& call, Direction direction, const AddNodes& add_nodes) {
   const auto start = std::chrono::steady_clock::now();
@@ -269,7 +282,9 @@ void execute(Plan& plan, const CudnnGraph& call, Direction direction, Pointers p
   pointers[kQ] = pointer(call.q);
   pointers[kK] = pointer(call.k);
   pointers[kV] = pointer(call.v);
-  pointers[kSlopes] = pointer(call.slopes);
+  if (call.slopes.defined()) {
+    pointers[kSlopes] = pointer(call.slopes);
+  }
   if (call.key_limits.defined()) {
     pointers[kKeyLimits] = pointer(call.key_limits);
   }
@@ -309,14 +324,13 @@ std::tuple<Tensor, Tensor> run_cudnn_forward(const CudnnGraph& call) {
       key_of(call, Direction::forward, /*deterministic=*/false, {call.q, call.k, call.v, out}),
       detail::is_capturing(call.q.device()), [&] {
         return build(call, Direction::forward, [&](fe::graph::Graph& graph) {
-          const ScoreModifier modifier(graph, call);
+          const auto attributes = fe::graph::SDPA_attributes()
+                                      .set_name("alibi_attention")
+                                      .set_generate_stats(true)
+                                      .set_attn_scale(static_cast<float>(call.scale));
           const auto [o, stats] = graph.sdpa(
               input(graph, kQ, call.q), input(graph, kK, call.k), input(graph, kV, call.v),
-              fe::graph::SDPA_attributes()
-                  .set_name("alibi_attention")
-                  .set_generate_stats(true)
-                  .set_attn_scale(static_cast<float>(call.scale))
-                  .set_score_mod(modifier));
+              with_bias_and_mask(attributes, graph, call));
           output(o, kOut, out);
           output(stats, kLse, of_rows(call, call.q.size(2)), kReal);
         });
@@ -341,16 +355,15 @@ std::tuple<Tensor, Tensor, Tensor> run_cudnn_backward(
       key_of(call, Direction::backward, deterministic, {call.q, call.k, call.v, out, grad_out, grad_q, grad_k, grad_v}),
       detail::is_capturing(call.q.device()), [&] {
         return build(call, Direction::backward, [&](fe::graph::Graph& graph) {
-          const ScoreModifier modifier(graph, call);
+          // The gradient passes an added bias unchanged, so set_score_mod_bprop is not needed.
+          const auto attributes = fe::graph::SDPA_backward_attributes()
+                                      .set_name("alibi_attention_backward")
+                                      .set_attn_scale(static_cast<float>(call.scale))
+                                      .set_deterministic_algorithm(deterministic);
           const auto [dq, dk, dv] = graph.sdpa_backward(
               input(graph, kQ, call.q), input(graph, kK, call.k), input(graph, kV, call.v), input(graph, kOut, out),
               input(graph, kGradOut, grad_out), input(graph, kLse, of_rows(call, call.q.size(2)), kReal),
-              // The gradient passes an added bias unchanged, so set_score_mod_bprop is not needed.
-              fe::graph::SDPA_backward_attributes()
-                  .set_name("alibi_attention_backward")
-                  .set_attn_scale(static_cast<float>(call.scale))
-                  .set_deterministic_algorithm(deterministic)
-                  .set_score_mod(modifier));
+              with_bias_and_mask(attributes, graph, call));
           output(dq, kGradQ, grad_q);
           output(dk, kGradK, grad_k);
           output(dv, kGradV, grad_v);

@@ -5,12 +5,14 @@
 #include <cstdint>
 #include <tuple>
 
-// Fused attention by cuDNN's graph API with bias and masks as a modifier of the scores: the graphs and their plans.
-// cuDNN silently returns wrong results for some graphs; cudnn_attention.cpp selects the ones that are used.
+// Fused attention by cuDNN's graph API: the graphs and their plans. Bias and masks are a modifier of the scores.
+// Without a bias the mask is cuDNN's own, and no modifier slows the kernels down. cuDNN silently returns wrong results
+// for some graphs; cudnn_attention.cpp selects the ones that are used.
 namespace posenc::cuda {
 
 /// The bias of a score as a function of its row and column.
 enum class CudnnBias : uint8_t {
+  none,
   ramp,      // slope * (column - row - offset)
   distance,  // -slope * |row + offset - column|
 };
@@ -23,8 +25,9 @@ enum class CudnnMask : uint8_t {
 
 struct CudnnGraph {
   at::Tensor q, k, v;     // [B, S, H, D], dense channels
-  at::Tensor slopes;      // float32 [Hq], dense
-  at::Tensor key_limits;  // float32 [B, Sq]: the number of columns that each row sees, at least 1; undefined: all
+  at::Tensor slopes;      // float32 [Hq], dense; undefined without a bias
+  at::Tensor key_limits;  // float32 [B, Sq]: the number of columns that each row sees, at least 1; undefined: all.
+                          // Undefined without a bias
   CudnnBias bias;
   CudnnMask mask;
   int64_t offset;

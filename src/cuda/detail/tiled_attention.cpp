@@ -108,7 +108,7 @@ struct Inputs {
       : q(aligned(inputs.q)),
         k(aligned(inputs.k)),
         v(aligned(inputs.v)),
-        slopes(inputs.slopes.contiguous()),
+        slopes(inputs.slopes.has_value() ? inputs.slopes->contiguous() : Tensor()),
         seqlens_q(wide(call.seqlens_q)),
         seqlens_k(wide(call.seqlens_k)),
         cu_seqlens_q(wide(call.cu_seqlens_q)),
@@ -116,6 +116,10 @@ struct Inputs {
 
   static Tensor wide(const Tensor& lengths) { return lengths.defined() ? lengths.to(at::kLong).contiguous() : lengths; }
 };
+
+int32_t window(const std::optional<int64_t>& side) {
+  return static_cast<int32_t>(std::min<int64_t>(side.value_or(kUnlimitedWindow), kUnlimitedWindow));
+}
 
 template <typename Problem>
 Problem problem_of(const AlibiAttention& call, const Inputs& x) {
@@ -130,7 +134,10 @@ Problem problem_of(const AlibiAttention& call, const Inputs& x) {
   p.q_strides = head_strides(x.q);
   p.k_strides = head_strides(x.k);
   p.v_strides = head_strides(x.v);
-  p.slopes = x.slopes.const_data_ptr<float>();
+  if (x.slopes.defined()) {
+    p.slopes = x.slopes.const_data_ptr();
+    p.slopes_stride = x.slopes.dim() == 2 ? call.q_heads : 0;
+  }
   p.seqlens_q = data(x.seqlens_q);
   p.seqlens_k = data(x.seqlens_k);
   p.cu_seqlens_q = data(x.cu_seqlens_q);
@@ -143,11 +150,12 @@ Problem problem_of(const AlibiAttention& call, const Inputs& x) {
   p.q_heads = number(call.q_heads);
   p.group = number(call.q_heads / call.k_heads);
   p.head_dim = number(x.q.size(-1));
-  p.scale = static_cast<float>(call.scale);
+  p.scale = call.scale;
   p.has_offset = call.query_offset.has_value();
   p.query_offset = number(call.query_offset.value_or(0));
-  p.window_left = kUnlimitedWindow;
-  p.window_right = call.causal ? 0 : kUnlimitedWindow;
+  p.softcap = call.softcap.value_or(0);
+  p.window_left = window(call.window_left);
+  p.window_right = call.causal ? 0 : window(call.window_right);
   return p;
 }
 
@@ -244,15 +252,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tiled_attention_backward(
   p.grad_q_strides = head_strides(grad_q);
   p.grad_k_strides = head_strides(grad_k);
   p.grad_v_strides = head_strides(grad_v);
-  Tensor sums;
+  Tensor grad_slopes;
   if (slopes_grad) {
-    sums = at::zeros({call.q_heads, attention_query_tiles(p)}, real.dtype(at::kDouble));
-    p.slope_sums = sums.mutable_data_ptr<double>();
+    grad_slopes = at::empty(slopes->sizes(), real);
+    p.grad_slopes = grad_slopes.mutable_data_ptr<float>();
   }
   attention_backward(p, dtype_of(x.q));
-  return {
-      as_result(grad_q, q), as_result(grad_k, k), as_result(grad_v, v),
-      slopes_grad ? sums.sum(1).neg_().to(at::kFloat) : Tensor()};
+  return {as_result(grad_q, q), as_result(grad_k, k), as_result(grad_v, v), grad_slopes};
 }
 
 Tensor tiled_attention_slope_sums(const AlibiAttention& call, const AttentionSlopeSumsArguments& arguments) {

@@ -1,0 +1,33 @@
+#include <cuda/detail/dispatch.h>
+#include <cuda/kernels.h>
+#include <cuda/attention_rows_kernel.cuh>
+
+namespace posenc::cuda {
+namespace {
+
+dim3 grid_of(const AttentionRowsProblem& p) {
+  return {static_cast<unsigned>(p.rows), static_cast<unsigned>(p.q_heads), static_cast<unsigned>(p.batch)};
+}
+
+}  // namespace
+
+void attention_softmax_rows(const AttentionRowsProblem& problem, DType dtype) {
+  for_real(dtype, [&](auto type) {
+    using Real = typename decltype(type)::type;
+    attention_softmax_rows_kernel<Real><<<grid_of(problem), kAttentionRowThreads, 0, current_stream()>>>(problem);
+    check_launch();
+  });
+}
+
+void attention_gradient_rows(const AttentionRowsProblem& problem, DType dtype) {
+  for_real(dtype, [&](auto type) {
+    using Real = typename decltype(type)::type;
+    for_bool(problem.row_sums != nullptr, [&](auto row_sums) {
+      attention_gradient_rows_kernel<Real, decltype(row_sums)::value>
+          <<<grid_of(problem), kAttentionRowThreads, 0, current_stream()>>>(problem);
+      check_launch();
+    });
+  });
+}
+
+}  // namespace posenc::cuda
