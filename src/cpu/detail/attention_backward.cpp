@@ -2,12 +2,13 @@
 #include <cpu/detail/attention.h>
 #include <cpu/detail/attention_blocks.h>
 #include <cpu/detail/dispatch.h>
-#include <cpu/detail/lanes.h>
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
+#include <cmath>
+#include <limits>
 #include <vector>
 
 namespace posenc::cpu {
@@ -108,7 +109,8 @@ class Backward {
           v_columns(of.part_keys_ * of.channels_),
           k_rows(of.part_keys_ * of.wide_channels_),
           dk(of.part_keys_ * of.wide_channels_),
-          dv(of.part_keys_ * of.wide_channels_) {}
+          dv(of.part_keys_ * of.wide_channels_),
+          k_norms(of.part_keys_ / kTileKeys) {}
 
     Buffer<Real> rows;  // of q, or of keys while they are packed
     Buffer<Real> q_panels, grad, grad_panels;
@@ -117,6 +119,7 @@ class Backward {
     Buffer<Real> k_columns, v_columns;  // [part_keys / panel, D, panel]
     Buffer<Real> k_rows;                // [wide_channels / panel, part_keys, panel], finite
     Buffer<Real> dk, dv;                // [part_keys, wide_channels]
+    Buffer<Real> k_norms;               // the largest norm of the keys of each tile
   };
 
   static constexpr int64_t kRowStride = kTileKeys + kRowPadding;
@@ -163,6 +166,7 @@ class Backward {
       panels_of_rows(rows, count, channels_, panel, scratch.v_columns.get() + offset * channels_);
       read_rows(k_, part.batch, part.k_head, begin, count, channels_, rows);
       panels_of_rows(rows, count, channels_, panel, scratch.k_columns.get() + offset * channels_);
+      scratch.k_norms.get()[offset / kTileKeys] = largest_norm(rows, count, channels_);
       make_finite(rows, count, channels_);
       std::fill(rows + count * channels_, rows + kTileKeys * channels_, Real(0));
       panels_of_channels(rows, kTileKeys, channels_, panel, part_keys_ * panel, scratch.k_rows.get() + offset * panel);
@@ -177,14 +181,28 @@ class Backward {
     if (!keys.empty()) {
       GradientRow<Real> gradients[kBlockRows];
       SlopeTerms terms[kBlockRows];
+      Real norms[kBlockRows];
       read_row_gradients(block, scratch, gradients);
-      read_rows(q_, block.batch, block.head, block.begin, block.rows, channels_, scratch.rows.get());
-      panels_of_channels(scratch.rows.get(), block.rows, channels_, panel, kBlockRows * panel, scratch.q_panels.get());
+      Real* q = scratch.rows.get();
+      read_rows(q_, block.batch, block.head, block.begin, block.rows, channels_, q);
+      for (int i = 0; i < block.rows; ++i) {
+        norms[i] = largest_norm(q + i * channels_, 1, channels_);
+      }
+      panels_of_channels(q, block.rows, channels_, panel, kBlockRows * panel, scratch.q_panels.get());
+      const auto scale = static_cast<Real>(call_.scale);
       const int64_t part_begin = keys_of(part).begin;
-      for (int64_t begin = part_begin + (keys.begin - part_begin) / panel * panel; begin < keys.end;
-           begin += kTileKeys) {
-        const int64_t end = std::min<int64_t>(begin + kTileKeys, keys.end);
-        add_tile(block, Tile(block, begin, end, panel), begin - part_begin, scratch, gradients, terms);
+      for (int64_t offset = (keys.begin - part_begin) / kTileKeys * kTileKeys; part_begin + offset < keys.end;
+           offset += kTileKeys) {
+        const Real most = std::abs(scale) * scratch.k_norms.get()[offset / kTileKeys];
+        int64_t reaches[kBlockRows];
+        for (int i = 0; i < block.rows; ++i) {
+          reaches[i] = reach(most * norms[i], gradients[i].lse, slopes_.slope(block.head));
+        }
+        const int64_t begin = part_begin + offset;
+        const Tile tile(block, begin, std::min<int64_t>(begin + kTileKeys, keys.end), panel, reaches);
+        if (!tile.is_empty) {
+          add_tile(block, tile, offset, scratch, gradients, terms);
+        }
       }
       if (grad_slopes_.defined()) {
         std::copy_n(
@@ -218,24 +236,10 @@ class Backward {
     for (int i = 0; i < block.rows; ++i) {
       const int64_t index = row_index(block.batch, block.head, block.begin + i);
       const Real product = dot(grad + i * channels_, scratch.rows.get() + i * channels_, channels_);
+      const Real lse = lse_[index] == -std::numeric_limits<Real>::infinity() ? Real(0) : lse_[index];
       gradients[i] = {
-          scratch.dp.get() + i * kRowStride, lse_[index], grad_lse_ == nullptr ? product : product - grad_lse_[index]};
+          scratch.dp.get() + i * kRowStride, lse, grad_lse_ == nullptr ? product : product - grad_lse_[index]};
     }
-  }
-
-  static Real dot(const Real* a, const Real* b, int64_t size) {
-    constexpr int kLanes = 16;
-    Lanes<Real, kLanes> lanes(0);
-    int64_t c = 0;
-    for (; size - c >= kLanes; c += kLanes) {
-      for (int lane = 0; lane < kLanes; ++lane) {
-        lanes.values[lane] += a[c + lane] * b[c + lane];
-      }
-    }
-    for (int lane = 0; c < size; ++c, ++lane) {
-      lanes.values[lane] += a[c] * b[c];
-    }
-    return lanes.sum();
   }
 
   /// @param offset  keys of the part before the tile.
@@ -263,7 +267,7 @@ class Backward {
     const auto scale = static_cast<Real>(call_.scale);
     const Real slope = slopes_.slope(block.head);
     for (int i = 0; i < block.rows; ++i) {
-      const auto position = static_cast<Real>(visibility_.position(block.batch, block.begin + i) - tile.begin);
+      const auto position = static_cast<Real>(tile.position + i);
       const TileRow<Real> row{scores + i * kRowStride, tile.visible[i], tile.width, scale, slope, position};
       kernels_.gradient_row(row, gradients[i]);
       if (grad_slopes_.defined()) {

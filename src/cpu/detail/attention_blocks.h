@@ -3,11 +3,13 @@
 #include <blockwise/padded.h>
 #include <cpu/detail/attention_tiles.h>
 #include <cpu/detail/clones.h>
+#include <cpu/detail/score_rows.h>
 
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <memory>
@@ -58,7 +60,7 @@ class Buffer {
   Real* data_;
 };
 
-/// The keys that the query rows of a call see. The ranges of successive rows with visible keys do not move backwards.
+/// The keys that the query rows of a call see.
 class Visibility {
  public:
   explicit Visibility(const blockwise::Padded& call)
@@ -100,11 +102,17 @@ class Visibility {
 struct RowBlock {
   int64_t batch, head, begin;
   int rows;
+  int64_t position;  // of the first row, relative to key 0
   Range visible[kBlockRows];
   Range keys;  // contains the keys that the rows see
 
   RowBlock(const Visibility& visibility, int64_t in_batch, int64_t in_head, int64_t first, int64_t count)
-      : batch(in_batch), head(in_head), begin(first), rows(static_cast<int>(count)), keys{kNone, 0} {
+      : batch(in_batch),
+        head(in_head),
+        begin(first),
+        rows(static_cast<int>(count)),
+        position(visibility.position(batch, begin)),
+        keys{kNone, 0} {
     for (int i = 0; i < rows; ++i) {
       visible[i] = visibility.visible(batch, begin + i);
       if (!visible[i].empty()) {
@@ -121,41 +129,70 @@ struct RowBlock {
 struct Tile {
   int64_t begin;
   int keys, width;            // width: rounded up to whole panels
+  int64_t position;           // of the first row, relative to the tile
   Range visible[kBlockRows];  // for each row, relative to the tile
+  bool is_empty = true;       // no row sees a key
   bool is_dense = true;       // all rows see all keys, and the keys are whole panels
 
-  Tile(const RowBlock& block, int64_t first, int64_t end, int panel)
-      : begin(first), keys(static_cast<int>(end - first)), width(static_cast<int>(round_up(keys, panel))) {
+  /// @param reaches  for each row, the distance beyond which keys have no part in the result
+  Tile(const RowBlock& block, int64_t first, int64_t end, int panel, const int64_t* reaches)
+      : begin(first),
+        keys(static_cast<int>(end - first)),
+        width(static_cast<int>(round_up(keys, panel))),
+        position(block.position - first) {
+    const auto relative = [&](int64_t key) { return static_cast<int32_t>(std::clamp<int64_t>(key, 0, keys)); };
     for (int i = 0; i < block.rows; ++i) {
-      const auto relative = [&](int32_t key) {
-        return static_cast<int32_t>(std::clamp<int64_t>(key - begin, 0, keys));
-      };
-      visible[i] = {relative(block.visible[i].begin), relative(block.visible[i].end)};
+      const int64_t nearest = position + i;
+      visible[i] = {
+          relative(std::max(block.visible[i].begin - begin, nearest - reaches[i])),
+          relative(std::min(block.visible[i].end - begin, nearest + reaches[i] + 1))};
+      is_empty = is_empty && visible[i].empty();
       is_dense = is_dense && visible[i].begin == 0 && visible[i].end == width;
     }
   }
 
   const Range* limits() const { return is_dense ? nullptr : visible; }
 
-  /// Writes the rows that see each key of the tile.
+  /// Writes ranges of rows that contain all rows that see a key, for each key of the tile.
   void rows_of_keys(int rows, Range* result) const {
-    int last = rows;
-    while (last > 0 && visible[last - 1].empty()) {
-      --last;
+    int32_t ends[kBlockRows];    // the largest end of the visible keys of this and earlier rows
+    int32_t begins[kBlockRows];  // the smallest begin of the visible keys of this and later rows
+    int32_t end = 0;
+    for (int i = 0; i < rows; ++i) {
+      end = visible[i].empty() ? end : std::max(end, visible[i].end);
+      ends[i] = end;
+    }
+    int32_t first = width;
+    for (int i = rows - 1; i >= 0; --i) {
+      first = visible[i].empty() ? first : std::min(first, visible[i].begin);
+      begins[i] = first;
     }
     int32_t first_row = 0;
     int32_t end_row = 0;
     for (int32_t key = 0; key < width; ++key) {
-      while (first_row < last && (visible[first_row].empty() || visible[first_row].end <= key)) {
+      while (first_row < rows && ends[first_row] <= key) {
         ++first_row;
       }
-      while (end_row < last && (visible[end_row].empty() || visible[end_row].begin <= key)) {
+      while (end_row < rows && begins[end_row] <= key) {
         ++end_row;
       }
       result[key] = {first_row, end_row};
     }
   }
 };
+
+/// The largest distance of a key whose probability is not 0 in a row. With `|q . k| <= |q| |k|`, the logit of a key at
+/// distance d is at most `most - slope d`. Its exponential relative to `shift` is 0 below the range of `exponential`.
+/// @param most  `|scale| |q| |k|` for the largest `|k|`; NaN or infinity: all keys
+/// @param shift  at most the log-sum-exp of the row
+template <typename Real>
+int64_t reach(Real most, Real shift, Real slope) {
+  constexpr int64_t kAll = int64_t{1} << 40;
+  constexpr Real kRange = std::is_same_v<Real, double> ? Real(709) : Real(88);
+  constexpr auto kRoundings = static_cast<Real>(1.001);  // of |q|, |k| and q . k
+  const Real distance = (most * kRoundings - shift + kRange) / slope;
+  return slope > 0 && distance < static_cast<Real>(kAll) ? std::max<int64_t>(-1, static_cast<int64_t>(distance)) : kAll;
+}
 
 /// The rows of each head of a tensor `[B, S, H, D]`.
 template <typename T>
@@ -215,6 +252,35 @@ void read_rows(
   for (int64_t i = 0; i < count; ++i) {
     read_row(x.row(batch, begin + i, head), x.channel, channels, to + i * channels);
   }
+}
+
+template <typename Real>
+POSENC_CPU_CLONES Real dot(const Real* a, const Real* b, int64_t channels) {
+  Lanes<Real, kLanes> lanes(0);
+  int64_t c = 0;
+  for (; channels - c >= kLanes; c += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      lanes.values[lane] += a[c + lane] * b[c + lane];
+    }
+  }
+  for (int lane = 0; c < channels; ++c, ++lane) {
+    lanes.values[lane] += a[c] * b[c];
+  }
+  return lanes.sum();
+}
+
+/// The largest Euclidean norm of rows `[count, channels]`; infinity if there is a NaN.
+template <typename Real>
+Real largest_norm(const Real* rows, int64_t count, int64_t channels) {
+  Real largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Real square = dot(rows + i * channels, rows + i * channels, channels);
+    largest = square <= largest ? largest : square;
+    if (square != square) {
+      return std::numeric_limits<Real>::infinity();
+    }
+  }
+  return std::sqrt(largest);
 }
 
 /// Whether a row has no NaN and no infinity.

@@ -38,7 +38,8 @@ class Forward {
         wide_keys_(round_up(call.k_len(), kPackedKeys)),
         k_columns_(call.batch() * call.k_heads() * wide_keys_ * channels_),
         v_rows_(call.batch() * call.k_heads() * wide_keys_ * wide_channels_),
-        v_is_finite_(call.batch() * call.k_heads() * (wide_keys_ / kPackedKeys), 1) {}
+        k_norms_(call.batch() * call.k_heads() * (wide_keys_ / kPackedKeys)),
+        v_is_finite_(k_norms_.size(), 1) {}
 
   void run() {
     const int64_t chunks = wide_keys_ / kPackedKeys;
@@ -81,6 +82,7 @@ class Forward {
     const int64_t h = head % call_.k_heads();
     read_rows(k_, b, h, begin, keys, channels_, rows);
     panels_of_rows(rows, keys, channels_, kernels_.panel, k_columns_.get() + (head * wide_keys_ + begin) * channels_);
+    k_norms_[head * (wide_keys_ / kPackedKeys) + chunk] = largest_norm(rows, keys, channels_);
     read_rows(v_, b, h, begin, keys, channels_, rows);
     if (make_finite(rows, keys, channels_)) {
       v_is_finite_[head * (wide_keys_ / kPackedKeys) + chunk] = 0;
@@ -99,29 +101,66 @@ class Forward {
           -std::numeric_limits<Real>::infinity(), 0, scratch.sums.get() + i * wide_channels_,
           static_cast<int>(wide_channels_)};
     }
-    read_rows(q_, block.batch, block.head, block.begin, block.rows, channels_, scratch.q.get());
-    for (int64_t begin = block.keys.begin / kernels_.panel * kernels_.panel; begin < block.keys.end;
-         begin += kTileKeys) {
-      const int64_t end = std::min<int64_t>(begin + kTileKeys, block.keys.end);
-      add_tile(block, Tile(block, begin, end, kernels_.panel), scratch, rows);
+    Real* q = scratch.q.get();
+    read_rows(q_, block.batch, block.head, block.begin, block.rows, channels_, q);
+    Real norms[kBlockRows];
+    for (int i = 0; i < block.rows; ++i) {
+      norms[i] = largest_norm(q + i * channels_, 1, channels_);
+    }
+    if (!block.keys.empty()) {
+      // From the nearest keys outwards: the further ones often have no part in the result.
+      const int64_t first = block.keys.begin / kernels_.panel * kernels_.panel;
+      const int64_t tiles = (block.keys.end - first + kTileKeys - 1) / kTileKeys;
+      const int64_t nearest =
+          std::clamp<int64_t>(block.position + block.rows - 1, block.keys.begin, block.keys.end - 1);
+      const int64_t start = (nearest - first) / kTileKeys;
+      for (int64_t i = 0; i < tiles; ++i) {
+        const int64_t begin = first + (i <= start ? start - i : i) * kTileKeys;
+        add_tile(block, {begin, std::min<int64_t>(begin + kTileKeys, block.keys.end)}, scratch, norms, rows);
+      }
     }
     for (int i = 0; i < block.rows; ++i) {
       finish(block, i, rows[i]);
     }
   }
 
-  void add_tile(const RowBlock& block, const Tile& tile, const Scratch& scratch, SoftmaxRow<Real>* rows) {
+  /// The largest norm of keys `begin` to `end - 1`, or of more keys.
+  Real k_norm(int64_t head, int64_t begin, int64_t end) const {
+    const auto first = k_norms_.begin() + head * (wide_keys_ / kPackedKeys);
+    return *std::max_element(first + begin / kPackedKeys, first + (end + kPackedKeys - 1) / kPackedKeys);
+  }
+
+  struct Keys {
+    int64_t begin, end;
+  };
+
+  /// @param norms  of the rows of q
+  void add_tile(
+      const RowBlock& block,
+      const Keys& keys,
+      const Scratch& scratch,
+      const Real* norms,
+      SoftmaxRow<Real>* rows) {
     const int64_t head = key_head(block.batch, block.head);
+    const auto scale = static_cast<Real>(call_.scale);
+    const Real slope = slopes_.slope(block.head);
+    const Real most = std::abs(scale) * k_norm(head, keys.begin, keys.end);
+    int64_t reaches[kBlockRows];
+    for (int i = 0; i < block.rows; ++i) {
+      reaches[i] = reach(most * norms[i], rows[i].maximum, slope);
+    }
+    const Tile tile(block, keys.begin, keys.end, kernels_.panel, reaches);
+    if (tile.is_empty) {
+      return;
+    }
     Real* scores = scratch.scores.get();
     const int panels = tile.width / kernels_.panel;
     const Real* k = k_columns_.get() + (head * wide_keys_ + tile.begin) * channels_;
     kernels_.product(
         {scratch.q.get(), channels_, 1, k, channels_ * kernels_.panel, scores, kRowStride, block.rows, panels,
          static_cast<int>(channels_), /*accumulate=*/false, tile.limits(), nullptr});
-    const auto scale = static_cast<Real>(call_.scale);
-    const Real slope = slopes_.slope(block.head);
     for (int i = 0; i < block.rows; ++i) {
-      const auto position = static_cast<Real>(visibility_.position(block.batch, block.begin + i) - tile.begin);
+      const auto position = static_cast<Real>(tile.position + i);
       kernels_.softmax_row({scores + i * kRowStride, tile.visible[i], tile.width, scale, slope, position}, rows[i]);
     }
     const Real* v = v_rows_.get() + head * wide_keys_ * wide_channels_ + tile.begin * kernels_.panel;
@@ -173,6 +212,7 @@ class Forward {
   int64_t channels_, wide_channels_, wide_keys_;  // rounded up to panels, and to packed keys
   Buffer<Real> k_columns_;                        // [B, Hk, wide_keys / panel, D, panel]
   Buffer<Real> v_rows_;                           // [B, Hk, wide_channels / panel, wide_keys, panel]
+  std::vector<Real> k_norms_;                     // [B, Hk, wide_keys / kPackedKeys], the largest of these keys
   std::vector<char> v_is_finite_;                 // [B, Hk, wide_keys / kPackedKeys]
 };
 

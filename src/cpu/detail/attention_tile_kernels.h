@@ -140,16 +140,24 @@ POSENC_ALWAYS_INLINE void zero_outside(Range whole, Real* values, int width) {
   fill(values + whole.end, values + width, Real(0));
 }
 
-/// The scaled scores of keys `j` to `j + kLanes - 1` with the bias. A score of -infinity stays -infinity.
+/// The scaled scores with the bias. A score of -infinity stays -infinity.
+/// @param offsets  of the keys from the position of the query
 template <typename S>
-POSENC_ALWAYS_INLINE typename S::Vector logits(const TileRow<typename S::Scalar>& row, int j) {
-  using Real = typename S::Scalar;
-  const typename S::Vector distance = S::abs(S::iota() + (static_cast<Real>(j) - row.position));
-  return S::load(row.scores + j) * row.scale - distance * row.slope;
+POSENC_ALWAYS_INLINE typename S::Vector logits(
+    const TileRow<typename S::Scalar>& row,
+    const typename S::Vector& scores,
+    const typename S::Vector& offsets) {
+  return scores * row.scale - S::abs(offsets) * row.slope;
+}
+
+/// The offsets of keys `j` to `j + kLanes - 1` from the position of the query.
+template <typename S>
+POSENC_ALWAYS_INLINE typename S::Vector offsets_at(int j, typename S::Scalar position) {
+  return S::iota() + (static_cast<typename S::Scalar>(j) - position);
 }
 
 template <typename S>
-POSENC_ALWAYS_INLINE void softmax_row(const TileRow<typename S::Scalar>& row, SoftmaxRow<typename S::Scalar>& state) {
+POSENC_ALWAYS_INLINE void softmax_row(const TileRow<typename S::Scalar> row, SoftmaxRow<typename S::Scalar>& state) {
   using Real = typename S::Scalar;
   using Vector = typename S::Vector;
   constexpr Real kHidden = -std::numeric_limits<Real>::infinity();
@@ -159,8 +167,10 @@ POSENC_ALWAYS_INLINE void softmax_row(const TileRow<typename S::Scalar>& row, So
   }
   const Range whole = whole_vectors<S>(row.visible);
   Vector highest = S::all(kHidden);
+  Vector offsets = offsets_at<S>(whole.begin, row.position);
   for (int j = whole.begin; j < whole.end; j += S::kLanes) {
-    const Vector x = logits<S>(row, j);
+    const Vector x = logits<S>(row, S::load(row.scores + j), offsets);
+    offsets += Real(S::kLanes);
     S::store(row.scores + j, x);
     highest = x > highest ? x : highest;
   }
@@ -205,8 +215,8 @@ POSENC_ALWAYS_INLINE void softmax_row(const TileRow<typename S::Scalar>& row, So
 
 template <typename S>
 POSENC_ALWAYS_INLINE void gradient_row(
-    const TileRow<typename S::Scalar>& row,
-    const GradientRow<typename S::Scalar>& gradient) {
+    const TileRow<typename S::Scalar> row,
+    const GradientRow<typename S::Scalar> gradient) {
   using Real = typename S::Scalar;
   using Vector = typename S::Vector;
   if (row.visible.empty()) {
@@ -215,8 +225,10 @@ POSENC_ALWAYS_INLINE void gradient_row(
     return;
   }
   const Range whole = whole_vectors<S>(row.visible);
+  Vector offsets = offsets_at<S>(whole.begin, row.position);
   for (int j = whole.begin; j < whole.end; j += S::kLanes) {
-    const Vector p = exponential<S>(logits<S>(row, j) - gradient.lse);
+    const Vector p = exponential<S>(logits<S>(row, S::load(row.scores + j), offsets) - gradient.lse);
+    offsets += Real(S::kLanes);
     S::store(row.scores + j, p);
     S::store(gradient.dp + j, p * (S::load(gradient.dp + j) - gradient.shift));
   }
@@ -228,8 +240,8 @@ POSENC_ALWAYS_INLINE void gradient_row(
 
 template <typename S>
 POSENC_ALWAYS_INLINE void slope_terms(
-    const TileRow<typename S::Scalar>& row,
-    const GradientRow<typename S::Scalar>& gradient,
+    const TileRow<typename S::Scalar> row,
+    const GradientRow<typename S::Scalar> gradient,
     SlopeTerms& terms) {
   using Wide = Simd<double, S::kLanes* static_cast<int>(sizeof(typename S::Scalar))>;  // half as many lanes of float
   using Part = Simd<typename S::Scalar, Wide::kLanes* static_cast<int>(sizeof(typename S::Scalar))>;
