@@ -83,11 +83,14 @@ struct AttentionBackwardProblem : AttentionProblem {
 struct AttentionRowsProblem : AttentionProblem {
   int32_t first_row, rows;
   int32_t first_key, keys;
-  void* scores;       // products of queries and keys; overwritten by probabilities
-  void* gradients;    // products of the gradient of the output and values, dP; overwritten by dS. Null: forward pass
-  void* lse;          // [B, Hq, Sq]: written by the forward pass, read by the backward pass
-  const void* delta;  // [B, Hq, Sq]: rowsum(dout out) - dlse; null: zero
-  double* row_sums;   // as in AttentionBackwardProblem
+  void* scores;        // products of queries and keys; overwritten by probabilities
+  void* gradients;     // products of the gradient of the output and values, dP; overwritten by dS. Null: forward pass
+  void* lse;           // [B, Hq, Sq]: written by the forward pass, read by the backward pass
+  const void* values;  // [B, Hk, Sk, D]
+  void* out;           // [B, Hq, rows, D]: products of probabilities and finite values
+  int32_t* infinite;   // [B, Hk]: whether a head has values that are infinite or NaN
+  const void* delta;   // [B, Hq, Sq]: rowsum(dout out) - dlse; null: zero
+  double* row_sums;    // as in AttentionBackwardProblem
 };
 
 }  // namespace posenc

@@ -82,8 +82,14 @@ class Blocks {
 
   /// Keys and values of a block. NaN and infinity are replaced by 0 if some row does not see all keys before its
   /// `seqlens_k`.
-  at::Tensor finite_k(const Block& block) const { return keys_of(finite_k_, block); }
+  at::Tensor finite_k(const Block& block) const;
   at::Tensor finite_v(const Block& block) const { return keys_of(finite_v_, block); }
+
+  /// Whether some row does not see all keys before its `seqlens_k`.
+  bool hides_values() const { return hides_values_; }
+
+  /// All values, `[B * Hk, Sk, D]`.
+  const at::Tensor& v() const { return v_; }
 
   /// The values that are infinite or NaN, for `add_visible_infinities`. Undefined if `finite_v` replaces nothing.
   ///
@@ -127,8 +133,9 @@ class Blocks {
   int64_t group_;
   // Keys that a row sees before and after its position; nullopt: all. A causal mask is a right window of 0.
   std::optional<int64_t> left_, right_;
-  at::Tensor k_, finite_k_, finite_v_;  // [B * Hk, Sk, D]
-  bool hides_values_ = false;           // whether finite_k_ and finite_v_ have zeros in the place of NaN and infinity
+  at::Tensor k_, v_, finite_v_;  // [B * Hk, Sk, D]
+  mutable at::Tensor finite_k_;  // made when it is first read: by backward passes
+  bool hides_values_ = false;    // whether finite_k_ and finite_v_ have zeros in the place of NaN and infinity
   at::Tensor slopes_, keys_, rows_, positions_;
 };
 

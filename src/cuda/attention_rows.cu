@@ -1,5 +1,8 @@
 #include <cuda/detail/dispatch.h>
+#include <cuda/detail/launch.h>
 #include <cuda/kernels.h>
+
+#include <algorithm>
 #include <cuda/attention_rows_kernel.cuh>
 
 namespace posenc::cuda {
@@ -27,6 +30,27 @@ void attention_gradient_rows(const AttentionRowsProblem& problem, DType dtype) {
           <<<grid_of(problem), kAttentionRowThreads, 0, current_stream()>>>(problem);
       check_launch();
     });
+  });
+}
+
+void attention_find_infinities(const AttentionRowsProblem& problem, DType dtype) {
+  constexpr int64_t kBlocks = 64;  // of a head
+  const int64_t numbers = static_cast<int64_t>(problem.k_len) * problem.head_dim;
+  const dim3 grid(
+      static_cast<unsigned>(std::min(kBlocks, ceil_div(numbers, kAttentionRowThreads))),
+      static_cast<unsigned>(problem.batch * (problem.q_heads / problem.group)));
+  for_real(dtype, [&](auto type) {
+    using Real = typename decltype(type)::type;
+    attention_find_infinities_kernel<Real><<<grid, kAttentionRowThreads, 0, current_stream()>>>(problem);
+    check_launch();
+  });
+}
+
+void attention_add_infinities(const AttentionRowsProblem& problem, DType dtype) {
+  for_real(dtype, [&](auto type) {
+    using Real = typename decltype(type)::type;
+    attention_add_infinities_kernel<Real><<<grid_of(problem), kAttentionRowThreads, 0, current_stream()>>>(problem);
+    check_launch();
   });
 }
 

@@ -162,4 +162,48 @@ __global__ void __launch_bounds__(kAttentionRowThreads)
   }
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Infinite values. Those that a row does not see must not reach it as 0 * NaN: products with probabilities read finite
+// values, and the others are added to the rows that see them.
+
+/// Sets `infinite` of the heads whose values are not all finite. `infinite` is zero at first.
+template <typename Real>
+__global__ void __launch_bounds__(kAttentionRowThreads)
+    attention_find_infinities_kernel(const __grid_constant__ AttentionRowsProblem problem) {
+  const int64_t of_head = static_cast<int64_t>(problem.k_len) * problem.head_dim;
+  const Real* const values = static_cast<const Real*>(problem.values) + blockIdx.y * of_head;
+  bool found = false;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kAttentionRowThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kAttentionRowThreads + threadIdx.x; i < of_head; i += step) {
+    found |= !isfinite(values[i]);
+  }
+  if (found) {
+    problem.infinite[blockIdx.y] = 1;
+  }
+}
+
+/// Adds the values that are infinite or NaN to the rows of `out` that see them.
+template <typename Real>
+__global__ void __launch_bounds__(kAttentionRowThreads)
+    attention_add_infinities_kernel(const __grid_constant__ AttentionRowsProblem problem) {
+  const int64_t batch = blockIdx.z;
+  const int64_t key_head = batch * (problem.q_heads / problem.group) + blockIdx.y / problem.group;
+  if (problem.infinite[key_head] == 0) {
+    return;
+  }
+  const Sequence sequence = padded_sequence(problem, static_cast<int>(batch));
+  const ScoreRow<Real> row(problem, Positions(problem, sequence), sequence);
+  const Real* const values =
+      static_cast<const Real*>(problem.values) + (key_head * problem.k_len + problem.first_key) * problem.head_dim;
+  Real* const out = static_cast<Real*>(problem.out) + row.first / problem.keys * problem.head_dim;
+  for (int channel = static_cast<int>(threadIdx.x); channel < problem.head_dim; channel += kAttentionRowThreads) {
+    Real sum = 0;
+    for (int64_t column = row.begin; column < row.end; ++column) {
+      const Real value = values[column * problem.head_dim + channel];
+      sum += isfinite(value) ? Real(0) : value;
+    }
+    out[channel] += sum;
+  }
+}
+
 }  // namespace posenc::cuda

@@ -37,6 +37,8 @@ void attention_backward(AttentionBackwardProblem problem, DType dtype);
 /// For blocks of rows of scores in memory. @param dtype  float32 or float64.
 void attention_softmax_rows(const AttentionRowsProblem& problem, DType dtype);
 void attention_gradient_rows(const AttentionRowsProblem& problem, DType dtype);
+void attention_find_infinities(const AttentionRowsProblem& problem, DType dtype);
+void attention_add_infinities(const AttentionRowsProblem& problem, DType dtype);
 
 void alibi_bias(const AlibiAddProblem& problem, DType dtype);
 void alibi_add(const AlibiAddProblem& problem, DType dtype);

@@ -47,6 +47,8 @@ class RowKernels {
     problem_.q_len = number(call.q_len());
     problem_.k_len = number(call.k_len());
     problem_.q_heads = number(call.q_heads());
+    problem_.group = number(call.q_heads() / std::max<int64_t>(1, call.k_heads()));
+    problem_.head_dim = number(call.head_dim());
     problem_.scale = call.scale;
     problem_.softcap = call.softcap.value_or(0);
     problem_.has_offset = call.query_offset.has_value();
@@ -63,6 +65,28 @@ class RowKernels {
     AttentionRowsProblem p = of_block(block, scores);
     p.lse = lse.mutable_data_ptr();
     attention_softmax_rows(p, dtype_);
+  }
+
+  /// Adds the values of `v`, `[B * Hk, Sk, D]`, that are infinite or NaN and that rows see to their outputs, the
+  /// products of probabilities and finite values.
+  void add_infinities(const Block& block, const Tensor& v, const Tensor& infinite, const Tensor& rows) const {
+    AttentionRowsProblem p = of_block(block, {});
+    p.values = v.const_data_ptr();
+    p.infinite = infinite.mutable_data_ptr<int32_t>();
+    p.out = rows.mutable_data_ptr();
+    attention_add_infinities(p, dtype_);
+  }
+
+  /// int32 `[B * Hk]`: whether `v`, `[B * Hk, Sk, D]`, has values that are infinite or NaN in a head.
+  Tensor find_infinities(const Tensor& v) const {
+    Tensor infinite = at::zeros({v.size(0)}, v.options().dtype(at::kInt));
+    if (v.numel() > 0) {
+      AttentionRowsProblem p = problem_;
+      p.values = v.const_data_ptr();
+      p.infinite = infinite.mutable_data_ptr<int32_t>();
+      attention_find_infinities(p, dtype_);
+    }
+    return infinite;
   }
 
   /// Replaces products of queries and keys by probabilities P, and those of the gradient of the output and values, dP,
@@ -91,7 +115,7 @@ class RowKernels {
     p.rows = number(block.rows());
     p.first_key = number(block.first_key);
     p.keys = number(block.keys);
-    p.scores = scores.mutable_data_ptr();
+    p.scores = scores.defined() ? scores.mutable_data_ptr() : nullptr;
     return p;
   }
 
@@ -109,14 +133,16 @@ Tensor zero_row_sums(const Padded& call) {
 std::tuple<Tensor, Tensor> rows_attention(const Padded& call) {
   const Blocks blocks(call);
   const RowKernels kernels(call, blocks);
-  const Tensor infinities = blocks.infinities();
+  const Tensor infinite = blocks.hides_values() ? kernels.find_infinities(blocks.v()) : Tensor();
   Tensor out = at::empty_like(call.q).zero_();
   Tensor lse = at::empty({call.batch(), call.q_heads(), call.q_len()}, blocks.options()).fill_(-kInfinity);
   blocks.for_each([&](const Block& block) {
     const Tensor scores = blocks.product(blocks.rows_of(call.q, block), blocks.k(block), block);
     kernels.softmax(block, scores, lse);
     const Tensor rows = at::bmm(blocks.as_matrices(scores, block), blocks.finite_v(block));
-    blocks.add_visible_infinities(infinities, rows, block);
+    if (infinite.defined()) {
+      kernels.add_infinities(block, blocks.v(), infinite, rows);
+    }
     blocks.put_rows(rows, block, out);
   });
   return {out, lse};
