@@ -108,9 +108,9 @@ __global__ void __launch_bounds__(AttentionBackwardTile<D>::kThreads, AttentionB
       read_begin = positions.first_key(positions.of(tile.first));
       read_end = positions.end_key(positions.of(last_held));
     }
-    read_begin = read_begin / Tile::kRead * Tile::kRead;
   }
-  const int tiles = read_end > read_begin ? (read_end - read_begin + Tile::kRead - 1) / Tile::kRead : 0;
+  const int first_tile = read_begin / Tile::kRead * Tile::kRead;
+  const int tiles = read_end > read_begin ? (read_end - first_tile + Tile::kRead - 1) / Tile::kRead : 0;
   const int heads = kOfKeys ? problem.group : 1;
   const int first_head = static_cast<int>(blockIdx.y) * heads;
   const int key_head = first_head / problem.group;
@@ -148,12 +148,14 @@ __global__ void __launch_bounds__(AttentionBackwardTile<D>::kThreads, AttentionB
   const auto start_step = [&](int step) {
     if (step < steps) {
       const int head = first_head + step / tiles;
-      const int first = read_begin + step % tiles * Tile::kRead;
+      const int first = first_tile + step % tiles * Tile::kRead;
       const int stage = step % Tile::kStages;
       constexpr int kThreads = Tile::kThreads;
       if constexpr (kOfKeys) {
-        start_tile<Tile::kRead, D, kThreads>(read_a(stage), queries(head), first, q_end, problem.head_dim);
-        start_tile<Tile::kRead, D, kThreads>(read_b(stage), gradients(head), first, q_end, problem.head_dim);
+        start_tile<Tile::kRead, D, kThreads>(
+            read_a(stage), queries(head), first, read_begin, read_end, problem.head_dim);
+        start_tile<Tile::kRead, D, kThreads>(
+            read_b(stage), gradients(head), first, read_begin, read_end, problem.head_dim);
         if (threadIdx.x < Tile::kRead) {
           const int row = first + static_cast<int>(threadIdx.x);
           float2 terms = terms_of_row(head, row);
@@ -162,8 +164,8 @@ __global__ void __launch_bounds__(AttentionBackwardTile<D>::kThreads, AttentionB
           terms_of(stage)[threadIdx.x] = terms;
         }
       } else {
-        start_tile<Tile::kRead, D, kThreads>(read_a(stage), keys, first, k_end, problem.head_dim);
-        start_tile<Tile::kRead, D, kThreads>(read_b(stage), values, first, k_end, problem.head_dim);
+        start_tile<Tile::kRead, D, kThreads>(read_a(stage), keys, first, read_begin, read_end, problem.head_dim);
+        start_tile<Tile::kRead, D, kThreads>(read_b(stage), values, first, read_begin, read_end, problem.head_dim);
       }
     }
     mma::commit_copies();
@@ -174,11 +176,11 @@ __global__ void __launch_bounds__(AttentionBackwardTile<D>::kThreads, AttentionB
   SlopeSums<double> sums[2];
   SlopeSums<float> recent[2];
   if constexpr (kOfKeys) {
-    start_tile<Tile::kHeld, D, Tile::kThreads>(held_a, keys, tile.first, k_end, problem.head_dim);
-    start_tile<Tile::kHeld, D, Tile::kThreads>(held_b, values, tile.first, k_end, problem.head_dim);
+    start_tile<Tile::kHeld, D, Tile::kThreads>(held_a, keys, tile.first, 0, k_end, problem.head_dim);
+    start_tile<Tile::kHeld, D, Tile::kThreads>(held_b, values, tile.first, 0, k_end, problem.head_dim);
   } else {
-    start_tile<Tile::kHeld, D, Tile::kThreads>(held_a, queries(first_head), tile.first, q_end, problem.head_dim);
-    start_tile<Tile::kHeld, D, Tile::kThreads>(held_b, gradients(first_head), tile.first, q_end, problem.head_dim);
+    start_tile<Tile::kHeld, D, Tile::kThreads>(held_a, queries(first_head), tile.first, 0, q_end, problem.head_dim);
+    start_tile<Tile::kHeld, D, Tile::kThreads>(held_b, gradients(first_head), tile.first, 0, q_end, problem.head_dim);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       of_row[half] = terms_of_row(first_head, tile.first + first_row + lane / 4 + half * 8);
@@ -192,7 +194,7 @@ __global__ void __launch_bounds__(AttentionBackwardTile<D>::kThreads, AttentionB
   /// Replaces scores by probabilities P, and `dp`, dP, by dS = P (dP - delta).
   const auto to_gradients = [&](float(&scores)[1][kColumns][4], float(&dp)[1][kColumns][4], int step) {
     const float slope = binary_slope(first_head + step / tiles);
-    const int first_read = read_begin + step % tiles * Tile::kRead;
+    const int first_read = first_tile + step % tiles * Tile::kRead;
     const float2* const terms = terms_of(step % Tile::kStages);
     const Side side = side_of_tile(first_read);
     const float bend = side == Side::ahead ? -slope : slope;
@@ -323,6 +325,16 @@ __global__ void __launch_bounds__(AttentionBackwardTile<D>::kThreads, AttentionB
   mma::commit_copies();
   mma::wait_copies<0>();
 
+  if constexpr (!kOfKeys) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      // Of rows without a visible key or past the length: a NaN in a key may be in the sums.
+      if (sequence.valid && of_row[half].x == INFINITY) {
+        clear_row(grad_a[0], half);
+        sums[half] = {};
+      }
+    }
+  }
   const auto store = [&](void* to, const HeadStrides& strides, auto& grad, float factor, int head) {
     if (to == nullptr) {
       return;

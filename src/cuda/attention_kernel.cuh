@@ -30,24 +30,26 @@ struct SoftmaxRow {
   float sum = 0;  // over the columns of this thread
 };
 
-/// Tiles of keys that a block reads, from the one that begins at `last_tile` down to the one at `begin`.
-struct KeyTiles {
-  int32_t begin, last_tile;
+/// Keys that a block reads: those that some of its rows see, or a part of them.
+struct BlockKeys {
+  int32_t first_tile, last_tile;  // first keys of the first and the last tile; no tiles if `last_tile` is smaller
+  int32_t begin, end;             // keys that some row of the block sees
 };
 
-/// The tiles that some row of a block sees, or part `split` of them.
 template <typename Tile>
-__device__ KeyTiles
-visible_keys(const AttentionForwardProblem& problem, const Positions& positions, int first_row, int q_end, int split) {
+__device__ BlockKeys
+keys_of_block(const AttentionForwardProblem& problem, const Positions& positions, int first_row, int q_end, int split) {
   if (first_row >= q_end) {
-    return {0, -Tile::kKeys};
+    return {0, -Tile::kKeys, 0, 0};
   }
   const int last_row = min(first_row + Tile::kRows, q_end) - 1;
-  const int begin = positions.first_key(positions.of(first_row)) / Tile::kKeys;
-  const int end = (max(0, positions.end_key(positions.of(last_row))) + Tile::kKeys - 1) / Tile::kKeys;
-  const int share = (max(0, end - begin) + problem.splits - 1) / problem.splits;
-  const int of_split = begin + split * share;
-  return {of_split * Tile::kKeys, (min(end, of_split + share) - 1) * Tile::kKeys};
+  const int begin = positions.first_key(positions.of(first_row));
+  const int end = max(0, positions.end_key(positions.of(last_row)));
+  const int first_tile = begin / Tile::kKeys;
+  const int end_tile = (end + Tile::kKeys - 1) / Tile::kKeys;
+  const int share = (max(0, end_tile - first_tile) + problem.splits - 1) / problem.splits;
+  const int of_split = first_tile + split * share;
+  return {of_split * Tile::kKeys, (min(end_tile, of_split + share) - 1) * Tile::kKeys, begin, end};
 }
 
 /// The index of a row in the results of one part of the keys, `[B, Hq, Sq]` or `[Hq, T]`.
@@ -85,14 +87,14 @@ __global__ void __launch_bounds__(AttentionTile<D>::kThreads, AttentionTile<D>::
   const int q_end = sequence.valid ? sequence.q_len : 0;
   const auto query = [&](int m, int half) { return tile.first + first_in_warp + m * 16 + half * 8 + lane / 4; };
 
-  const KeyTiles keys = visible_keys<Tile>(problem, positions, tile.first, q_end, split);
+  const BlockKeys keys = keys_of_block<Tile>(problem, positions, tile.first, q_end, split);
   const int key_head = head / problem.group;
   const auto q = rows_of_head<T>(problem.q, problem.q_strides, sequence, sequence.q_first, head);
   const auto k = rows_of_head<T>(problem.k, problem.k_strides, sequence, sequence.k_first, key_head);
   const auto v = rows_of_head<T>(problem.v, problem.v_strides, sequence, sequence.k_first, key_head);
   const auto start_keys = [&](int first) {
-    if (first >= keys.begin) {
-      start_tile<Tile::kKeys, D, Tile::kThreads>(k_tile, k, first, sequence.k_len, problem.head_dim);
+    if (first >= keys.first_tile) {
+      start_tile<Tile::kKeys, D, Tile::kThreads>(k_tile, k, first, keys.begin, keys.end, problem.head_dim);
     }
     mma::commit_copies();
   };
@@ -217,12 +219,12 @@ __global__ void __launch_bounds__(AttentionTile<D>::kThreads, AttentionTile<D>::
   };
 
   // From the last keys to the first: with a causal mask, those with the least bias come first.
-  start_tile<Tile::kRows, D, Tile::kThreads>(q_tile, q, tile.first, q_end, problem.head_dim);
+  start_tile<Tile::kRows, D, Tile::kThreads>(q_tile, q, tile.first, 0, q_end, problem.head_dim);
   start_keys(keys.last_tile);
-  for (int first_key = keys.last_tile; first_key >= keys.begin; first_key -= Tile::kKeys) {
+  for (int first_key = keys.last_tile; first_key >= keys.first_tile; first_key -= Tile::kKeys) {
     mma::wait_copies<0>();
     __syncthreads();  // keys have arrived, and no warp reads the previous values
-    start_tile<Tile::kKeys, D, Tile::kThreads>(v_tile, v, first_key, sequence.k_len, problem.head_dim);
+    start_tile<Tile::kKeys, D, Tile::kThreads>(v_tile, v, first_key, keys.begin, keys.end, problem.head_dim);
     mma::commit_copies();
     // A tile may be visible for other warps only.
     const bool sees = tile.first + first_in_warp < q_end && first_key < positions.end_key(warp_last) &&

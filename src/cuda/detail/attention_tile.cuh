@@ -112,22 +112,24 @@ __device__ inline int64_t row_index(const RowStrides& strides, const Sequence& s
   return strides.batch * sequence.index + strides.head * head + strides.token * token;
 }
 
-/// Starts to copy rows `first` to `first + Rows - 1` to a tile; zeros from row `end` and channel `head_dim` on.
+/// Starts to copy rows `first` to `first + Rows - 1` to a tile. Rows before `begin` and from `end` on are zero, and so
+/// are channels from `head_dim` on.
 template <int Rows, int D, int Threads, typename T>
-__device__ void start_tile(uint32_t to, const HeadRows<T>& from, int first, int end, int head_dim) {
+__device__ void start_tile(uint32_t to, const HeadRows<T>& from, int first, int begin, int end, int head_dim) {
   constexpr int kChunks = D / mma::kChunk;
   constexpr int kPass = Threads / kChunks;  // rows that the block copies at once
   static_assert(Rows % kPass == 0 && (kPass & (kPass - 1)) == 0);
   const int row = static_cast<int>(threadIdx.x) / kChunks;
   const int chunk = static_cast<int>(threadIdx.x) % kChunks;
-  const int limit = chunk * mma::kChunk < head_dim ? end - first - row : 0;
+  const auto count = static_cast<unsigned>(chunk * mma::kChunk < head_dim ? max(0, end - begin) : 0);
+  const int after_begin = first + row - begin;
   const T* source = from.first + (first + row) * from.stride + chunk * mma::kChunk;
   const uint32_t place = mma::chunk_address<D>(to, row, chunk, 0);
 #pragma unroll
   for (int i = 0; i < Rows / kPass; ++i) {
     // As `chunk_address` of row `row + i * kPass`.
     const uint32_t permuted = place ^ static_cast<uint32_t>(i * kPass % 8 * 16);
-    const bool valid = i * kPass < limit;
+    const bool valid = static_cast<unsigned>(after_begin + i * kPass) < count;
     mma::start_copy(permuted + i * kPass * D * 2, valid ? source : from.first, valid);
     source += kPass * from.stride;
   }
