@@ -319,9 +319,19 @@ POSENC_CPU_CLONES void panels_of_channels(
   for (int64_t begin = 0; begin < channels; begin += panel) {
     const int64_t size = std::min(panel, channels - begin);
     for (int64_t i = 0; i < count; ++i) {
+      const Real* in = rows + i * channels + begin;
       Real* out = to + begin / panel * panel_stride + i * panel;
+      if (size == panel) {
+        // Four at a time, because the compiler would call memcpy for each row.
+        for (int64_t c = 0; c < panel; c += 4) {
+          for (int64_t j = c; j < c + 4; ++j) {
+            out[j] = in[j];
+          }
+        }
+        continue;
+      }
       for (int64_t c = 0; c < size; ++c) {
-        out[c] = rows[i * channels + begin + c];
+        out[c] = in[c];
       }
       for (int64_t c = size; c < panel; ++c) {
         out[c] = 0;
