@@ -1,4 +1,5 @@
 #include "alibi_attention_support.h"
+#include "gradcheck.h"
 
 #include <posenc/reference.h>
 
@@ -245,6 +246,8 @@ ScalarAttention scalar_attention(
   at::Tensor dslopes = at::zeros_like(slopes);
   at::Tensor dslopes_error = at::zeros_like(slopes);
   const double of_dot = static_cast<double>(channels + 1) * u;
+  // Kernels may round smaller exponentials to 0: twice the smallest normal number.
+  const double vanishing = 2 * (dtype == at::kDouble ? std::numeric_limits<double>::min() : 0x1p-126);
   for (size_t number = 0; number < sequences.size(); ++number) {
     const Sequence& s = sequences[number];
     const int64_t first_slope = static_cast<int64_t>(number) * heads;
@@ -310,7 +313,7 @@ ScalarAttention scalar_attention(
           const double relative = p_error(j) + probability_roundoff + (n + 1) * u;
           for (int64_t d = 0; d < channels; ++d) {
             outi[d] += p * vj[d];
-            outi_error[d] += p * relative * std::abs(vj[d]);
+            outi_error[d] += (p * relative + vanishing) * std::abs(vj[d]);
           }
         }
         double delta = 0;
@@ -337,9 +340,10 @@ ScalarAttention scalar_attention(
           const double p = p_of(j);
           const double factor = dp - delta + cotangent;
           const double ds = p * factor;
-          const double ds_error = p *
-              ((p_error(j) + probability_roundoff + 2 * u) * std::abs(factor) + dp_magnitude * of_dot + delta_error +
-               3 * u * (std::abs(dp) + std::abs(delta) + std::abs(cotangent)));
+          const double ds_error = vanishing * std::abs(factor) +
+              p *
+                  ((p_error(j) + probability_roundoff + 2 * u) * std::abs(factor) + dp_magnitude * of_dot +
+                   delta_error + 3 * u * (std::abs(dp) + std::abs(delta) + std::abs(cotangent)));
           double* dkj = dk.at(s.k_begin + j, g);
           double* dvj = dv.at(s.k_begin + j, g);
           double* dkj_error = dk_error.at(s.k_begin + j, g);
@@ -350,7 +354,7 @@ ScalarAttention scalar_attention(
             dkj[d] += scale * ds * qi[d];
             dkj_error[d] += std::abs(scale * qi[d]) * (ds_error + std::abs(ds) * (rows + 3) * u);
             dvj[d] += p * goi[d];
-            dvj_error[d] += p * std::abs(goi[d]) * (p_error(j) + probability_roundoff + (rows + 1) * u);
+            dvj_error[d] += std::abs(goi[d]) * (vanishing + p * (p_error(j) + probability_roundoff + (rows + 1) * u));
           }
           const double distance = static_cast<double>(std::abs(position - j));
           dslopes.data_ptr<double>()[first_slope + h] -= ds * distance;
@@ -376,6 +380,46 @@ ScalarAttention scalar_attention(
     result.bounds.dslopes = stored(dslopes_error, dslopes, in.slopes.scalar_type());
   }
   return result;
+}
+
+void expect_held(const at::Tensor& actual, const at::Tensor& expected, const at::Tensor& bound, const char* name) {
+  SCOPED_TRACE(name);
+  const at::Tensor infinite = expected.isinf();
+  const at::Tensor wide = actual.detach().to(at::kCPU, at::kDouble);
+  EXPECT_TRUE(wide.eq(expected).logical_or(infinite.logical_not()).all().item<bool>()) << "an infinity is missing";
+  expect_within(wide.masked_fill(infinite, 0), expected.masked_fill(infinite, 0), bound.masked_fill(infinite, 0));
+}
+
+Held hold(const AttentionInputs& inputs) {
+  const AttentionInputs in = attention_leaves(inputs);
+  const auto [out, lse] = attend_with_lse(in);
+  const at::Tensor grad_out = at::randn(out.sizes(), at::kDouble).to(out.options());
+  const at::Tensor grad_lse = at::randn(lse.sizes(), at::kDouble).to(lse.options());
+  TensorList leaves{in.q, in.k, in.v};
+  if (in.slopes.defined()) {
+    leaves.push_back(in.slopes);
+  }
+  TensorList found = gradients({out, lse}, leaves, {grad_out, grad_lse});
+  found.resize(4);
+  // Fused attention rounds probabilities to the dtype of v.
+  const bool may_be_fused = out.is_cuda() && out.element_size() == 2;
+  const double rounding = may_be_fused ? unit_roundoff(out.scalar_type()) : 0;
+  return {{out, lse, found[0], found[1], found[2], found[3]}, scalar_attention(in, grad_out, grad_lse, rounding)};
+}
+
+void expect_scalar_results(const AttentionInputs& inputs) {
+  const auto [actual, expected] = hold(inputs);
+  EXPECT_EQ(actual.out.scalar_type(), inputs.q.scalar_type());
+  EXPECT_EQ(actual.lse.scalar_type(), inputs.q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  expect_held(actual.out, expected.values.out, expected.bounds.out, "out");
+  expect_held(actual.lse, expected.values.lse, expected.bounds.lse, "lse");
+  expect_held(actual.dq, expected.values.dq, expected.bounds.dq, "gradient to q");
+  expect_held(actual.dk, expected.values.dk, expected.bounds.dk, "gradient to k");
+  expect_held(actual.dv, expected.values.dv, expected.bounds.dv, "gradient to v");
+  ASSERT_EQ(actual.dslopes.defined(), inputs.slopes.defined());
+  if (actual.dslopes.defined()) {
+    expect_held(actual.dslopes, expected.values.dslopes, expected.bounds.dslopes, "gradient to slopes");
+  }
 }
 
 }  // namespace posenc::test

@@ -82,4 +82,17 @@ ScalarAttention scalar_attention(
     const at::Tensor& grad_lse,
     double probability_roundoff = 0);
 
+/// Expects `|actual - expected| <= bound` for finite elements of `expected`, and equal infinities.
+void expect_held(const at::Tensor& actual, const at::Tensor& expected, const at::Tensor& bound, const char* name);
+
+/// Results of a call, gradients for random cotangents, and the expected values.
+struct Held {
+  AttentionResults actual;
+  ScalarAttention expected;
+};
+Held hold(const AttentionInputs& inputs);
+
+/// Expects the dtypes and values of results and gradients of a call to be those of `scalar_attention`.
+void expect_scalar_results(const AttentionInputs& inputs);
+
 }  // namespace posenc::test

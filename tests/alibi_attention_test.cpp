@@ -17,15 +17,6 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-/// Expects `|actual - expected| <= bound` for finite elements of `expected`, and equal infinities.
-void expect_held(const at::Tensor& actual, const at::Tensor& expected, const at::Tensor& bound, const char* name) {
-  SCOPED_TRACE(name);
-  const at::Tensor infinite = expected.isinf();
-  const at::Tensor wide = actual.detach().to(at::kCPU, at::kDouble);
-  EXPECT_TRUE(wide.eq(expected).logical_or(infinite.logical_not()).all().item<bool>()) << "an infinity is missing";
-  expect_within(wide.masked_fill(infinite, 0), expected.masked_fill(infinite, 0), bound.masked_fill(infinite, 0));
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 // A grid of shapes, strides and flags
 
@@ -148,24 +139,6 @@ std::vector<AttentionCase> grid() {
   return cases;
 }
 
-/// Results of a call, gradients for random cotangents, and the expected values.
-struct Held {
-  AttentionResults actual;
-  ScalarAttention expected;
-};
-
-Held hold(const AttentionInputs& inputs) {
-  const AttentionInputs in = attention_leaves(inputs);
-  const auto [out, lse] = attend_with_lse(in);
-  const at::Tensor grad_out = at::randn(out.sizes(), at::kDouble).to(out.options());
-  const at::Tensor grad_lse = at::randn(lse.sizes(), at::kDouble).to(lse.options());
-  const TensorList found = gradients({out, lse}, {in.q, in.k, in.v, in.slopes}, {grad_out, grad_lse});
-  // Fused attention rounds probabilities to the dtype of v.
-  const bool may_be_fused = out.is_cuda() && out.element_size() == 2;
-  const double rounding = may_be_fused ? unit_roundoff(out.scalar_type()) : 0;
-  return {{out, lse, found[0], found[1], found[2], found[3]}, scalar_attention(in, grad_out, grad_lse, rounding)};
-}
-
 class AlibiAttentionGrid : public ::testing::TestWithParam<std::tuple<Target, AttentionCase>> {
  protected:
   void SetUp() override {
@@ -182,18 +155,7 @@ class AlibiAttentionGrid : public ::testing::TestWithParam<std::tuple<Target, At
 };
 
 TEST_P(AlibiAttentionGrid, ResultsAreTheFormula) {
-  const auto [actual, expected] = hold(inputs_);
-  EXPECT_EQ(actual.out.scalar_type(), target().dtype);
-  EXPECT_EQ(actual.lse.scalar_type(), target().dtype == at::kDouble ? at::kDouble : at::kFloat);
-  expect_held(actual.out, expected.values.out, expected.bounds.out, "out");
-  expect_held(actual.lse, expected.values.lse, expected.bounds.lse, "lse");
-  expect_held(actual.dq, expected.values.dq, expected.bounds.dq, "gradient to q");
-  expect_held(actual.dk, expected.values.dk, expected.bounds.dk, "gradient to k");
-  expect_held(actual.dv, expected.values.dv, expected.bounds.dv, "gradient to v");
-  ASSERT_EQ(actual.dslopes.defined(), inputs_.slopes.defined());
-  if (actual.dslopes.defined()) {
-    expect_held(actual.dslopes, expected.values.dslopes, expected.bounds.dslopes, "gradient to slopes");
-  }
+  expect_scalar_results(inputs_);
 }
 
 TEST_P(AlibiAttentionGrid, ReferenceIsTheFormula) {

@@ -91,6 +91,10 @@ const TileKernels<double>& avx2_tile_kernels(double);
 const TileKernels<float>& avx512_tile_kernels(float);
 const TileKernels<double>& avx512_tile_kernels(double);
 
+/// Whether this machine has these instruction sets; defined for x86-64.
+bool has_avx2();
+bool has_avx512();
+
 /// The kernels for the instruction set of this machine; `Real` is float or double.
 template <typename Real>
 const TileKernels<Real>& tile_kernels();
