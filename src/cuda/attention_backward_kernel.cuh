@@ -1,6 +1,8 @@
 #pragma once
 
+#include <cuda/detail/attention_grad_slopes.cuh>
 #include <cuda/detail/attention_row_terms.cuh>
+#include <cuda/detail/attention_slope_sums.cuh>
 #include <cuda/detail/attention_tile.cuh>
 #include <cuda/detail/reduce.cuh>
 
@@ -13,17 +15,13 @@ namespace posenc::cuda {
 /// Whether a block holds a tile of keys and reads queries, or the other way round.
 enum class Held { keys, queries };
 
-/// Warps of a block that have different rows, and rows that a block holds.
-constexpr int kAttentionRowWarps = 4;
-constexpr int kAttentionHeldRows = kAttentionRowWarps * 16;
-
 /// Sizes of the tiles for heads of up to D channels.
 template <int D>
 struct AttentionBackwardTile {
   /// Warps that share rows divide the channels of the results, whose sums fill the registers.
   static constexpr int kSplit = D <= 128 ? 1 : 2;
   static constexpr int kRowWarps = kAttentionRowWarps;
-  static constexpr int kThreads = kRowWarps * kSplit * mma::kWarpThreads;
+  static constexpr int kThreads = kRowWarps * kSplit * kWarp;
   static constexpr int kHeld = kAttentionHeldRows;
   static constexpr int kRead = D <= 128 ? 64 : 32;  // rows of the tiles that it reads
   static constexpr int kStages = D <= 128 ? 2 : 1;  // tiles in shared memory
@@ -32,30 +30,6 @@ struct AttentionBackwardTile {
   static constexpr int kStageBytes = 2 * kRead * kRowBytes + kTermsBytes;
   static constexpr int kShared = 2 * kHeld * kRowBytes + kStages * kStageBytes;
   static constexpr int kBlocks = D <= 128 ? 2 : 1;  // blocks of an SM, at least
-};
-
-/// Sums over the keys of a row, for the gradient of its slope: of P, P d, P dP and P dP d.
-template <typename Real>
-struct SlopeSums {
-  Real p = 0, distance = 0, dp = 0, product = 0;
-
-  template <typename Other>
-  __device__ void add(const SlopeSums<Other>& other) {
-    p += other.p;
-    distance += other.distance;
-    dp += other.dp;
-    product += other.product;
-  }
-  /// The sums of the four lanes that share a row.
-  __device__ void reduce() {
-#pragma unroll
-    for (int offset = 1; offset <= 2; offset *= 2) {
-      p += __shfl_xor_sync(0xffffffffU, p, offset);
-      distance += __shfl_xor_sync(0xffffffffU, distance, offset);
-      dp += __shfl_xor_sync(0xffffffffU, dp, offset);
-      product += __shfl_xor_sync(0xffffffffU, product, offset);
-    }
-  }
 };
 
 /// @tparam kSlopeSums  also computes the sums for the slopes; with a softcap it computes no other result.
@@ -68,7 +42,7 @@ __global__ void __launch_bounds__(AttentionBackwardTile<D>::kThreads, AttentionB
   constexpr int kColumns = Tile::kRead / 8;
   constexpr int kChannels = D / Tile::kSplit;
   extern __shared__ __align__(1024) unsigned char memory[];  // tiles are multiples of their rows
-  __shared__ double scratch[mma::kWarpThreads];
+  __shared__ double scratch[kWarp];
   const uint32_t held_a = mma::shared_address(memory);             // keys, or queries
   const uint32_t held_b = held_a + Tile::kHeld * Tile::kRowBytes;  // values, or gradients of the output
   constexpr int kStagesBegin = 2 * Tile::kHeld * Tile::kRowBytes;
@@ -86,8 +60,8 @@ __global__ void __launch_bounds__(AttentionBackwardTile<D>::kThreads, AttentionB
     return;
   }
   const Sequence& sequence = tile.sequence;
-  const int lane = static_cast<int>(threadIdx.x) % mma::kWarpThreads;
-  const int warp = static_cast<int>(threadIdx.x) / mma::kWarpThreads;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int first_row = warp % Tile::kRowWarps * 16;
   const int first_channel = warp / Tile::kRowWarps * kChannels;
   const Positions positions(problem, sequence);
@@ -395,36 +369,6 @@ __global__ void __launch_bounds__(AttentionBackwardTile<D>::kThreads, AttentionB
 #else
   __trap();  // never reached: launched on compute capability 8.0 and later only
 #endif
-}
-
-constexpr int kGradSlopesThreads = 128;
-
-/// The gradient of the slopes from the sums of `tiles` tiles, with a block for each head and, if slopes differ between
-/// sequences, for each sequence.
-__global__ void __launch_bounds__(kGradSlopesThreads)
-    attention_grad_slopes_kernel(const __grid_constant__ AttentionBackwardProblem problem, int64_t tiles) {
-  __shared__ double scratch[mma::kWarpThreads];
-  const int64_t head = blockIdx.x;
-  const int64_t batch = blockIdx.y;
-  int64_t begin = 0;
-  int64_t end = tiles;
-  if (problem.slopes_stride != 0) {
-    const int64_t* const cu_seqlens = problem.cu_seqlens_q;
-    const auto first_tile = [&](int64_t b) {
-      const int64_t number = cu_seqlens == nullptr ? tiles / problem.batch * b : cu_seqlens[b] / kAttentionHeldRows + b;
-      return max(int64_t{0}, min(number, tiles));
-    };
-    begin = first_tile(batch);
-    end = first_tile(batch + 1);
-  }
-  double total = 0;
-  for (int64_t tile = begin + threadIdx.x; tile < end; tile += kGradSlopesThreads) {
-    total -= problem.slope_sums[head * tiles + tile];
-  }
-  total = sum_of_block(total, scratch);
-  if (threadIdx.x == 0) {
-    problem.grad_slopes[batch * problem.q_heads + head] = static_cast<float>(total);
-  }
 }
 
 }  // namespace posenc::cuda

@@ -13,7 +13,7 @@ namespace posenc::cuda {
 template <int D>
 struct AttentionTile {
   static constexpr int kWarps = 4;
-  static constexpr int kThreads = kWarps * mma::kWarpThreads;
+  static constexpr int kThreads = kWarps * kWarp;
   /// Groups of 16 rows of a warp. Two groups halve the reads of keys and values from shared memory per product.
   static constexpr int kGroups = D <= 128 ? 2 : 1;
   static constexpr int kRows = kWarps * kGroups * 16;
@@ -81,8 +81,8 @@ __global__ void __launch_bounds__(AttentionTile<D>::kThreads, AttentionTile<D>::
     return;
   }
   const Sequence& sequence = tile.sequence;
-  const int lane = static_cast<int>(threadIdx.x) % mma::kWarpThreads;
-  const int first_in_warp = static_cast<int>(threadIdx.x) / mma::kWarpThreads * Tile::kGroups * 16;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int first_in_warp = static_cast<int>(threadIdx.x) / kWarp * Tile::kGroups * 16;
   const Positions positions(problem, sequence);
   const int q_end = sequence.valid ? sequence.q_len : 0;
   const auto query = [&](int m, int half) { return tile.first + first_in_warp + m * 16 + half * 8 + lane / 4; };
@@ -305,7 +305,7 @@ __global__ void __launch_bounds__(AttentionTile<D>::kThreads, AttentionTile<D>::
 // Results of parts of the keys
 
 constexpr int kMergeThreads = 128;
-constexpr int kMergeRows = kMergeThreads / mma::kWarpThreads;
+constexpr int kMergeRows = kMergeThreads / kWarp;
 
 /// Merges the results of all parts of the keys: a warp for each row, `out = sum of exp(lse_i - lse) out_i`.
 template <typename T>
@@ -314,8 +314,8 @@ __global__ void __launch_bounds__(kMergeThreads)
   const int head = static_cast<int>(blockIdx.y);
   const TileOfSequence tile =
       find_tile(problem, static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.z), kMergeRows, /*of_queries=*/true);
-  const int lane = static_cast<int>(threadIdx.x) % mma::kWarpThreads;
-  const int row = tile.first + static_cast<int>(threadIdx.x) / mma::kWarpThreads;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int row = tile.first + static_cast<int>(threadIdx.x) / kWarp;
   const Sequence& sequence = tile.sequence;
   if (!tile.any || row >= sequence.q_rows) {
     return;
@@ -333,7 +333,7 @@ __global__ void __launch_bounds__(kMergeThreads)
   }
   T* const results = static_cast<T*>(problem.out) + problem.out_strides.batch * sequence.index +
       problem.out_strides.head * head + problem.out_strides.token * token;
-  for (int channel = lane * 2; channel < problem.head_dim; channel += mma::kWarpThreads * 2) {
+  for (int channel = lane * 2; channel < problem.head_dim; channel += kWarp * 2) {
     float2 merged{0, 0};
     for (int split = 0; split < problem.splits; ++split) {
       const int64_t part = split * problem.rows + of_row;

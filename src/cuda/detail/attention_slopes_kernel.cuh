@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cuda/detail/attention_slope_sums.cuh>
 #include <cuda/detail/reduce.cuh>
 #include <cuda/detail/sm90.cuh>
 #include <cuda/detail/vector.cuh>
@@ -53,30 +54,6 @@ struct SlopesTiles {
   static constexpr int kShared = kStages * 2 * kBytes + sm90::kTileAlignment;
   // A stage is as large as the rows of a block: q and dout are loaded through the last two stages.
   static_assert(kSlopesWarpgroups == 2);
-};
-
-/// Sums over the keys of one row.
-template <typename Real>
-struct RowSums {
-  Real p = 0, distance = 0, dp = 0, product = 0;  // sums of P, P d, P dP and P dP d
-
-  template <typename Other>
-  __device__ void add(const RowSums<Other>& other) {
-    p += other.p;
-    distance += other.distance;
-    dp += other.dp;
-    product += other.product;
-  }
-  /// The sums of the four lanes that share a row.
-  __device__ void reduce() {
-#pragma unroll
-    for (int offset = 1; offset <= 2; offset *= 2) {
-      p += __shfl_xor_sync(0xffffffffU, p, offset);
-      distance += __shfl_xor_sync(0xffffffffU, distance, offset);
-      dp += __shfl_xor_sync(0xffffffffU, dp, offset);
-      product += __shfl_xor_sync(0xffffffffU, product, offset);
-    }
-  }
 };
 
 /// The state of a row in a thread.
@@ -203,8 +180,8 @@ __global__ void __launch_bounds__(kSlopesThreads)
         lse == -INFINITY ? INFINITY : fmaf(slope, static_cast<float>(distance_of_nearest(i)), lse * kLog2E);
   }
 
-  RowSums<double> sums[2];
-  RowSums<float> recent[2];
+  SlopeSums<double> sums[2];
+  SlopeSums<float> recent[2];
   const auto add_tile = [&](int tile, auto near) {
     sm90::Products scores;
     sm90::Products dp;
@@ -219,7 +196,7 @@ __global__ void __launch_bounds__(kSlopesThreads)
       lines[i] = near ? SlopesLine::distances(of_row[i], slope)
                       : SlopesLine::beside(of_row[i], slope, first_column, /*behind=*/begin >= last_position);
     }
-    RowSums<float> of_tile[2];
+    SlopeSums<float> of_tile[2];
     // Calls `body` with row, index and column of each product.
     const auto for_each = [&](const auto& body) {
 #pragma unroll
@@ -282,7 +259,7 @@ __global__ void __launch_bounds__(kSlopesThreads)
   double total = 0;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    RowSums<double>& row = sums[i];
+    SlopeSums<double>& row = sums[i];
     row.reduce();
     if (lane % 4 == 0 && row.p != 0) {  // NaN is not 0
       total += row.product - row.dp * row.distance / row.p;

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <arguments/attention_problem.h>
+#include <cuda/detail/launch.h>
 #include <cuda/detail/mma.cuh>
 #include <cuda/detail/vector.cuh>
 
@@ -142,7 +143,7 @@ __device__ void start_tile(uint32_t to, const HeadRows<T>& from, int first, int 
 /// `others`. `first_row` is a multiple of 16.
 template <typename T, int D, int M, int N>
 __device__ void multiply_transposed(float (&scores)[M][N][4], uint32_t rows, int first_row, uint32_t others) {
-  const int lane = static_cast<int>(threadIdx.x) % mma::kWarpThreads;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
   rows += first_row * D * 2;
 #pragma unroll
   for (auto& of_rows : scores) {
@@ -187,7 +188,7 @@ __device__ inline float tanh_of_score(float score, const AttentionProblem& p) {
 /// Weights are rounded to T.
 template <typename T, int D, int M, int N, int C>
 __device__ void add_product(float (&sums)[M][C][4], const float (&weights)[M][N][4], uint32_t tile, int first_channel) {
-  const int lane = static_cast<int>(threadIdx.x) % mma::kWarpThreads;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
 #pragma unroll
   for (int step = 0; step < N / 2; ++step) {
     uint32_t a[M][4];
@@ -233,7 +234,7 @@ __device__ void store_pair(T* to, float a, float b) {
 /// Writes the two channels of each product of a thread, `factor * sum` rounded to T.
 template <typename T, int C>
 __device__ void store_row(T* row, const float (&sums)[C][4], int half, float factor, int first_channel, int head_dim) {
-  const int lane = static_cast<int>(threadIdx.x) % mma::kWarpThreads;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
 #pragma unroll
   for (int c = 0; c < C; ++c) {
     const int channel = first_channel + c * 8 + lane % 4 * 2;

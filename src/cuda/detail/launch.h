@@ -6,6 +6,8 @@
 // Block and grid arithmetic. No torch.
 namespace posenc::cuda {
 
+constexpr int kWarp = 32;  // threads
+
 /// Threads of a block, and blocks that an SM holds at least, which limits registers to 40. Time of the rotation of
 /// 1 x 8192 x 64 heads of 128 relative to a copy of its bytes, measured on an H200: 1.02 to 1.03 with 128 threads, 1.04
 /// to 1.05 with 256, 1.03 to 1.05 with 512, 1.25 with 32. A limit of 32 registers spills, 1.3.

@@ -9,7 +9,6 @@
 // and matrix products of a warp (PTX ISA: "cp.async", "ldmatrix", "mma.m16n8k16"). No torch.
 namespace posenc::cuda::mma {
 
-constexpr int kWarpThreads = 32;
 /// Elements of one 16-byte chunk, the unit of copies and of the permutation below.
 constexpr int kChunk = 8;
 

@@ -11,8 +11,6 @@
 // (x), then matrices [Sq, Sk] (y and z), which is the order of memory. A block has one head, and therefore one slope.
 namespace posenc::cuda {
 
-constexpr int kWarp = 32;
-
 /// Threads along keys: smallest power of two that covers a row with `per_thread` vectors each, at most kMaxThreads.
 inline int64_t threads_along_keys(int64_t num_vectors, int64_t per_thread) {
   int64_t threads = 1;
