@@ -51,13 +51,15 @@ std::string title(const Configuration& c) {
   return text.str();
 }
 
-/// Sizes at which fused attention is usually compared. On a CPU, a size that takes seconds on a few cores.
+/// Sizes at which fused attention is usually compared. On a CPU, sizes that take seconds on a few cores.
 std::vector<Configuration> configurations(c10::Device device) {
   std::vector<Configuration> all;
   for (const bool causal : {true, false}) {
     for (const bool learnable : {false, true}) {
       if (device.is_cpu()) {
-        all.push_back({at::kFloat, 1, 512, 4, 64, causal, learnable});
+        for (const int64_t sequence : {512, 2048}) {
+          all.push_back({at::kFloat, 1, sequence, 4, 64, causal, learnable});
+        }
         continue;
       }
       for (const auto& [batch, sequence] :

@@ -1,6 +1,7 @@
 #include <arguments/alibi.h>
 #include <cpu/detail/attention.h>
 #include <cpu/detail/attention_blocks.h>
+#include <cpu/detail/attention_rows.h>
 #include <cpu/detail/dispatch.h>
 
 #include <ATen/ops/empty.h>

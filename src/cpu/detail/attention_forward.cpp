@@ -1,6 +1,7 @@
 #include <arguments/alibi.h>
 #include <cpu/detail/attention.h>
 #include <cpu/detail/attention_blocks.h>
+#include <cpu/detail/attention_rows.h>
 #include <cpu/detail/dispatch.h>
 
 #include <ATen/ops/empty.h>
@@ -17,6 +18,9 @@ constexpr int64_t kTileKeys = 256;
 
 /// Keys that are packed in one task.
 constexpr int64_t kPackedKeys = 128;
+
+/// Up to this number of queries keys and values are read where they are: packing takes longer than their products.
+constexpr int64_t kFewRows = 4;
 
 template <typename T>
 class Forward {
@@ -36,8 +40,9 @@ class Forward {
         channels_(call.head_dim()),
         wide_channels_(round_up(channels_, kernels_.panel)),
         wide_keys_(round_up(call.k_len(), kPackedKeys)),
-        k_columns_(call.batch() * call.k_heads() * wide_keys_ * channels_),
-        v_rows_(call.batch() * call.k_heads() * wide_keys_ * wide_channels_),
+        is_packed_(call.q_len() > kFewRows),
+        k_columns_(is_packed_ ? call.batch() * call.k_heads() * wide_keys_ * channels_ : 0),
+        v_rows_(is_packed_ ? call.batch() * call.k_heads() * wide_keys_ * wide_channels_ : 0),
         k_norms_(call.batch() * call.k_heads() * (wide_keys_ / kPackedKeys)),
         v_is_finite_(k_norms_.size(), 1) {}
 
@@ -63,9 +68,12 @@ class Forward {
  private:
   struct Scratch {
     explicit Scratch(const Forward& of)
-        : q(kBlockRows * of.channels_), scores(kBlockRows * kRowStride), sums(kBlockRows * of.wide_channels_) {}
+        : q(kBlockRows * of.channels_),
+          scores(kBlockRows * kRowStride),
+          sums(kBlockRows * of.wide_channels_),
+          row(of.channels_) {}
 
-    Buffer<Real> q, scores, sums;
+    Buffer<Real> q, scores, sums, row;
   };
 
   static constexpr int64_t kRowStride = kTileKeys + kRowPadding;
@@ -74,18 +82,23 @@ class Forward {
     return batch * call_.k_heads() + q_head / (call_.q_heads() / call_.k_heads());
   }
 
-  /// Packs `kPackedKeys` keys and values of one head.
+  /// Packs `kPackedKeys` keys and values of one head, with the largest norm of the keys and whether the values are finite.
   void pack(int64_t head, int64_t chunk, Real* rows) {
     const int64_t begin = chunk * kPackedKeys;
     const int64_t keys = std::min(kPackedKeys, call_.k_len() - begin);
     const int64_t b = head / call_.k_heads();
     const int64_t h = head % call_.k_heads();
     read_rows(k_, b, h, begin, keys, channels_, rows);
-    panels_of_rows(rows, keys, channels_, kernels_.panel, k_columns_.get() + (head * wide_keys_ + begin) * channels_);
+    if (is_packed_) {
+      panels_of_rows(rows, keys, channels_, kernels_.panel, k_columns_.get() + (head * wide_keys_ + begin) * channels_);
+    }
     k_norms_[head * (wide_keys_ / kPackedKeys) + chunk] = largest_norm(rows, keys, channels_);
     read_rows(v_, b, h, begin, keys, channels_, rows);
     if (make_finite(rows, keys, channels_)) {
       v_is_finite_[head * (wide_keys_ / kPackedKeys) + chunk] = 0;
+    }
+    if (!is_packed_) {
+      return;
     }
     std::fill(rows + keys * channels_, rows + kPackedKeys * channels_, Real(0));
     panels_of_channels(
@@ -153,20 +166,74 @@ class Forward {
     if (tile.is_empty) {
       return;
     }
-    Real* scores = scratch.scores.get();
-    const int panels = tile.width / kernels_.panel;
-    const Real* k = k_columns_.get() + (head * wide_keys_ + tile.begin) * channels_;
-    kernels_.product(
-        {scratch.q.get(), channels_, 1, k, channels_ * kernels_.panel, scores, kRowStride, block.rows, panels,
-         static_cast<int>(channels_), /*accumulate=*/false, tile.limits(), nullptr});
+    if (is_packed_) {
+      multiply_keys(block, tile, scratch);
+    } else {
+      multiply_keys_where_they_are(block, tile, scratch);
+    }
     for (int i = 0; i < block.rows; ++i) {
       const auto position = static_cast<Real>(tile.position + i);
-      kernels_.softmax_row({scores + i * kRowStride, tile.visible[i], tile.width, scale, slope, position}, rows[i]);
+      Real* scores = scratch.scores.get() + i * kRowStride;
+      kernels_.softmax_row({scores, tile.visible[i], tile.width, scale, slope, position}, rows[i]);
     }
-    const Real* v = v_rows_.get() + head * wide_keys_ * wide_channels_ + tile.begin * kernels_.panel;
+    if (is_packed_) {
+      add_values(block, tile, scratch);
+    } else {
+      add_values_where_they_are(block, tile, scratch);
+    }
+  }
+
+  void multiply_keys(const RowBlock& block, const Tile& tile, const Scratch& scratch) {
+    const Real* k = k_columns_.get() + (key_head(block.batch, block.head) * wide_keys_ + tile.begin) * channels_;
     kernels_.product(
-        {scores, kRowStride, 1, v, wide_keys_ * kernels_.panel, scratch.sums.get(), wide_channels_, block.rows,
-         static_cast<int>(wide_channels_ / kernels_.panel), tile.width, /*accumulate=*/true, nullptr, tile.limits()});
+        {scratch.q.get(), channels_, 1, k, channels_ * kernels_.panel, scratch.scores.get(), kRowStride, block.rows,
+         tile.width / kernels_.panel, static_cast<int>(channels_), /*accumulate=*/false, tile.limits(), nullptr});
+  }
+
+  void add_values(const RowBlock& block, const Tile& tile, const Scratch& scratch) {
+    const Real* v =
+        v_rows_.get() + key_head(block.batch, block.head) * wide_keys_ * wide_channels_ + tile.begin * kernels_.panel;
+    kernels_.product(
+        {scratch.scores.get(), kRowStride, 1, v, wide_keys_ * kernels_.panel, scratch.sums.get(), wide_channels_,
+         block.rows, static_cast<int>(wide_channels_ / kernels_.panel), tile.width, /*accumulate=*/true, nullptr,
+         tile.limits()});
+  }
+
+  void multiply_keys_where_they_are(const RowBlock& block, const Tile& tile, const Scratch& scratch) {
+    for (int i = 0; i < block.rows; ++i) {
+      for (int32_t key = tile.visible[i].begin; key < tile.visible[i].end; ++key) {
+        scratch.scores.get()[i * kRowStride + key] =
+            dot(scratch.q.get() + i * channels_, row_of_key(k_, block, tile.begin + key, scratch), channels_);
+      }
+    }
+  }
+
+  void add_values_where_they_are(const RowBlock& block, const Tile& tile, const Scratch& scratch) {
+    const int64_t chunks = key_head(block.batch, block.head) * (wide_keys_ / kPackedKeys);
+    for (int i = 0; i < block.rows; ++i) {
+      for (int32_t key = tile.visible[i].begin; key < tile.visible[i].end; ++key) {
+        const Real* value = row_of_key(v_, block, tile.begin + key, scratch);
+        if (v_is_finite_[chunks + (tile.begin + key) / kPackedKeys] == 0) {
+          std::copy_n(value, channels_, scratch.row.get());
+          make_finite(scratch.row.get(), 1, channels_);
+          value = scratch.row.get();
+        }
+        add_multiple(
+            scratch.scores.get()[i * kRowStride + key], value, channels_, scratch.sums.get() + i * wide_channels_);
+      }
+    }
+  }
+
+  /// The row of a key or value in `Real`, valid until the next call.
+  const Real* row_of_key(const HeadRows<const T>& x, const RowBlock& block, int64_t key, const Scratch& scratch) const {
+    const T* row = x.row(block.batch, key, block.head / (call_.q_heads() / call_.k_heads()));
+    if constexpr (std::is_same_v<T, Real>) {
+      if (x.channel == 1) {
+        return row;
+      }
+    }
+    read_row(row, x.channel, channels_, scratch.row.get());
+    return scratch.row.get();
   }
 
   void finish(const RowBlock& block, int i, const SoftmaxRow<Real>& row) {
@@ -210,6 +277,7 @@ class Forward {
   Slopes<Real> slopes_;
   const TileKernels<Real>& kernels_;
   int64_t channels_, wide_channels_, wide_keys_;  // rounded up to panels, and to packed keys
+  bool is_packed_;  // keys and values
   Buffer<Real> k_columns_;                        // [B, Hk, wide_keys / panel, D, panel]
   Buffer<Real> v_rows_;                           // [B, Hk, wide_channels / panel, wide_keys, panel]
   std::vector<Real> k_norms_;                     // [B, Hk, wide_keys / kPackedKeys], the largest of these keys
