@@ -50,7 +50,11 @@ class Forward {
     const int64_t chunks = wide_keys_ / kPackedKeys;
     for_each_task(call_.batch() * call_.k_heads() * chunks, [&] {
       return [this, chunks, rows = std::make_shared<Buffer<Real>>(kPackedKeys * channels_)](int64_t task) {
-        pack(task / chunks, task % chunks, rows->get());
+        if (is_packed_) {
+          pack(task / chunks, task % chunks, rows->get());
+        } else {
+          inspect(task / chunks, task % chunks, rows->get());
+        }
       };
     });
     const int64_t step = rows_of_block(call_.q_len());
@@ -82,23 +86,35 @@ class Forward {
     return batch * call_.k_heads() + q_head / (call_.q_heads() / call_.k_heads());
   }
 
-  /// Packs `kPackedKeys` keys and values of one head, with the largest norm of the keys and whether the values are finite.
+  /// Finds the largest norm of `kPackedKeys` keys of one head, and whether the values are finite, where they are.
+  void inspect(int64_t head, int64_t chunk, Real* row) {
+    const int64_t begin = chunk * kPackedKeys;
+    const int64_t end = std::min(begin + kPackedKeys, call_.k_len());
+    const int64_t index = head * (wide_keys_ / kPackedKeys) + chunk;
+    const int64_t b = head / call_.k_heads();
+    const int64_t h = head % call_.k_heads();
+    Real largest = 0;
+    for (int64_t key = begin; key < end; ++key) {
+      largest = std::max(largest, largest_norm(in_real(k_.row(b, key, h), k_.channel, row), 1, channels_));
+      if (!is_finite(in_real(v_.row(b, key, h), v_.channel, row), channels_)) {
+        v_is_finite_[index] = 0;
+      }
+    }
+    k_norms_[index] = largest;
+  }
+
+  /// Packs `kPackedKeys` keys and values of one head, with what `inspect` finds.
   void pack(int64_t head, int64_t chunk, Real* rows) {
     const int64_t begin = chunk * kPackedKeys;
     const int64_t keys = std::min(kPackedKeys, call_.k_len() - begin);
     const int64_t b = head / call_.k_heads();
     const int64_t h = head % call_.k_heads();
     read_rows(k_, b, h, begin, keys, channels_, rows);
-    if (is_packed_) {
-      panels_of_rows(rows, keys, channels_, kernels_.panel, k_columns_.get() + (head * wide_keys_ + begin) * channels_);
-    }
+    panels_of_rows(rows, keys, channels_, kernels_.panel, k_columns_.get() + (head * wide_keys_ + begin) * channels_);
     k_norms_[head * (wide_keys_ / kPackedKeys) + chunk] = largest_norm(rows, keys, channels_);
     read_rows(v_, b, h, begin, keys, channels_, rows);
     if (make_finite(rows, keys, channels_)) {
       v_is_finite_[head * (wide_keys_ / kPackedKeys) + chunk] = 0;
-    }
-    if (!is_packed_) {
-      return;
     }
     std::fill(rows + keys * channels_, rows + kPackedKeys * channels_, Real(0));
     panels_of_channels(
@@ -224,16 +240,21 @@ class Forward {
     }
   }
 
-  /// The row of a key or value in `Real`, valid until the next call.
+  /// The row of a key or value, valid until the next call.
   const Real* row_of_key(const HeadRows<const T>& x, const RowBlock& block, int64_t key, const Scratch& scratch) const {
     const T* row = x.row(block.batch, key, block.head / (call_.q_heads() / call_.k_heads()));
+    return in_real(row, x.channel, scratch.row.get());
+  }
+
+  /// A row in `Real`: itself, or a copy in `copy`.
+  const Real* in_real(const T* row, int64_t stride, Real* copy) const {
     if constexpr (std::is_same_v<T, Real>) {
-      if (x.channel == 1) {
+      if (stride == 1) {
         return row;
       }
     }
-    read_row(row, x.channel, channels_, scratch.row.get());
-    return scratch.row.get();
+    read_row(row, stride, channels_, copy);
+    return copy;
   }
 
   void finish(const RowBlock& block, int i, const SoftmaxRow<Real>& row) {
@@ -277,7 +298,7 @@ class Forward {
   Slopes<Real> slopes_;
   const TileKernels<Real>& kernels_;
   int64_t channels_, wide_channels_, wide_keys_;  // rounded up to panels, and to packed keys
-  bool is_packed_;  // keys and values
+  bool is_packed_;                                // keys and values
   Buffer<Real> k_columns_;                        // [B, Hk, wide_keys / panel, D, panel]
   Buffer<Real> v_rows_;                           // [B, Hk, wide_channels / panel, wide_keys, panel]
   std::vector<Real> k_norms_;                     // [B, Hk, wide_keys / kPackedKeys], the largest of these keys
