@@ -60,6 +60,10 @@ constexpr int64_t kShortest = 2;
 Packing::Packing(const Tensor& begins, const Tensor& lengths, const Tensor& rows, int64_t max_len)
     : max_len_(max_len), seqlens_(lengths) {
   const int64_t tokens = rows.size(0);
+  is_whole_ = rows.is_cpu() && lengths.size(0) == 1 && max_len == tokens && lengths.item<int64_t>() == tokens;
+  if (is_whole_) {
+    return;
+  }
   const Tensor offsets = at::arange(max_len, begins.options());
   sources_ = (begins.unsqueeze(1) + offsets).clamp_(0, std::max<int64_t>(0, tokens - 1)).view(-1);
   behind_ = offsets >= lengths.unsqueeze(1);
@@ -73,6 +77,9 @@ Packing::Packing(const Tensor& begins, const Tensor& lengths, const Tensor& rows
 }
 
 Tensor Packing::pad(const Tensor& packed) const {
+  if (is_whole_) {
+    return packed.unsqueeze(0);
+  }
   std::vector<int64_t> sizes = packed.sizes().vec();
   sizes[0] = max_len_;
   sizes.insert(sizes.begin(), seqlens_.size(0));
@@ -80,6 +87,10 @@ Tensor Packing::pad(const Tensor& packed) const {
 }
 
 void Packing::unpad(const Tensor& padded, const Tensor& packed) const {
+  if (is_whole_) {
+    packed.copy_(padded.squeeze(0));
+    return;
+  }
   const Tensor values = padded.flatten(0, 1).index_select(0, rows_);
   if (tokens_.defined()) {
     packed.index_copy_(0, tokens_, values);

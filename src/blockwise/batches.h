@@ -23,7 +23,10 @@ class Packing {
   /// The lengths of the sequences of the batch, int64 `[n]`.
   const at::Tensor& seqlens() const { return seqlens_; }
 
-  /// Copies `packed` to `[n, max_len, ...]`, with zeros past the length of each sequence.
+  /// Whether the batch is one sequence of all tokens, in packed tensors on a CPU. Nothing is copied then.
+  bool is_whole() const { return is_whole_; }
+
+  /// `packed` as `[n, max_len, ...]`, with zeros past the length of each sequence: a copy, or a view if `is_whole()`.
   at::Tensor pad(const at::Tensor& packed) const;
 
   /// Copies the rows of `padded` to their tokens in `packed`. Other tokens keep their values.
@@ -31,6 +34,7 @@ class Packing {
 
  private:
   int64_t max_len_;
+  bool is_whole_ = false;
   at::Tensor seqlens_;
   at::Tensor sources_;  // int64 [n * max_len]: the token of each row
   at::Tensor behind_;   // bool [n, max_len]: rows past the length of their sequence

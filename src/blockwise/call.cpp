@@ -78,6 +78,27 @@ void unpad_lse(const Packing& packing, const Tensor& padded, const Tensor& lse) 
   packing.unpad(padded.transpose(1, 2), lse.t());
 }
 
+/// A result for packed tokens, from the results of padded batches.
+class PackedResult {
+ public:
+  /// Adds the result of a batch. Tokens that are in no batch are zero.
+  /// @param like  the packed tensor whose shape, dtype and memory layout the result has.
+  void add(const Packing& packing, const Tensor& padded, const Tensor& like) {
+    if (packing.is_whole()) {
+      value_ = padded.squeeze(0);
+      return;
+    }
+    if (!value_.defined()) {
+      value_ = at::zeros_like(like);
+    }
+    packing.unpad(padded, value_);
+  }
+  Tensor value(const Tensor& like) const { return value_.defined() ? value_ : at::zeros_like(like); }
+
+ private:
+  Tensor value_;
+};
+
 Tensor filled_lse(const AlibiAttention& call, const Tensor& q, double value) {
   const auto wide = q.options().dtype(arguments::alibi_slopes_dtype(q.scalar_type()));
   return at::full({q.size(0), call.q_heads}, value, wide).t();
@@ -155,14 +176,15 @@ std::tuple<Tensor, Tensor> forward(const AlibiAttention& call, const AttentionTe
   const Tensor& q = inputs.q;
   const Tensor& k = inputs.k;
   const PackedBatches batches(call, q.size(0), k.size(0));
-  Tensor out = at::zeros_like(q);
+  PackedResult rows_of_out;
   Tensor lse = filled_lse(call, q, -kInfinity);
   for (size_t i = 0; i < batches.size(); ++i) {
     const PackedBatches::Batch batch = batches.batch(i);
     const auto [rows, sums] = compute(padded_batch(call, batches, i, batch, inputs));
-    batch.of_q.unpad(rows, out);
+    rows_of_out.add(batch.of_q, rows, q);
     unpad_lse(batch.of_q, sums, lse);
   }
+  const Tensor out = rows_of_out.value(q);
   set_nan(out, batches.invalid_q());
   set_lse_nan(lse, batches.invalid_q());
   return {out, lse};
@@ -183,22 +205,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
         slopes_grad);
   }
   const PackedBatches batches(call, q.size(0), k.size(0));
-  Tensor grad_q = at::zeros_like(q);
-  Tensor grad_k = at::zeros_like(k);
-  Tensor grad_v = at::zeros_like(v);
+  PackedResult of_grad_q;
+  PackedResult of_grad_k;
+  PackedResult of_grad_v;
   Tensor grad_slopes = slopes_grad ? zeros_of_slopes(*slopes, q) : Tensor();
   for (size_t i = 0; i < batches.size(); ++i) {
     const auto [of_q, of_k] = batches.batch(i);
     const auto [dq, dk, dv, dslopes] = compute(
         padded_batch(call, batches, i, {of_q, of_k}, arguments.inputs()), of_q.pad(grad_out), pad_lse(of_q, grad_lse),
         of_q.pad(out), pad_lse(of_q, lse), slopes_grad);
-    of_q.unpad(dq, grad_q);
-    of_k.unpad(dk, grad_k);
-    of_k.unpad(dv, grad_v);
+    of_grad_q.add(of_q, dq, q);
+    of_grad_k.add(of_k, dk, k);
+    of_grad_v.add(of_k, dv, v);
     if (slopes_grad) {
       add_slopes_of_batch(batches, i, dslopes, grad_slopes);
     }
   }
+  const Tensor grad_q = of_grad_q.value(q);
+  const Tensor grad_k = of_grad_k.value(k);
+  const Tensor grad_v = of_grad_v.value(v);
   set_nan(grad_q, batches.invalid_q());
   set_nan(grad_k, batches.invalid_k());
   set_nan(grad_v, batches.invalid_k());

@@ -131,7 +131,8 @@ Tensor cudnn_slope_sums(const blockwise::Padded& batch, const Tensor& grad_out, 
 AttentionGradients alibi_attention_backward_cuda(
     const ConcreteAttentionOptions& options,
     const AttentionBackwardArguments& arguments,
-    bool slopes_grad) {
+    bool slopes_wanted) {
+  const bool slopes_grad = slopes_wanted && arguments.slopes.has_value();
   const auto call = arguments::check_attention_backward("posenc::alibi_attention_backward", arguments, options);
   const c10::cuda::CUDAGuard device(arguments.q.device());
   const Path path = path_of(call, arguments.inputs(), arguments.grad_lse.has_value());
