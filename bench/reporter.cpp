@@ -224,7 +224,9 @@ void MarkdownReporter::print_table(const Configuration& configuration, const Sec
   print_ratios(posenc, find(configuration, kWithoutBias), "attention without bias");
   print_ratios(posenc, find(configuration, kBareCudnn), "bare cuDNN graph");
   print_ratios(posenc, find(configuration, kPosencWithoutCudnn), "posenc without cuDNN");
-  print_ratios(find(configuration, kPosencWithoutSlopes), find(configuration, kWithoutBias), "attention without bias");
+  print_ratios(
+      find(configuration, kPosencWithoutSlopes), find(configuration, kWithoutBias),
+      "attention without bias of LibTorch", "posenc without slopes");
   print_operations(configuration);
   print_memory(configuration);
 }
@@ -259,17 +261,23 @@ void MarkdownReporter::print_memory(const Configuration& configuration) {
   }
 }
 
-void MarkdownReporter::print_ratios(const Seconds& posenc, const Seconds& measured, const char* yardstick) {
+void MarkdownReporter::print_ratios(
+    const Seconds& seconds,
+    const Seconds& measured,
+    const char* yardstick,
+    const char* subject) {
   std::ostringstream ratios;
   for (const Pass pass : kPasses) {
     const auto i = index(pass);
-    if (const auto ratio = quotient(posenc[i], measured[i])) {
+    if (const auto ratio = quotient(seconds[i], measured[i])) {
       ratios << (ratios.tellp() > 0 ? ", " : "") << to_string(pass) << " " << fixed(*ratio, 3) << " ("
              << milliseconds(measured[i]) << " ms)";
     }
   }
   if (ratios.tellp() > 0) {
-    GetOutputStream() << "\nposenc takes this many times as long as the " << yardstick << ": " << ratios.str() << ".\n";
+    GetOutputStream() << "\n"
+                      << subject << " takes this many times as long as the " << yardstick << ": " << ratios.str()
+                      << ".\n";
   }
 }
 

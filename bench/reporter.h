@@ -58,8 +58,13 @@ class MarkdownReporter final : public benchmark::BenchmarkReporter {
   void print_operations(const Configuration& configuration);
   /// Prints the peak memory of the implementations for which it was measured.
   void print_memory(const Configuration& configuration);
-  /// Prints posenc's time divided by `measured`, the time of `yardstick` (such as a copy), for each pass with both.
-  void print_ratios(const Seconds& posenc, const Seconds& measured, const char* yardstick);
+  /// Prints `seconds`, the time of `subject`, divided by `measured`, the time of `yardstick` (such as a copy), for each
+  /// pass with both.
+  void print_ratios(
+      const Seconds& seconds,
+      const Seconds& measured,
+      const char* yardstick,
+      const char* subject = "posenc");
   void report_host_costs();
   void report_summary();
 

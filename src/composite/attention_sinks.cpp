@@ -19,8 +19,10 @@ std::tuple<Tensor, Tensor> attention_sinks(const AttentionSinksArguments& argume
   // Sigmoids have finite derivatives of all orders where lse is minus infinity.
   const Tensor share = at::sigmoid(lse - sink);
   const Tensor factor = (out.dim() == 4 ? share.transpose(1, 2) : share.t()).unsqueeze(-1);
-  // On a CPU log_sigmoid returns a contiguous tensor, where Meta promises the layout of the argument.
-  return {(out * factor).to(out.scalar_type()), sink - at::log_sigmoid((sink - lse).contiguous())};
+  // The layout of a product of two dtypes differs between Meta and CUDA if out has strides of 0. On a CPU log_sigmoid
+  // returns a contiguous tensor, where Meta promises the layout of the argument.
+  return {
+      (out.to(lse.scalar_type()) * factor).to(out.scalar_type()), sink - at::log_sigmoid((sink - lse).contiguous())};
 }
 
 }  // namespace

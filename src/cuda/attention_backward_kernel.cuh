@@ -211,10 +211,12 @@ __global__ void __launch_bounds__(AttentionBackwardTile<D>::kThreads, AttentionB
         const float2 term = kOfKeys ? terms[column] : of_row[half];
         const float distance = static_cast<float>(abs(position - key) - positions.away(position));
         const float exponent = fmaf(scores[0][n][i], scale, fmaf(-slope, distance, -term.x));
-        const float p = positions.sees(position, key) ? approximate_exp2(exponent) : 0.0F;
-        add(half, p, p * dp[0][n][i], distance);
+        // A hidden pair contributes nothing, also if its products are NaN.
+        const bool sees = positions.sees(position, key);
+        const float p = sees ? approximate_exp2(exponent) : 0.0F;
+        add(half, p, sees ? p * dp[0][n][i] : 0.0F, distance);
         scores[0][n][i] = p;
-        dp[0][n][i] = p * (dp[0][n][i] - term.y);
+        dp[0][n][i] = sees ? p * (dp[0][n][i] - term.y) : 0.0F;
       });
     } else {
       // Terms of the rows of the block, and of a column.
