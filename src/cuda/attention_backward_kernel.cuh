@@ -211,8 +211,9 @@ __global__ void __launch_bounds__(AttentionBackwardTile<D>::kThreads, AttentionB
         const float2 term = kOfKeys ? terms[column] : of_row[half];
         const float distance = static_cast<float>(abs(position - key) - positions.away(position));
         const float exponent = fmaf(scores[0][n][i], scale, fmaf(-slope, distance, -term.x));
-        // A hidden pair contributes nothing, also if its products are NaN.
-        const bool sees = positions.sees(position, key);
+        // A hidden pair contributes nothing, also if its products are NaN. The shift of rows past the length is
+        // infinite.
+        const bool sees = term.x != INFINITY && positions.sees(position, key);
         const float p = sees ? approximate_exp2(exponent) : 0.0F;
         add(half, p, sees ? p * dp[0][n][i] : 0.0F, distance);
         scores[0][n][i] = p;
