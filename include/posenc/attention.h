@@ -75,8 +75,11 @@ struct POSENC_API AttentionOptions {
 /// q, k, v and slopes have first and second derivatives, in memory that grows likewise. Higher derivatives hold the
 /// scores in memory and are not available under `torch.func`.
 ///
-/// Packed sequences take the time of their own lengths, without padding. On a GPU the host does not wait for the
-/// lengths.
+/// Packed sequences: in float16 and bfloat16 on a GPU of compute capability 8.0 or later, with up to 256 channels, the
+/// kernels read the lengths, and no sequence is padded. All other calls are computed as padded batches of sequences of
+/// similar length, so memory grows with the number of tokens. On a CPU time grows with the sum of the squared lengths.
+/// On a GPU the host does not wait for the lengths. If the sequences padded to `max_seqlen` have more than 2 T tokens,
+/// the time of these calls is at most that of 4 T tokens in sequences of `max_seqlen`.
 ///
 /// float16 and bfloat16 are fused on GPUs of compute capability 8.0 and later, with up to 256 channels. On compute
 /// capability 9.0 cuDNN computes the most common calls; its plans are built at the first call for a shape. A CUDA graph
@@ -84,9 +87,10 @@ struct POSENC_API AttentionOptions {
 /// computes which call. Results have the same bits every time; for gradients of q, k and v through cuDNN this needs
 /// LibTorch's deterministic algorithms.
 ///
-/// NaN and infinity in keys and values past the lengths affect no result and no gradient. Those that a causal mask or
-/// a window hides from a row do not affect it if attention is not fused. Fused attention multiplies them by a
-/// probability of 0 if they are in the same tile of keys as a visible key, which gives NaN.
+/// NaN and infinity past the lengths of a sequence, in rows of k and v, affect no result and no gradient. A row of k or
+/// v may also be hidden from a query by the causal mask or the window. NaN in it does not affect that query in float32
+/// and float64, nor on a CPU. Fused attention multiplies tiles of keys by probabilities, of which those of hidden keys
+/// are 0. As 0 * NaN is NaN, a hidden NaN there reaches the queries that see another key of its tile.
 ///
 /// @param q  `[B, Sq, Hq, D]`, or packed sequences `[T, Hq, D]`: float16, bfloat16, float32 or float64, any strides.
 /// @param k,v  `[B, Sk, Hk, D]` or `[Tk, Hk, D]`, of the dtype and device of q; Hq is a multiple of Hk (GQA, MQA).

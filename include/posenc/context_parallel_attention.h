@@ -35,15 +35,17 @@ struct POSENC_API ContextParallelAttentionOptions {
 /// own tokens and gets the output for them. Distances and causal mask are those of the whole sequence. There are no
 /// sliding windows.
 ///
-/// Each sequence is 2 C chunks of equal length. Rank r holds chunks r and 2 C - 1 - r, in this order, so that a causal
-/// mask leaves all ranks the same work; `posenc::context_parallel_positions` returns these tokens.
+/// Each sequence is divided into 2 C chunks of equal length. Rank r holds the tokens of chunks r and 2 C - 1 - r, in
+/// this order. With a causal mask all ranks then compute the same number of scores.
+/// `posenc::context_parallel_positions` returns the positions of the tokens of a rank.
 ///
 /// Keys and values are passed around the ranks in blocks, and the transfer of a block overlaps with the computation on
 /// the block before (ring attention, Liu et al. 2023, https://arxiv.org/abs/2310.01889, section 3). Outputs over parts
 /// of the keys are merged by their log-sum-exp in float32 (float64 for float64). The backward pass passes keys and
-/// values around once more, together with their gradients in the dtype of sums. The memory of a rank grows with S / C,
-/// also in the backward pass: q, k, v, slopes, the output and its log-sum-exp are saved. Blocks are computed by
-/// `attention`, in a fused kernel if half a shard meets its conditions.
+/// values around once more, together with their gradients in the dtype of sums. The forward pass saves q, k, v and
+/// slopes of the rank, its output and the log-sum-exp of its rows for the backward pass. The memory of a rank therefore
+/// grows with S / C in both passes. The chunks of a rank are computed by `attention`, on the path that
+/// docs/attention.md names for tensors of S / (2 C) tokens.
 ///
 /// All ranks must call it in the same order among the collectives of the group, with the same shapes, dtypes, options
 /// and tensors that require grad, and run its backward pass likewise. A rank cannot check this: if it does not hold,

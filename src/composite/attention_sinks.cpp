@@ -19,8 +19,10 @@ std::tuple<Tensor, Tensor> attention_sinks(const AttentionSinksArguments& argume
   // Sigmoids have finite derivatives of all orders where lse is minus infinity.
   const Tensor share = at::sigmoid(lse - sink);
   const Tensor factor = (out.dim() == 4 ? share.transpose(1, 2) : share.t()).unsqueeze(-1);
-  // The layout of a product of two dtypes differs between Meta and CUDA if out has strides of 0. On a CPU log_sigmoid
-  // returns a contiguous tensor, where Meta promises the layout of the argument.
+  // `out`, [B, Sq, Hq, D] or [T, Hq, D], may be an expanded tensor with strides of 0. The product of such a tensor in
+  // 16 bits and `factor` in float32 has other strides on CUDA than on Meta, so `out` is converted first. log_sigmoid on
+  // a CPU returns a contiguous tensor for any argument, Meta one with the strides of the argument; these are the same
+  // for a contiguous argument.
   return {
       (out.to(lse.scalar_type()) * factor).to(out.scalar_type()), sink - at::log_sigmoid((sink - lse).contiguous())};
 }

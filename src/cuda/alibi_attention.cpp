@@ -64,7 +64,7 @@ std::string why_not_cudnn(const AlibiAttention& /*call*/, const AttentionTensors
 }
 #endif
 
-/// Logs why a call is not computed by cuDNN.
+/// Logs `path`, what computes a call, and `reason`, why a faster path does not.
 void log_path(LogLevel level, const AttentionTensors& inputs, const char* path, const std::string& reason) {
   if (log_level() <= level) {
     log(level,

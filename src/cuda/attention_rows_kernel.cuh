@@ -115,9 +115,9 @@ __global__ void __launch_bounds__(kAttentionRowThreads)
   }
 }
 
-/// Replaces scores by probabilities P and products dP by the gradient of the scaled scores, dS = P (dP - delta)
-/// times the derivative of the softcap. With
-/// `kRowSums` it writes the sums of P, P d, P dP and P dP d over the keys of the row.
+/// Replaces the scores of a row by probabilities P, and the products dP of the gradient of the output and the values by
+/// the gradient of the scaled scores, P (dP - delta) times the derivative of the softcap. With `kRowSums` it also
+/// writes the sums of P, P d, P dP and P dP d over the keys of the row, d being the distance.
 template <typename Real, bool kRowSums>
 __global__ void __launch_bounds__(kAttentionRowThreads)
     attention_gradient_rows_kernel(const __grid_constant__ AttentionRowsProblem problem) {

@@ -46,9 +46,9 @@ struct POSENC_API ALiBiBiasOptions {
 ///
 /// Slopes are float32, also for float64 scores and whatever dtype the model is converted to: a slope of up to 1 that is
 /// rounded to bfloat16 changes the bias by up to 16 at distance 8192. Learnable slopes are the parameter `slopes`,
-/// which `to(dtype)` leaves float32. Fixed slopes are neither parameter nor buffer. They are copied to the device of
-/// the scores when they are first needed there, and clones share the copies. This copy is an error during the capture
-/// of a CUDA graph: call `slopes_on` before the capture. `forward` and `clone` may be called from several threads at
+/// which `to(dtype)` leaves float32. Fixed slopes are neither parameter nor buffer. The first call on a device copies
+/// them there; later calls and clones of the module use that copy. A first call during the capture of a CUDA graph is
+/// an error: call `slopes_on(device)` before the capture. `forward` and `clone` may be called from several threads at
 /// the same time.
 ///
 /// Example:

@@ -83,7 +83,8 @@ struct TileKernels {
   void (*slope_terms)(const TileRow<Real>&, const GradientRow<Real>&, SlopeTerms&);
 };
 
-// The kernels for one instruction set each; the value of the argument is not used.
+// The kernels for float and double, compiled for one instruction set each. The argument selects float or double by its
+// type; its value is not read.
 const TileKernels<float>& portable_tile_kernels(float);
 const TileKernels<double>& portable_tile_kernels(double);
 const TileKernels<float>& avx2_tile_kernels(float);

@@ -90,7 +90,7 @@ class RowKernels {
   }
 
   /// Replaces products of queries and keys by probabilities P, and those of the gradient of the output and values, dP,
-  /// by the gradient of the products of queries and keys. Adds nothing to `row_sums`, which it overwrites.
+  /// by the gradient of the scaled products of queries and keys. Overwrites the rows of the block in `row_sums`.
   /// @param delta  `[B, Hq, Sq]`; undefined means zero.
   /// @param row_sums  float64 `[4, B, Hq, Sq]`: sums of P, P d, P dP and P dP d; may be undefined.
   void gradient(
