@@ -1,4 +1,5 @@
 #include "alibi_attention_support.h"
+#include "context_parallel_support.h"
 #include "gradcheck.h"
 
 #include <posenc/context_parallel_alibi_attention.h>
@@ -8,17 +9,10 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #ifdef USE_DISTRIBUTED
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #endif
 
-#include <chrono>
-#include <condition_variable>
-#include <future>
 #include <limits>
-#include <map>
-#include <memory>
 #include <mutex>
-#include <queue>
 
 namespace posenc::test {
 namespace {
@@ -44,94 +38,6 @@ TEST(ContextParallelAlibiAttention, SchemaIsThePublicOne) {
 }
 
 #ifdef USE_DISTRIBUTED
-
-using Group = c10::intrusive_ptr<c10d::ProcessGroup>;
-
-/// A group without a backend.
-Group group_of(int size) {
-  return c10::make_intrusive<c10d::ProcessGroup>(/*rank=*/0, size);
-}
-
-/// What travels between ranks that are threads of this process.
-class Mail {
- public:
-  void send(int from, int to, at::Tensor message) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    messages_[{from, to}].push(std::move(message));
-    arrived_.notify_all();
-  }
-
-  at::Tensor receive(int from, int to) {
-    std::unique_lock<std::mutex> lock(mutex_);
-    std::queue<at::Tensor>& messages = messages_[{from, to}];
-    arrived_.wait(lock, [&] { return !messages.empty(); });
-    at::Tensor message = std::move(messages.front());
-    messages.pop();
-    return message;
-  }
-
- private:
-  std::mutex mutex_;
-  std::condition_variable arrived_;
-  std::map<std::pair<int, int>, std::queue<at::Tensor>> messages_;
-};
-
-/// The one collective that the operator needs.
-class ThreadsBackend : public c10d::Backend {
- public:
-  ThreadsBackend(std::shared_ptr<Mail> mail, int rank, int size) : Backend(rank, size), mail_(std::move(mail)) {}
-
-  c10::intrusive_ptr<c10d::Work> alltoall_base(
-      at::Tensor& output,
-      at::Tensor& input,
-      std::vector<int64_t>& output_sizes,
-      std::vector<int64_t>& input_sizes,
-      const c10d::AllToAllOptions& /*options*/) override {
-    const std::vector<at::Tensor> sent = input.split_with_sizes(input_sizes);
-    for (int to = 0; to < getSize(); ++to) {
-      mail_->send(getRank(), to, sent[to].clone());
-    }
-    return c10::make_intrusive<Receipt>(mail_, getRank(), output.split_with_sizes(output_sizes));
-  }
-
- private:
-  /// Nothing is there before it is waited for: not to wait would be seen.
-  class Receipt : public c10d::Work {
-   public:
-    Receipt(std::shared_ptr<Mail> mail, int rank, std::vector<at::Tensor> parts)
-        : mail_(std::move(mail)), rank_of_receiver_(rank), parts_(std::move(parts)) {}
-
-    bool wait(std::chrono::milliseconds /*timeout*/) override {
-      for (size_t from = 0; from < parts_.size(); ++from) {
-        parts_[from].copy_(mail_->receive(static_cast<int>(from), rank_of_receiver_));
-      }
-      return true;
-    }
-
-   private:
-    std::shared_ptr<Mail> mail_;
-    int rank_of_receiver_;
-    std::vector<at::Tensor> parts_;
-  };
-
-  std::shared_ptr<Mail> mail_;
-};
-
-/// Calls `body(group)` in a thread for each rank.
-void for_each_rank(int size, const std::function<void(const Group&)>& body) {
-  const auto mail = std::make_shared<Mail>();
-  std::vector<std::future<void>> ranks;
-  for (int rank = 0; rank < size; ++rank) {
-    auto group = c10::make_intrusive<c10d::ProcessGroup>(rank, size);
-    group->setBackend(
-        c10::kCPU, c10d::ProcessGroup::CUSTOM,
-        c10::intrusive_ptr<c10d::Backend>(c10::make_intrusive<ThreadsBackend>(mail, rank, size)));
-    ranks.push_back(std::async(std::launch::async, [&body, group] { body(group); }));
-  }
-  for (std::future<void>& rank : ranks) {
-    rank.get();
-  }
-}
 
 /// A name that a group has for the lifetime of the object.
 class ScopedName {
@@ -204,7 +110,7 @@ TensorList everything_of_ring(const AttentionInputs& whole, const at::Tensor& gr
   }
   std::mutex mutex;
   const auto options = ContextParallelALiBiAttentionOptions().causal(causal);
-  for_each_rank(ranks, [&](const Group& group) {
+  for_each_rank(ranks, at::kCPU, [&](const Group& group) {
     const at::Tensor tokens = context_parallel_positions(whole.q.size(1), group->getRank(), group->getSize());
     const auto part = [&tokens](const at::Tensor& x) { return x.detach().index_select(1, tokens); };
     AttentionInputs in = whole;
@@ -299,7 +205,7 @@ INSTANTIATE_TEST_SUITE_P(
 
 /// The log-sum-exp of every part is minus infinity, and so is that of all.
 TEST(ContextParallelAlibiAttention, RowsWithScoresOfMinusInfinityAloneAreZero) {
-  for_each_rank(2, [](const Group& group) {
+  for_each_rank(2, at::kCPU, [](const Group& group) {
     AttentionInputs in = make_attention_inputs(shard(), {at::kCPU, at::kFloat});
     in.q = in.q.abs() + 1;
     in.k = at::full_like(in.k, -std::numeric_limits<double>::infinity());

@@ -105,18 +105,22 @@ struct AttentionSinksArguments {
   auto flat() const { return std::tie(out, lse, sinks); }
 };
 
-/// A checked call. For packed tensors `batch` is the number of sequences, and `q_len` and `k_len` are at least the
-/// length of the longest sequence.
-struct AlibiAttention {
-  int64_t batch, q_len, k_len;
-  int64_t q_heads, k_heads, head_dim;
-  double scale;
-  bool causal;
+/// The options of a checked call that scores and masks depend on.
+struct AttentionScores {
+  double scale = 1;
+  bool causal = false;
   // nullopt: `seqlens_k[b] - seqlens_q[b]`, per sequence; 0 if the same tensor was passed for both.
   std::optional<int64_t> query_offset;
   // A query at position p sees keys p - window_left to p + window_right. nullopt: it sees all keys on this side.
   std::optional<int64_t> window_left, window_right;
   std::optional<double> softcap;
+};
+
+/// A checked call. For packed tensors `batch` is the number of sequences, and `q_len` and `k_len` are at least the
+/// length of the longest sequence.
+struct AlibiAttention : AttentionScores {
+  int64_t batch, q_len, k_len;
+  int64_t q_heads, k_heads, head_dim;
   at::Tensor seqlens_q, seqlens_k;        // [B] or undefined
   at::Tensor cu_seqlens_q, cu_seqlens_k;  // [B + 1], both or none
 

@@ -78,6 +78,22 @@ struct AttentionBackwardProblem : AttentionProblem {
   double* row_sums;  // [4, B, Hq, Sq] of padded tensors, or null: sums of P, P d, P dP and P dP d
 };
 
+/// Results of attention over some of the keys: out `[B, S, H, D]`, lse `[B, H, S]` in the dtype of sums.
+struct AttentionPartRows {
+  const void* out;
+  HeadStrides out_strides;
+  const void* lse;
+  RowStrides lse_strides;
+};
+
+/// Two parts, and the results over the keys of both, which are dense and in the dtype of sums.
+struct AttentionPartsProblem {
+  AttentionPartRows first, second;
+  void* out;
+  void* lse;
+  int32_t batch, rows, heads, head_dim;
+};
+
 /// A block of rows of the scores `q k^T`, `[B, Hq, rows, keys]`, of padded sequences: queries `first_row` to
 /// `first_row + rows - 1` and keys `first_key` to `first_key + keys - 1`. float32 or float64.
 struct AttentionRowsProblem : AttentionProblem {

@@ -31,6 +31,10 @@ constexpr int64_t kFewRows = 64;
 
 }  // namespace
 
+Tensor finite(const Tensor& lse) {
+  return lse.masked_fill(lse == -kInfinity, 0);
+}
+
 Tensor through_softcap(const Tensor& grad, const Logits& logits) {
   return logits.tanh.defined() ? grad * (1 - logits.tanh.square()) : grad;
 }
@@ -100,38 +104,26 @@ std::pair<int64_t, int64_t> Blocks::visible_keys(int64_t begin, int64_t end) con
   return {std::clamp<int64_t>(first, 0, keys), std::clamp<int64_t>(last + 1, 0, keys)};
 }
 
-Block Blocks::block(int64_t begin, int64_t end, int64_t first_key, int64_t keys) const {
-  Block result;
-  result.begin = begin;
-  result.end = end;
-  result.first_key = first_key;
-  result.keys = keys;
-  const Tensor columns = keys_.narrow(0, first_key, keys);
-  Tensor difference;  // query position minus key position, [1 or B, rows, keys]
-  if (slopes_.defined() || left_.has_value() || right_.has_value()) {
-    difference = positions_.narrow(1, begin, end - begin).unsqueeze(-1) - columns;
-  }
-  Tensor hidden;
-  const auto hide = [&hidden](const Tensor& more) { hidden = hidden.defined() ? hidden.logical_or(more) : more; };
+Tensor Blocks::differences(const Block& block) const {
+  return positions_.narrow(1, block.begin, block.rows()).unsqueeze(-1) - keys_.narrow(0, block.first_key, block.keys);
+}
+
+Tensor Blocks::hidden(const Block& block, const Tensor& differences) const {
+  Tensor result;
+  const auto hide = [&result](const Tensor& more) { result = result.defined() ? result.logical_or(more) : more; };
   if (left_.has_value()) {
-    hide(difference > *left_);
+    hide(differences > *left_);
   }
   if (right_.has_value()) {
-    hide(difference < -*right_);
+    hide(differences < -*right_);
   }
   if (call_.seqlens_k.defined()) {
-    hide(columns >= call_.seqlens_k.view({-1, 1, 1}));
+    hide(keys_.narrow(0, block.first_key, block.keys) >= call_.seqlens_k.view({-1, 1, 1}));
   }
   if (call_.seqlens_q.defined()) {
-    hide(rows_.narrow(1, begin, end - begin).unsqueeze(-1) >= call_.seqlens_q.view({-1, 1, 1}));
+    hide(rows_.narrow(1, block.begin, block.rows()).unsqueeze(-1) >= call_.seqlens_q.view({-1, 1, 1}));
   }
-  if (slopes_.defined()) {
-    result.distances = difference.abs_().to(dtype_).unsqueeze(1);
-  }
-  if (hidden.defined()) {
-    result.hidden = hidden.unsqueeze(1);
-  }
-  return result;
+  return result.defined() ? result.unsqueeze(1) : result;
 }
 
 Tensor Blocks::rows_of(const Tensor& x, const Block& block) const {
@@ -231,6 +223,11 @@ Tensor Blocks::sums_by_slope(const Tensor& scores) const {
 }
 
 Logits Blocks::logits(const Tensor& q, const Block& block) const {
+  Tensor of_block;
+  if (slopes_.defined() || left_.has_value() || right_.has_value()) {
+    of_block = differences(block);
+  }
+  const Tensor hidden_keys = hidden(block, of_block);
   Logits result;
   result.values = product(q, keys_of(k_, block), block);
   if (call_.nan_if_too_long.defined()) {
@@ -241,15 +238,16 @@ Logits Blocks::logits(const Tensor& q, const Block& block) const {
   if (call_.softcap.has_value()) {
     result.tanh = result.values.div_(*call_.softcap).tanh_();
     result.values = result.tanh * *call_.softcap;
-    if (block.hidden.defined()) {
-      result.tanh.masked_fill_(block.hidden, 0);  // NaN in hidden keys would reach gradients
+    if (hidden_keys.defined()) {
+      result.tanh.masked_fill_(hidden_keys, 0);  // NaN in hidden keys would reach gradients
     }
   }
   if (slopes_.defined()) {
-    result.values.addcmul_(slopes_, block.distances, -1);
+    result.distances = of_block.abs().to(dtype_).unsqueeze(1);
+    result.values.addcmul_(slopes_, result.distances, -1);
   }
-  if (block.hidden.defined()) {
-    result.values.masked_fill_(block.hidden, -kInfinity);
+  if (hidden_keys.defined()) {
+    result.values.masked_fill_(hidden_keys, -kInfinity);
   }
   return result;
 }

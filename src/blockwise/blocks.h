@@ -13,20 +13,22 @@
 // A call of attention as matrix products of blocks of query rows, in LibTorch's operations.
 namespace posenc::blockwise {
 
+/// `lse` with 0 in the place of -inf, which rows without visible keys have: exp(-inf - lse) is then 0 and not NaN.
+at::Tensor finite(const at::Tensor& lse);
+
 /// Query rows `begin` to `end - 1` of all sequences, and `keys` keys from `first_key` on. No row of the block sees
 /// another key.
 struct Block {
   int64_t begin, end, first_key, keys;
-  at::Tensor distances;  // [1 or B, 1, rows, keys], in the dtype of sums; undefined without slopes
-  at::Tensor hidden;     // bool [1 or B, 1, rows, keys]: the row does not see the key; undefined: all rows see all keys
 
   int64_t rows() const { return end - begin; }
 };
 
 /// Scores of the rows of a block, `[B, Hq, rows, keys]`.
 struct Logits {
-  at::Tensor values;  // scaled, capped, biased and masked: the logits of the softmax
-  at::Tensor tanh;    // tanh(scaled / softcap), 0 where the row does not see the key; undefined without softcap
+  at::Tensor values;     // scaled, capped, biased and masked: the logits of the softmax
+  at::Tensor tanh;       // tanh(scaled / softcap), 0 where the row does not see the key; undefined without softcap
+  at::Tensor distances;  // [1 or B, 1, rows, keys], in the dtype of sums; undefined without slopes
 };
 
 /// The gradient of the scaled scores from `grad`, that of the logits.
@@ -53,7 +55,7 @@ class Blocks {
       const int64_t end = std::min(call_.q_len(), begin + step);
       const auto [first_key, end_key] = visible_keys(begin, end);
       if (first_key < end_key && call_.batch() * call_.q_heads() > 0) {
-        body(block(begin, end, first_key, end_key - first_key));
+        body(Block{begin, end, first_key, end_key - first_key});
       }
     }
   }
@@ -124,7 +126,10 @@ class Blocks {
   int64_t rows_of_block() const;
   /// The first key that one of the rows sees, and the end of their keys.
   std::pair<int64_t, int64_t> visible_keys(int64_t begin, int64_t end) const;
-  Block block(int64_t begin, int64_t end, int64_t first_key, int64_t keys) const;
+  /// Query position minus key position, `[1 or B, rows, keys]`.
+  at::Tensor differences(const Block& block) const;
+  /// bool `[1 or B, 1, rows, keys]`: the row does not see the key; undefined: all rows see all keys.
+  at::Tensor hidden(const Block& block, const at::Tensor& differences) const;
 
   // Sums keep their dtype in autocast regions.
   c10::impl::ExcludeDispatchKeyGuard no_autocast_{c10::autocast_dispatch_keyset};

@@ -1,6 +1,5 @@
 #include <blockwise/blocks.h>
 #include <blockwise/blockwise.h>
-#include <blockwise/merge.h>
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/bmm.h>
@@ -16,10 +15,10 @@ namespace {
 
 using at::Tensor;
 
-/// Probabilities, the gradient of the logits, and that of the scaled scores of one block. The last two are the same
-/// tensor without softcap.
+/// Probabilities, the gradient of the logits, that of the scaled scores, and distances of one block. Without softcap
+/// `ds` and `dscaled` are the same tensor.
 struct BlockGradient {
-  Tensor p, ds, dscaled;
+  Tensor p, ds, dscaled, distances;
 };
 
 /// @param shift  `rowsum(dout out) - dlse`, `[B, Hq, Sq]`; undefined means zero.
@@ -39,6 +38,7 @@ BlockGradient block_gradient(
   }
   result.ds.mul_(result.p);
   result.dscaled = through_softcap(result.ds, logits);
+  result.distances = logits.distances;
   return result;
 }
 
@@ -51,8 +51,8 @@ void add_slope_terms(
     const BlockGradient& gradient,
     const Tensor& grad_lse,
     const Block& block) {
-  const Tensor means = (gradient.p * block.distances).sum(-1, /*keepdim=*/true);
-  total.sub_(blocks.sums_by_slope(gradient.ds * (block.distances - means)));
+  const Tensor means = (gradient.p * gradient.distances).sum(-1, /*keepdim=*/true);
+  total.sub_(blocks.sums_by_slope(gradient.ds * (gradient.distances - means)));
   if (grad_lse.defined()) {
     total.sub_(blocks.sums_by_slope(Blocks::column_of(grad_lse, block) * means));
   }
@@ -124,9 +124,9 @@ Tensor blockwise_slope_sums(const Padded& call, const Tensor& grad_out, const Te
       rows.select(0, sum).copy_(terms.sum(-1, /*keepdim=*/false, at::kDouble));
     };
     put(0, gradient.p);
-    put(1, gradient.p * block.distances);
+    put(1, gradient.p * gradient.distances);
     put(2, gradient.ds);
-    put(3, gradient.ds * block.distances);
+    put(3, gradient.ds * gradient.distances);
   });
   return result;
 }

@@ -23,19 +23,6 @@ using at::Tensor;
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
-/// The options of the checked call and its slopes, without its other tensors.
-Padded scalars_of(const AlibiAttention& call, const std::optional<Tensor>& slopes) {
-  Padded result;
-  result.slopes = slopes.value_or(Tensor());
-  result.query_offset = call.query_offset;
-  result.scale = call.scale;
-  result.causal = call.causal;
-  result.window_left = call.window_left;
-  result.window_right = call.window_right;
-  result.softcap = call.softcap;
-  return result;
-}
-
 /// The slopes of batch number `i`: those of its sequences if they are `[N, Hq]`.
 Tensor slopes_of_batch(const PackedBatches& batches, size_t i, const Tensor& slopes) {
   return slopes.dim() == 1 ? slopes : batches.sequences(i).pad(slopes).squeeze(1);
@@ -57,9 +44,9 @@ Padded padded_batch(
     size_t i,
     const PackedBatches::Batch& batch,
     const AttentionTensors& inputs) {
-  Padded result = scalars_of(call, inputs.slopes);
-  if (result.slopes.defined()) {
-    result.slopes = slopes_of_batch(batches, i, result.slopes);
+  Padded result(call);
+  if (inputs.slopes.has_value()) {
+    result.slopes = slopes_of_batch(batches, i, *inputs.slopes);
   }
   result.q = batch.of_q.pad(inputs.q);
   result.k = batch.of_k.pad(inputs.k);
@@ -142,8 +129,7 @@ Tensor zeros_behind(const Tensor& x, const Tensor& seqlens, int64_t dim) {
 
 /// A call of padded tensors, with zeros past the lengths. A NaN there would reach other rows as 0 * NaN.
 Padded padded_call(const AlibiAttention& call, const AttentionTensors& inputs) {
-  const auto& [q, k, v, slopes] = inputs;
-  Padded result = scalars_of(call, slopes);
+  Padded result = padded_view(call, inputs);
   Tensor broken;
   const auto lengths = [&broken](const Tensor& given, int64_t most) {
     if (!given.defined()) {
@@ -156,18 +142,29 @@ Padded padded_call(const AlibiAttention& call, const AttentionTensors& inputs) {
   };
   result.seqlens_q = lengths(call.seqlens_q, call.q_len);
   result.seqlens_k = lengths(call.seqlens_k, call.k_len);
-  result.q = zeros_behind(q, result.seqlens_q, 1);
-  result.k = zeros_behind(k, result.seqlens_k, 1);
-  result.v = zeros_behind(v, result.seqlens_k, 1);
+  result.q = zeros_behind(inputs.q, result.seqlens_q, 1);
+  result.k = zeros_behind(inputs.k, result.seqlens_k, 1);
+  result.v = zeros_behind(inputs.v, result.seqlens_k, 1);
   // On a CPU the checks have thrown for a length beyond its tensor.
   if (broken.defined() && !broken.is_cpu()) {
-    const auto wide = q.options().dtype(arguments::alibi_slopes_dtype(q.scalar_type()));
+    const auto wide = inputs.q.options().dtype(arguments::alibi_slopes_dtype(inputs.q.scalar_type()));
     result.nan_if_too_long = at::zeros({call.batch}, wide).masked_fill_(broken, kNaN);
   }
   return result;
 }
 
 }  // namespace
+
+Padded padded_view(const AlibiAttention& call, const AttentionTensors& inputs) {
+  Padded result(call);
+  result.q = inputs.q;
+  result.k = inputs.k;
+  result.v = inputs.v;
+  result.slopes = inputs.slopes.value_or(Tensor());
+  result.seqlens_q = call.seqlens_q;
+  result.seqlens_k = call.seqlens_k;
+  return result;
+}
 
 std::tuple<Tensor, Tensor> forward(const AlibiAttention& call, const AttentionTensors& inputs, Forward compute) {
   if (!call.packed()) {

@@ -13,6 +13,9 @@
 // between the dispatch keys.
 namespace posenc::blockwise {
 
+/// A call of padded tensors as it is. What is computed from it needs zeros past the lengths, and lengths in int64.
+Padded padded_view(const arguments::AlibiAttention& call, const arguments::AttentionTensors& inputs);
+
 /// Computes `(out, lse)` of a batch: out of the shape and dtype of q, lse `[B, Hq, Sq]` in the dtype of sums.
 using Forward = c10::function_ref<std::tuple<at::Tensor, at::Tensor>(const Padded&)>;
 

@@ -1,5 +1,4 @@
 #include <blockwise/blocks.h>
-#include <blockwise/merge.h>
 #include <blockwise/second_order.h>
 
 #include <ATen/TensorOperators.h>
@@ -75,7 +74,7 @@ SecondOrderResult blockwise_double_backward(
     }
     Tensor u = through_softcap(scaled, logits);
     if (grads.slopes.defined()) {
-      u.addcmul_(Blocks::beside_scores(grads.slopes.to(blocks.dtype())), block.distances, -1);
+      u.addcmul_(Blocks::beside_scores(grads.slopes.to(blocks.dtype())), logits.distances, -1);
     }
     const Tensor mu = sum_of_rows(p * u);
     Tensor t = ds * u - mu * dp;  // R, and T below
@@ -107,7 +106,7 @@ SecondOrderResult blockwise_double_backward(
     }
     add_to_keys(blocks, block, v_sums, centred, grad, 1);
     if (slopes_sums.defined()) {
-      slopes_sums.sub_(blocks.sums_by_slope(t * block.distances));
+      slopes_sums.sub_(blocks.sums_by_slope(t * logits.distances));
     }
   });
   result.k = blocks.like_keys(k_sums, call.k);

@@ -1,7 +1,7 @@
 #include <arguments/alibi.h>
-#include <blockwise/merge.h>
 #include <blockwise/slopes_gradient.h>
-#include <context_parallel/group.h>
+#include <context_parallel/merged_rows.h>
+#include <context_parallel/parts.h>
 #include <context_parallel/ring.h>
 #include <ops/alibi_attention.h>
 #include <ops/context_parallel_alibi_attention.h>
@@ -15,9 +15,7 @@
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <array>
-#include <cstdlib>
 #include <utility>
 #include <vector>
 
@@ -25,62 +23,6 @@ namespace posenc::context_parallel {
 namespace {
 
 using at::Tensor;
-using blockwise::MergedRows;
-
-/// The part of a call on one rank.
-struct Shard {
-  arguments::AlibiAttention call;
-  Group group;
-
-  int64_t ranks() const { return group->getSize(); }
-  int64_t half_len() const { return call.q_len / 2; }
-  SymbolicAttentionOptions options() const {
-    SymbolicAttentionOptions result;
-    result.scale = call.scale;
-    result.causal = call.causal;
-    return result;
-  }
-  bool empty() const { return call.batch * call.q_len * call.q_heads == 0; }
-
-  /// Half 0 or 1 of the tokens of `x`, `[B, S / C, H, D]` or, for `half_of_rows`, `[.., S / C]`; views.
-  Tensor half(const Tensor& x, int64_t half) const { return x.narrow(1, half * half_len(), half_len()); }
-  Tensor half_of_rows(const Tensor& x, int64_t half) const { return x.narrow(-1, half * half_len(), half_len()); }
-
-  /// The rank whose keys this rank holds after `step` shifts around the ring.
-  int64_t source(int64_t step) const { return (group->getRank() - step + ranks()) % ranks(); }
-};
-
-/// One half of the queries against one half of the keys. A shard is two chunks that are not adjacent in the sequence,
-/// so distances are contiguous only within such a pair.
-struct Pair {
-  int64_t q_half, k_half;
-  SymbolicAttentionOptions options;
-  // Tokens to add to every distance: true distance minus the distance that the kernel computes. Chunks that are not
-  // adjacent are computed as if they were, so the scores of each row are too large by slope * beyond. A fused kernel is
-  // built for one query offset, and this way there are three offsets, not one for each pair of ranks.
-  int64_t beyond;
-};
-
-/// The pairs of the queries of this rank and the keys of rank `source` that the causal mask does not hide.
-std::vector<Pair> visible_pairs(const Shard& shard, int64_t source) {
-  const auto chunk = [&](int64_t rank, int64_t half) { return half == 0 ? rank : 2 * shard.ranks() - 1 - rank; };
-  std::vector<Pair> pairs;
-  for (int64_t q_half = 0; q_half < 2; ++q_half) {
-    for (int64_t k_half = 0; k_half < 2; ++k_half) {
-      const int64_t ahead = chunk(shard.group->getRank(), q_half) - chunk(source, k_half);
-      if (shard.call.causal && ahead < 0) {
-        continue;
-      }
-      const int64_t as_computed = std::clamp<int64_t>(ahead, -1, 1);
-      Pair pair{q_half, k_half, shard.options(), std::abs(ahead - as_computed) * shard.half_len()};
-      // All keys of an earlier chunk are visible.
-      pair.options.causal = shard.call.causal && ahead == 0;
-      pair.options.query_offset = as_computed * shard.half_len();
-      pairs.push_back(std::move(pair));
-    }
-  }
-  return pairs;
-}
 
 /// Calls `body(step, k, v)` with the keys and values of each rank in turn, beginning with this rank. The transfer of
 /// the next block overlaps with `body`. Needs more than one rank.
@@ -93,28 +35,6 @@ void around(const Shard& shard, const Tensor& k, const Tensor& v, const Body& bo
       block.depart();
     }
     body(step, here.select(0, 0), here.select(0, 1));
-  }
-}
-
-/// The log-sum-exp of rows, `[B, Hq, S]`, relative to the distances that the call of a pair computes, from `lse`
-/// relative to the true distances.
-Tensor lse_of_call(const Tensor& lse, const std::optional<Tensor>& slopes, const Pair& pair) {
-  return pair.beyond == 0 || !slopes.has_value() ? lse
-                                                 : lse + slopes->to(lse.scalar_type()).unsqueeze(-1) * pair.beyond;
-}
-
-/// The inverse of `lse_of_call`.
-Tensor lse_of_whole(const Tensor& lse, const std::optional<Tensor>& slopes, const Pair& pair) {
-  return pair.beyond == 0 || !slopes.has_value() ? lse
-                                                 : lse - slopes->to(lse.scalar_type()).unsqueeze(-1) * pair.beyond;
-}
-
-/// Adds the sums of `alibi_attention_slope_sums` of one pair, `of_call`, to those over all keys, `total`.
-void add_slope_sums(const Tensor& total, const Tensor& of_call, const Pair& pair) {
-  total.add_(of_call);
-  if (pair.beyond != 0) {
-    total.select(0, 1).add_(of_call.select(0, 0), pair.beyond);
-    total.select(0, 3).add_(of_call.select(0, 2), pair.beyond);
   }
 }
 
@@ -143,16 +63,17 @@ std::tuple<Tensor, Tensor> ring_forward(const ContextParallelOptions& options, c
   }
   std::array<MergedRows, 2> halves;
   around(shard, inputs.k, inputs.v, [&](int64_t step, const Tensor& k_block, const Tensor& v_block) {
-    for (const Pair& pair : visible_pairs(shard, shard.source(step))) {
-      const auto [part, part_lse] = dispatch::alibi_attention(
-          pair.options,
-          {shard.half(q, pair.q_half), shard.half(k_block, pair.k_half), shard.half(v_block, pair.k_half), slopes});
-      halves[pair.q_half].add(part, lse_of_whole(part_lse, slopes, pair));
+    for (const Part& part : visible_parts(shard, shard.source(step))) {
+      const auto [rows, sums] = dispatch::alibi_attention(
+          part.options(), {part.queries_of(q), part.keys_of(k_block), part.keys_of(v_block), part.slopes_of(slopes)});
+      part.for_each_half(rows, sums, slopes, [&](int64_t half, const Tensor& out_of_half, const Tensor& lse_of_half) {
+        halves[half].add(out_of_half, lse_of_half);
+      });
     }
   });
   for (int64_t half = 0; half < 2; ++half) {
-    shard.half(out, half).copy_(halves[half].out());
-    shard.half_of_rows(lse, half).copy_(halves[half].lse());
+    out.narrow(1, half * shard.half_len(), shard.half_len()).copy_(halves[half].out());
+    lse.narrow(-1, half * shard.half_len(), shard.half_len()).copy_(halves[half].lse());
   }
   return {out, lse};
 }
@@ -183,46 +104,55 @@ AttentionGradients ring_backward(
     sums_of_slopes =
         at::zeros({4, shard.call.batch, shard.call.q_heads, shard.call.q_len}, a.q.options().dtype(at::kDouble));
   }
+  // With output and log-sum-exp over all keys, the gradients are sums over parts of the keys.
+  const auto compute = [&](const Part& part, const Tensor& k_block, const Tensor& v_block) {
+    const Tensor grad_rows = part.queries_of(a.grad_out);
+    const Tensor q_rows = part.queries_of(a.q);
+    const Tensor k_rows = part.keys_of(k_block);
+    const Tensor v_rows = part.keys_of(v_block);
+    const Tensor lse_rows = part.lse_of_call(a.lse, a.slopes).contiguous();
+    const std::optional<Tensor> slopes = part.slopes_of(a.slopes);
+    if (q_grad || kv_grad) {
+      std::optional<Tensor> grad_lse_rows;
+      if (a.grad_lse.has_value()) {
+        grad_lse_rows = part.numbers_of(*a.grad_lse);
+      }
+      const auto [dq, dk, dv, none] = dispatch::alibi_attention_backward(
+          part.options(), {grad_rows, grad_lse_rows, q_rows, k_rows, v_rows, slopes, part.queries_of(a.out), lse_rows},
+          /*slopes_grad=*/false);
+      if (q_grad) {
+        part.add_queries(sums_of_q, dq);
+      }
+      if (kv_grad) {
+        // The transfer of the sums has overlapped with the computation of this part.
+        const Tensor& sums = sums_of_kv.here();
+        part.add_keys(sums.select(0, 0), dk);
+        part.add_keys(sums.select(0, 1), dv);
+      }
+    }
+    if (slopes_grad) {
+      part.add_slope_sums(
+          sums_of_slopes,
+          dispatch::alibi_attention_slope_sums(part.options(), {grad_rows, q_rows, k_rows, v_rows, slopes, lse_rows}));
+    }
+  };
   if (!shard.empty()) {
+    // The last part of the keys of this rank is computed at the end, while the sums of dk and dv come back.
+    std::optional<Part> last;
     around(shard, a.k, a.v, [&](int64_t step, const Tensor& k_block, const Tensor& v_block) {
-      for (const Pair& pair : visible_pairs(shard, shard.source(step))) {
-        const Tensor grad_part = shard.half(a.grad_out, pair.q_half);
-        const Tensor q_part = shard.half(a.q, pair.q_half);
-        const Tensor k_part = shard.half(k_block, pair.k_half);
-        const Tensor v_part = shard.half(v_block, pair.k_half);
-        const Tensor lse_part = lse_of_call(shard.half_of_rows(a.lse, pair.q_half), a.slopes, pair);
-        if (q_grad || kv_grad) {
-          // With output and log-sum-exp over all keys, the gradients are sums over parts of the keys.
-          std::optional<Tensor> grad_lse_part;
-          if (a.grad_lse.has_value()) {
-            grad_lse_part = shard.half_of_rows(*a.grad_lse, pair.q_half);
-          }
-          const auto [dq, dk, dv, none] = dispatch::alibi_attention_backward(
-              pair.options,
-              {grad_part, grad_lse_part, q_part, k_part, v_part, a.slopes, shard.half(a.out, pair.q_half), lse_part},
-              /*slopes_grad=*/false);
-          if (q_grad) {
-            shard.half(sums_of_q, pair.q_half).add_(dq);
-          }
-          if (kv_grad) {
-            // The transfer of the sums has overlapped with the computation of the first pair.
-            const Tensor& sums = sums_of_kv.here();
-            shard.half(sums.select(0, 0), pair.k_half).add_(dk);
-            shard.half(sums.select(0, 1), pair.k_half).add_(dv);
-          }
-        }
-        if (slopes_grad) {
-          add_slope_sums(
-              shard.half_of_rows(sums_of_slopes, pair.q_half),
-              dispatch::alibi_attention_slope_sums(
-                  pair.options, {grad_part, q_part, k_part, v_part, a.slopes, lse_part}),
-              pair);
-        }
+      std::vector<Part> parts = visible_parts(shard, shard.source(step));
+      if (step == 0) {
+        last = parts.back();
+        parts.pop_back();
+      }
+      for (const Part& part : parts) {
+        compute(part, k_block, v_block);
       }
       if (kv_grad) {
         sums_of_kv.depart();  // after the last step the sums are on the rank of their keys
       }
     });
+    compute(*last, a.k, a.v);
   }
   const auto like = [](const Tensor& x, const Tensor& sums) { return at::empty_like(x).copy_(sums); };
   Tensor grad_slopes;

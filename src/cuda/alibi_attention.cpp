@@ -44,19 +44,7 @@ std::string why_not_cudnn(const AlibiAttention& call, const AttentionTensors& in
   if (grad_lse) {
     return "cuDNN takes no gradient of lse";
   }
-  blockwise::Padded padded;
-  padded.q = inputs.q;
-  padded.k = inputs.k;
-  padded.v = inputs.v;
-  padded.slopes = inputs.slopes.value_or(Tensor());
-  padded.seqlens_q = call.seqlens_q;
-  padded.seqlens_k = call.seqlens_k;
-  padded.query_offset = call.query_offset;
-  padded.causal = call.causal;
-  padded.window_left = call.window_left;
-  padded.window_right = call.window_right;
-  padded.softcap = call.softcap;
-  return cuda::why_not_cudnn(padded);
+  return cuda::why_not_cudnn(blockwise::padded_view(call, inputs));
 }
 #else
 std::string why_not_cudnn(const AlibiAttention& /*call*/, const AttentionTensors& /*inputs*/, bool /*grad_lse*/) {

@@ -333,16 +333,27 @@ __global__ void __launch_bounds__(kMergeThreads)
   }
   T* const results = static_cast<T*>(problem.out) + problem.out_strides.batch * sequence.index +
       problem.out_strides.head * head + problem.out_strides.token * token;
-  for (int channel = lane * 2; channel < problem.head_dim; channel += kWarp * 2) {
-    float2 merged{0, 0};
-    for (int split = 0; split < problem.splits; ++split) {
-      const int64_t part = split * problem.rows + of_row;
-      const float weight = sum == 0 ? 0.0F : expf(problem.split_lse[part] - shift) / sum;
-      const float2 of_part = *reinterpret_cast<const float2*>(problem.split_out + part * problem.head_dim + channel);
-      merged.x = fmaf(weight, of_part.x, merged.x);
-      merged.y = fmaf(weight, of_part.y, merged.y);
+  constexpr int kPairs = kMaxAttentionHeadDim / (2 * kWarp);  // pairs of channels of a lane
+  float2 merged[kPairs] = {};
+  for (int split = 0; split < problem.splits; ++split) {
+    const int64_t part = split * problem.rows + of_row;
+    const float weight = sum == 0 ? 0.0F : expf(problem.split_lse[part] - shift) / sum;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const int channel = 2 * (lane + i * kWarp);
+      if (channel < problem.head_dim) {
+        const float2 of_part = *reinterpret_cast<const float2*>(problem.split_out + part * problem.head_dim + channel);
+        merged[i].x = fmaf(weight, of_part.x, merged[i].x);
+        merged[i].y = fmaf(weight, of_part.y, merged[i].y);
+      }
     }
-    store_pair(results + channel, merged.x, merged.y);
+  }
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) {
+    const int channel = 2 * (lane + i * kWarp);
+    if (channel < problem.head_dim) {
+      store_pair(results + channel, merged[i].x, merged[i].y);
+    }
   }
   if (lane == 0) {
     problem.lse[row_index(problem.lse_strides, sequence, head, token)] = sum == 0 ? -INFINITY : shift + logf(sum);

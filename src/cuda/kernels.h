@@ -34,6 +34,9 @@ bool has_attention_kernels();
 void attention_forward(const AttentionForwardProblem& problem, DType dtype);
 void attention_backward(AttentionBackwardProblem problem, DType dtype);
 
+/// Merges two parts. @param first,second  the dtypes of their outputs: the same, or `first` is that of sums.
+void attention_parts(const AttentionPartsProblem& problem, DType first, DType second);
+
 /// For blocks of rows of scores in memory. @param dtype  float32 or float64.
 void attention_softmax_rows(const AttentionRowsProblem& problem, DType dtype);
 void attention_gradient_rows(const AttentionRowsProblem& problem, DType dtype);

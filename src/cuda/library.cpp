@@ -4,6 +4,7 @@
 #include <arguments/rotary_embedding_qkv.h>
 #include <arguments/rotary_embedding_tables_backward.h>
 #include <arguments/rotary_frequencies.h>
+#include <cuda/detail/dtype.h>
 #include <cuda/detail/score_grid.h>
 #include <cuda/kernels.h>
 #include <ops/dispatch.h>
@@ -23,21 +24,7 @@ namespace {
 
 using at::Tensor;
 using c10::cuda::CUDAGuard;
-
-cuda::DType dtype_of(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kHalf:
-      return cuda::DType::float16;
-    case at::kBFloat16:
-      return cuda::DType::bfloat16;
-    case at::kFloat:
-      return cuda::DType::float32;
-    case at::kDouble:
-      return cuda::DType::float64;
-    default:
-      TORCH_INTERNAL_ASSERT(false, "no kernel for dtype ", dtype);
-  }
-}
+using cuda::dtype_of;
 
 /// `kLaunch` for tensors of the dtype and device of `like`.
 template <auto kLaunch, typename Problem>

@@ -1,5 +1,6 @@
 #include <blockwise/blocks.h>
 #include <blockwise/slopes_gradient.h>
+#include <cuda/detail/attention_options.h>
 #include <cuda/detail/rows_attention.h>
 #include <cuda/kernels.h>
 
@@ -31,9 +32,9 @@ class RowKernels {
       : dtype_(blocks.dtype() == at::kDouble ? DType::float64 : DType::float32) {
     if (call.slopes.defined()) {
       slopes_ = call.slopes.to(blocks.dtype()).contiguous();
-      problem_.slopes = slopes_.const_data_ptr();
-      problem_.slopes_stride = slopes_.dim() == 2 ? call.q_heads() : 0;
     }
+    set_slopes(problem_, slopes_);
+    set_scores(problem_, call);
     const auto lengths = [](const Tensor& given, Tensor& dense) -> const int64_t* {
       if (!given.defined()) {
         return nullptr;
@@ -49,15 +50,6 @@ class RowKernels {
     problem_.q_heads = number(call.q_heads());
     problem_.group = number(call.q_heads() / std::max<int64_t>(1, call.k_heads()));
     problem_.head_dim = number(call.head_dim());
-    problem_.scale = call.scale;
-    problem_.softcap = call.softcap.value_or(0);
-    problem_.has_offset = call.query_offset.has_value();
-    problem_.query_offset = number(call.query_offset.value_or(0));
-    const auto window = [](const std::optional<int64_t>& side) {
-      return number(std::min<int64_t>(side.value_or(kUnlimitedWindow), kUnlimitedWindow));
-    };
-    problem_.window_left = window(call.window_left);
-    problem_.window_right = call.causal ? 0 : window(call.window_right);
   }
 
   /// Replaces products of queries and keys by probabilities, and writes the lse of the rows to `lse`, `[B, Hq, Sq]`.

@@ -1,4 +1,6 @@
+#include <cuda/detail/attention_options.h>
 #include <cuda/detail/dispatch.h>
+#include <cuda/detail/dtype.h>
 #include <cuda/detail/launch.h>
 #include <cuda/detail/tiled_attention.h>
 #include <cuda/kernels.h>
@@ -83,18 +85,6 @@ Tensor as_result(const Tensor& computed, const Tensor& x) {
   return is_aligned(x) ? computed : at::empty_like(x).copy_(computed.narrow(-1, 0, x.size(-1)));
 }
 
-HeadStrides head_strides(const Tensor& x) {
-  return x.dim() == 4 ? HeadStrides{x.stride(0), x.stride(1), x.stride(2)} : HeadStrides{0, x.stride(0), x.stride(1)};
-}
-
-RowStrides row_strides(const Tensor& x) {
-  return x.dim() == 3 ? RowStrides{x.stride(0), x.stride(1), x.stride(2)} : RowStrides{0, x.stride(0), x.stride(1)};
-}
-
-DType dtype_of(const Tensor& x) {
-  return x.scalar_type() == at::kHalf ? DType::float16 : DType::bfloat16;
-}
-
 bool has_no_work(const AlibiAttention& call, const Tensor& q) {
   return q.numel() == 0 || call.batch == 0;
 }
@@ -117,10 +107,6 @@ struct Inputs {
   static Tensor wide(const Tensor& lengths) { return lengths.defined() ? lengths.to(at::kLong).contiguous() : lengths; }
 };
 
-int32_t window(const std::optional<int64_t>& side) {
-  return static_cast<int32_t>(std::min<int64_t>(side.value_or(kUnlimitedWindow), kUnlimitedWindow));
-}
-
 template <typename Problem>
 Problem problem_of(const AlibiAttention& call, const Inputs& x) {
   const auto data = [](const Tensor& lengths) {
@@ -134,10 +120,8 @@ Problem problem_of(const AlibiAttention& call, const Inputs& x) {
   p.q_strides = head_strides(x.q);
   p.k_strides = head_strides(x.k);
   p.v_strides = head_strides(x.v);
-  if (x.slopes.defined()) {
-    p.slopes = x.slopes.const_data_ptr();
-    p.slopes_stride = x.slopes.dim() == 2 ? call.q_heads : 0;
-  }
+  set_slopes(p, x.slopes);
+  set_scores(p, call);
   p.seqlens_q = data(x.seqlens_q);
   p.seqlens_k = data(x.seqlens_k);
   p.cu_seqlens_q = data(x.cu_seqlens_q);
@@ -150,12 +134,6 @@ Problem problem_of(const AlibiAttention& call, const Inputs& x) {
   p.q_heads = number(call.q_heads);
   p.group = number(call.q_heads / call.k_heads);
   p.head_dim = number(x.q.size(-1));
-  p.scale = call.scale;
-  p.has_offset = call.query_offset.has_value();
-  p.query_offset = number(call.query_offset.value_or(0));
-  p.softcap = call.softcap.value_or(0);
-  p.window_left = window(call.window_left);
-  p.window_right = call.causal ? 0 : window(call.window_right);
   return p;
 }
 
@@ -219,7 +197,7 @@ std::tuple<Tensor, Tensor> tiled_attention(const AlibiAttention& call, const Att
     p.out_strides = head_strides(out);
     p.lse = lse.mutable_data_ptr<float>();
     p.lse_strides = row_strides(lse);
-    attention_forward(p, dtype_of(x.q));
+    attention_forward(p, dtype_of(x.q.scalar_type()));
   }
   return {as_result(out, inputs.q), lse};
 }
@@ -236,7 +214,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tiled_attention_backward(
   if (call.batch == 0 || call.q_heads == 0 || call.head_dim == 0) {
     return {
         at::zeros_like(q), at::zeros_like(k), at::zeros_like(v),
-        slopes_grad ? at::zeros({call.q_heads}, real) : Tensor()};
+        slopes_grad ? at::zeros(slopes->sizes(), real) : Tensor()};
   }
   const Inputs x(call, arguments.inputs());
   const BackwardInputs given(grad_out, out, lse);
@@ -257,7 +235,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tiled_attention_backward(
     grad_slopes = at::empty(slopes->sizes(), real);
     p.grad_slopes = grad_slopes.mutable_data_ptr<float>();
   }
-  attention_backward(p, dtype_of(x.q));
+  attention_backward(p, dtype_of(x.q.scalar_type()));
   return {as_result(grad_q, q), as_result(grad_k, k), as_result(grad_v, v), grad_slopes};
 }
 
@@ -273,7 +251,7 @@ Tensor tiled_attention_slope_sums(const AlibiAttention& call, const AttentionSlo
   auto p = problem_of<AttentionBackwardProblem>(call, x);
   given.put(call, p);
   p.row_sums = result.mutable_data_ptr<double>();
-  attention_backward(p, dtype_of(x.q));
+  attention_backward(p, dtype_of(x.q.scalar_type()));
   return result;
 }
 

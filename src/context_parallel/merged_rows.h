@@ -2,18 +2,14 @@
 
 #include <ATen/core/Tensor.h>
 
-// Merges outputs of attention over parts of the keys by their log-sum-exp.
-namespace posenc::blockwise {
-
-/// `lse` with 0 in the place of -inf, which rows without visible keys have: exp(-inf - lse) is then 0 and not NaN.
-at::Tensor finite(const at::Tensor& lse);
+namespace posenc::context_parallel {
 
 /// Output rows of attention over the keys of all parts that have been added. Two parts are merged as
 ///
 ///     lse = log(exp(lse_1) + exp(lse_2)),   out = exp(lse_1 - lse) out_1 + exp(lse_2 - lse) out_2.
 class MergedRows {
  public:
-  /// @param out  `[B, S, H, D]`; it is overwritten by later calls.
+  /// @param out  `[B, S, H, D]`.
   /// @param lse  `[B, H, S]` in the dtype of sums.
   void add(const at::Tensor& out, const at::Tensor& lse);
 
@@ -25,4 +21,4 @@ class MergedRows {
   at::Tensor out_, lse_;
 };
 
-}  // namespace posenc::blockwise
+}  // namespace posenc::context_parallel

@@ -1,0 +1,107 @@
+#pragma once
+
+#include <arguments/alibi_attention.h>
+#include <context_parallel/group.h>
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+// The calls of attention that one rank computes. The sequence is divided into 2 C chunks, C the number of ranks; rank r
+// has chunks r and 2 C - 1 - r, the halves of its tokens. The two are not adjacent in the sequence.
+namespace posenc::context_parallel {
+
+/// The tokens of one rank.
+struct Shard {
+  arguments::AlibiAttention call;
+  Group group;
+
+  int64_t ranks() const { return group->getSize(); }
+  int64_t rank() const { return group->getRank(); }
+  int64_t half_len() const { return call.q_len / 2; }
+  bool empty() const { return call.batch * call.q_len * call.q_heads == 0; }
+
+  /// The options of a call without positions.
+  arguments::SymbolicAttentionOptions options() const;
+
+  /// The rank whose keys this rank holds after `step` shifts around the ring.
+  int64_t source(int64_t step) const { return (rank() - step + ranks()) % ranks(); }
+};
+
+/// `count` halves of the tokens, from half `first` on.
+struct Halves {
+  int64_t first, count;
+};
+
+/// A call with some of the queries and some of the keys that a rank holds. Its distances are those of the sequence
+/// plus a number for each half of the queries, so one call can serve both halves.
+class Part {
+ public:
+  /// @param beyond  for each half of the queries, the tokens to add to the distances of the call. They are not
+  ///     negative. Where all keys are on one side of a query, they change each score of its row by the same number,
+  ///     `-slope * beyond`: the log-sum-exp of the row changes, and its probabilities do not.
+  Part(const Shard& shard, Halves queries, Halves keys, int64_t query_offset, std::array<int64_t, 2> beyond);
+
+  /// The call of each half of the queries with the same half of the keys of one rank. Halves are sequences of the
+  /// call.
+  static Part diagonal(const Shard& shard);
+
+  const arguments::SymbolicAttentionOptions& options() const { return options_; }
+
+  /// Rows of `x`, `[B, S / C, H, D]`, in the shape of the call: those of queries, those of keys.
+  at::Tensor queries_of(const at::Tensor& x) const { return rows_of(x, queries_); }
+  at::Tensor keys_of(const at::Tensor& x) const { return rows_of(x, keys_); }
+  std::optional<at::Tensor> slopes_of(const std::optional<at::Tensor>& slopes) const;
+
+  /// Adds `rows`, a result of the call for its queries or keys, to those rows of `sums`, `[B, S / C, H, D]`.
+  void add_queries(const at::Tensor& sums, const at::Tensor& rows) const { add_rows(sums, rows, queries_); }
+  void add_keys(const at::Tensor& sums, const at::Tensor& rows) const { add_rows(sums, rows, keys_); }
+
+  /// The log-sum-exp of the sequence's scores, `[B, Hq, S / C]`, as one of the scores of the call.
+  at::Tensor lse_of_call(const at::Tensor& lse, const std::optional<at::Tensor>& slopes) const;
+
+  /// Numbers of rows, `[B, Hq, S / C]`, in the shape of the call.
+  at::Tensor numbers_of(const at::Tensor& x) const;
+
+  /// Adds the sums of `alibi_attention_slope_sums` of the call to those of all keys, `[4, B, Hq, S / C]`.
+  void add_slope_sums(const at::Tensor& total, const at::Tensor& of_call) const;
+
+  /// Calls `body(half, out, lse)` for each half of the queries with its rows of the results of the call:
+  /// `[B, S / 2 C, Hq, D]`, and the log-sum-exp of the sequence's scores, `[B, Hq, S / 2 C]`.
+  template <typename Body>
+  void for_each_half(
+      const at::Tensor& out,
+      const at::Tensor& lse,
+      const std::optional<at::Tensor>& slopes,
+      const Body& body) const {
+    const at::Tensor rows = unfolded_rows(out);
+    const at::Tensor sums = unfolded_numbers(lse);
+    for (int64_t i = 0; i < queries_.count; ++i) {
+      body(
+          queries_.first + i, rows.narrow(1, i * half_len_, half_len_),
+          shifted(sums.narrow(-1, i * half_len_, half_len_), slopes, -beyond_[i]));
+    }
+  }
+
+ private:
+  at::Tensor rows_of(const at::Tensor& x, Halves halves) const;
+  void add_rows(const at::Tensor& sums, const at::Tensor& rows, Halves halves) const;
+  at::Tensor unfolded_rows(const at::Tensor& x) const;
+  at::Tensor unfolded_numbers(const at::Tensor& x) const;
+  static at::Tensor shifted(const at::Tensor& lse, const std::optional<at::Tensor>& slopes, int64_t tokens);
+
+  Halves queries_, keys_;
+  arguments::SymbolicAttentionOptions options_;
+  std::array<int64_t, 2> beyond_;  // of each half in `queries_`
+  int64_t half_len_;
+  bool folded_ = false;  // whether halves are sequences of the call
+};
+
+/// The parts of the queries of this rank and the keys of rank `source` that the causal mask does not hide. Those of the
+/// keys of this rank end with the diagonal part.
+std::vector<Part> visible_parts(const Shard& shard, int64_t source);
+
+}  // namespace posenc::context_parallel
