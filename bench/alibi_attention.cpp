@@ -6,8 +6,9 @@
 #include <posenc/attention.h>
 
 #ifdef POSENC_CUDNN
-#include <cuda/detail/cudnn_attention.h>
 #include <cuda/detail/cudnn_graph.h>
+
+#include <ATen/cuda/CUDAContext.h>
 #endif
 
 #include <ATen/ATen.h>
@@ -216,15 +217,10 @@ Timing time_wall(Device& device, const Problem& problem, const Call& call, Pass 
 
 #ifdef POSENC_CUDNN
 
-/// Whether posenc computes a configuration by cuDNN.
+/// Whether posenc computes a configuration by cuDNN on a GPU that the tests have run on.
 bool is_fused(const Configuration& c, c10::Device device) {
-  blockwise::Padded call{};
-  call.q = at::empty({1, c.sequence, c.heads, c.head_dim}, at::TensorOptions().dtype(c.dtype).device(device));
-  call.k = call.v = call.q;
-  call.slopes = at::empty({c.heads}, call.q.options().dtype(at::kFloat));
-  call.query_offset = 0;
-  call.causal = c.causal;
-  return cuda::why_not_cudnn(call).empty();
+  return device.is_cuda() && c.dtype != at::kFloat && at::cuda::getDeviceProperties(device.index())->major == 9 &&
+      cuda::why_no_cudnn_graphs().empty();
 }
 
 /// Times the cuDNN graph that posenc runs, without the operator around it.

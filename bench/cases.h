@@ -24,6 +24,9 @@ void add_alibi(Suite& suite, Device& device, Protocol protocol);
 /// Attention with the ALiBi bias: alibi_attention.cpp.
 void add_alibi_attention(Suite& suite, Device& device, Protocol protocol);
 
+/// Attention on packed sequences, with a window and in decoding: attention_shapes.cpp.
+void add_attention_shapes(Suite& suite, Device& device);
+
 /// Host time per call, on tensors so small that the device keeps up with the host: host_cost.cpp.
 void add_host_cost(Suite& suite, Device& device);
 

@@ -96,6 +96,7 @@ int run(int argc, char** argv) {
   if (protocol == Protocol::kernel) {
     keep_freed_memory();
     add_rotary_embedding_forms(suite, *device);
+    add_attention_shapes(suite, *device);
     add_host_cost(suite, *device);
   }
   MarkdownReporter reporter(suite, describe_run(protocol, *device));

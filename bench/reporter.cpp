@@ -23,8 +23,16 @@ const char* row_title(Pass pass) {
 }
 
 bool is_formulation(const std::string& implementation) {
-  const std::array<const char*, 7> others{
-      kPosenc, kCopy, kFill, kWithoutBias, kBareCudnn, kPosencWithoutCudnn, kPosencWithoutSlopes};
+  const std::array<const char*, 10> others{kPosenc,
+                                           kCopy,
+                                           kFill,
+                                           kWithoutBias,
+                                           kBareCudnn,
+                                           kPosencWithoutCudnn,
+                                           kPosencWithoutSlopes,
+                                           kPosencOneByOne,
+                                           kPosencPadded,
+                                           kPosencAllKeys};
   return std::find(others.begin(), others.end(), implementation) == others.end();
 }
 
@@ -135,6 +143,9 @@ void MarkdownReporter::ReportRuns(const std::vector<Run>& runs) {
   }
   if (const Case* benchmark_case = suite_.find_case(name)) {
     record(*benchmark_case, *seconds, median_of(runs, "peak_bytes"));
+    if (const auto plans = median_of(runs, "plans")) {
+      entry(current_->plans, benchmark_case->implementation) = static_cast<int64_t>(*plans);
+    }
   } else if (const HostCall* call = suite_.find_host_call(name)) {
     host_costs_.emplace_back(*call, *seconds);
   }
@@ -153,7 +164,7 @@ void MarkdownReporter::record(const Case& benchmark_case, double seconds, std::o
     report_configuration();
   }
   if (!current_) {
-    current_ = Configuration{encoding, label, title, {}, {}, {}, {}, {}};
+    current_ = Configuration{encoding, label, title, {}, {}, {}, {}, {}, {}};
   }
   entry(current_->measured, implementation)[index(pass)] = seconds;
   if (peak_bytes) {
@@ -224,6 +235,9 @@ void MarkdownReporter::print_table(const Configuration& configuration, const Sec
   print_ratios(posenc, find(configuration, kWithoutBias), "attention without bias");
   print_ratios(posenc, find(configuration, kBareCudnn), "bare cuDNN graph");
   print_ratios(posenc, find(configuration, kPosencWithoutCudnn), "posenc without cuDNN");
+  print_ratios(posenc, find(configuration, kPosencOneByOne), "one call for each sequence");
+  print_ratios(posenc, find(configuration, kPosencPadded), "call padded to the longest sequence");
+  print_ratios(posenc, find(configuration, kPosencAllKeys), "call without a window");
   print_ratios(
       find(configuration, kPosencWithoutSlopes), find(configuration, kWithoutBias),
       "attention without bias of LibTorch", "posenc without slopes");
@@ -258,6 +272,9 @@ void MarkdownReporter::print_memory(const Configuration& configuration) {
       }
     }
     GetOutputStream() << "\nPeak memory of `" << name << "` beyond its inputs: " << peaks.str() << ".\n";
+  }
+  for (const auto& [name, plans] : configuration.plans) {
+    GetOutputStream() << "\ncuDNN plans built in all runs of `" << name << "`: " << plans << ".\n";
   }
 }
 

@@ -43,6 +43,7 @@ class MarkdownReporter final : public benchmark::BenchmarkReporter {
     /// Seconds by implementation, in the order of the runs.
     std::vector<std::pair<std::string, Seconds>> measured;
     std::vector<std::pair<std::string, PerPass<double>>> peak_bytes;
+    std::vector<std::pair<std::string, int64_t>> plans;
     PerPass<double> bytes;
     PerPass<double> operations;
     std::array<bool, 3> trivial{};
@@ -56,7 +57,7 @@ class MarkdownReporter final : public benchmark::BenchmarkReporter {
   void print_table(const Configuration& configuration, const Seconds& libtorch);
   /// Prints TFLOP/s of each implementation, if its cases have a number of operations.
   void print_operations(const Configuration& configuration);
-  /// Prints the peak memory of the implementations for which it was measured.
+  /// Prints the peak memory and the number of plans of the implementations for which they were measured.
   void print_memory(const Configuration& configuration);
   /// Prints `seconds`, the time of `subject`, divided by `measured`, the time of `yardstick` (such as a copy), for each
   /// pass with both.

@@ -43,6 +43,9 @@ void register_benchmark(const std::string& name, benchmark::TimeUnit unit, Suite
     state.counters["median_s"] = timing->median;
     state.counters["min_s"] = timing->minimum;
     state.counters["samples"] = static_cast<double>(timing->samples);
+    if (timing->plans) {
+      state.counters["plans"] = static_cast<double>(*timing->plans);
+    }
     if (timing->peak_bytes) {
       state.counters["peak_bytes"] = static_cast<double>(*timing->peak_bytes);
     }

@@ -25,6 +25,9 @@ inline constexpr const char* kWithoutBias = "without_bias";
 inline constexpr const char* kBareCudnn = "bare_cudnn";
 inline constexpr const char* kPosencWithoutCudnn = "posenc_without_cudnn";
 inline constexpr const char* kPosencWithoutSlopes = "posenc_without_slopes";
+inline constexpr const char* kPosencOneByOne = "posenc_one_by_one";
+inline constexpr const char* kPosencPadded = "posenc_padded";
+inline constexpr const char* kPosencAllKeys = "posenc_all_keys";
 
 /// One implementation of one pass of an encoding at one configuration.
 struct Case {

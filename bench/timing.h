@@ -35,6 +35,8 @@ struct Timing {
   /// Peak memory in bytes, without the inputs; nullopt if it was not measured. For a backward pass it includes the
   /// forward pass.
   std::optional<int64_t> peak_bytes = std::nullopt;
+  /// cuDNN plans that were built in all runs, discarded ones included; nullopt if they were not counted.
+  std::optional<int64_t> plans = std::nullopt;
 };
 
 /// How often a measurement is repeated.

@@ -28,26 +28,38 @@ enum class Path : uint8_t {
   rows,   // matrix products of blocks of rows
 };
 
+/// What a call reads and computes beyond the forward pass.
+struct Wanted {
+  bool grad_lse = false;     // a gradient flows through lse
+  bool slopes_grad = false;  // the gradient of the slopes, or the sums that it is computed from
+};
+
 #if POSENC_CUDNN
 /// cuDNN is not used for fewer queries. Those are calls of decoding, where the number of keys grows in every step and
 /// each number would need a plan, which takes 40 ms to build.
 constexpr int64_t kFewestQueriesOfPlans = 64;
 
 /// The reason why cuDNN does not compute a call; empty if it does.
-std::string why_not_cudnn(const AlibiAttention& call, const AttentionTensors& inputs, bool grad_lse) {
+std::string why_not_cudnn(const AlibiAttention& call, const AttentionTensors& inputs, const Wanted& wanted) {
   if (call.packed()) {
     return "cuDNN would need padded copies of packed sequences";
   }
   if (call.q_len < kFewestQueriesOfPlans) {
     return "with few queries, as in decoding, cuDNN would build a plan in every step";
   }
-  if (grad_lse) {
+  if (wanted.grad_lse) {
     return "cuDNN takes no gradient of lse";
+  }
+  if (wanted.slopes_grad && !cuda::has_attention_slopes_kernels()) {
+    return "the kernel that computes the gradient of slopes beside cuDNN needs compute capability 9.0";
   }
   return cuda::why_not_cudnn(blockwise::padded_view(call, inputs));
 }
 #else
-std::string why_not_cudnn(const AlibiAttention& /*call*/, const AttentionTensors& /*inputs*/, bool /*grad_lse*/) {
+std::string why_not_cudnn(
+    const AlibiAttention& /*call*/,
+    const AttentionTensors& /*inputs*/,
+    const Wanted& /*wanted*/) {
   return "the library was built without cuDNN (POSENC_CUDNN)";
 }
 #endif
@@ -62,9 +74,8 @@ void log_path(LogLevel level, const AttentionTensors& inputs, const char* path, 
   }
 }
 
-/// @param grad_lse  whether a gradient flows through lse.
-Path path_of(const AlibiAttention& call, const AttentionTensors& inputs, bool grad_lse) {
-  const std::string not_cudnn = why_not_cudnn(call, inputs, grad_lse);
+Path path_of(const AlibiAttention& call, const AttentionTensors& inputs, const Wanted& wanted) {
+  const std::string not_cudnn = why_not_cudnn(call, inputs, wanted);
   if (not_cudnn.empty()) {
     return Path::cudnn;
   }
@@ -85,7 +96,7 @@ std::tuple<Tensor, Tensor> alibi_attention_cuda(
     const AttentionTensors& inputs) {
   const auto call = arguments::check_attention("posenc::alibi_attention", inputs, options);
   const c10::cuda::CUDAGuard device(inputs.q.device());
-  const Path path = path_of(call, inputs, /*grad_lse=*/false);
+  const Path path = path_of(call, inputs, {});
 #if POSENC_CUDNN
   if (path == Path::cudnn) {
     return blockwise::forward(call, inputs, cuda::cudnn_attention);
@@ -123,7 +134,7 @@ AttentionGradients alibi_attention_backward_cuda(
   const bool slopes_grad = slopes_wanted && arguments.slopes.has_value();
   const auto call = arguments::check_attention_backward("posenc::alibi_attention_backward", arguments, options);
   const c10::cuda::CUDAGuard device(arguments.q.device());
-  const Path path = path_of(call, arguments.inputs(), arguments.grad_lse.has_value());
+  const Path path = path_of(call, arguments.inputs(), {arguments.grad_lse.has_value(), slopes_grad});
 #if POSENC_CUDNN
   if (path == Path::cudnn) {
     return blockwise::backward(call, arguments, slopes_grad, cudnn_backward);
@@ -138,7 +149,7 @@ Tensor alibi_attention_slope_sums_cuda(
     const AttentionSlopeSumsArguments& arguments) {
   const auto call = arguments::check_attention_slope_sums("posenc::alibi_attention_slope_sums", arguments, options);
   const c10::cuda::CUDAGuard device(arguments.q.device());
-  const Path path = path_of(call, arguments.inputs(), /*grad_lse=*/false);
+  const Path path = path_of(call, arguments.inputs(), {/*grad_lse=*/false, /*slopes_grad=*/true});
 #if POSENC_CUDNN
   if (path == Path::cudnn) {
     return blockwise::slope_sums(call, arguments, cudnn_slope_sums);

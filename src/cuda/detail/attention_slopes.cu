@@ -130,6 +130,16 @@ void run(
 
 }  // namespace
 
+bool has_attention_slopes_kernels() {
+  int device = 0;
+  int major = 0;
+  int minor = 0;
+  C10_CUDA_CHECK(cudaGetDevice(&device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  return major == 9 && minor == 0;  // sm_90a
+}
+
 Tensor attention_slopes_backward(const blockwise::Padded& call, const Tensor& grad_out, const Tensor& lse) {
   const int64_t heads = call.q_heads();
   const int64_t blocks = ceil_div(call.q_len(), kSlopesRows);

@@ -6,6 +6,9 @@
 
 namespace posenc::cuda {
 
+/// Whether the current device runs the kernels of the functions below, which need compute capability 9.0.
+bool has_attention_slopes_kernels();
+
 /// The gradient of the slopes, float32 `[Hq]`, of a call that cuDNN computes. Deterministic.
 /// @param grad_out  as returned by `readable_rows`.
 at::Tensor attention_slopes_backward(const blockwise::Padded& call, const at::Tensor& grad_out, const at::Tensor& lse);

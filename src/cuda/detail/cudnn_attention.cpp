@@ -1,5 +1,6 @@
 #include <cuda/detail/cudnn_attention.h>
 #include <cuda/detail/cudnn_graph.h>
+#include <cuda/detail/cudnn_validation.h>
 #include <cuda/detail/launch.h>
 
 #include <ATen/Context.h>
@@ -22,9 +23,8 @@ using blockwise::Padded;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-/// Validated on sm_90 only; cuDNN silently returned wrong results for some other forms.
-constexpr int kMajor = 9;
-constexpr int kMinor = 0;
+/// cuDNN has fused attention from this compute capability on.
+constexpr int kOldestMajor = 8;
 constexpr int64_t kHeadDims[] = {32, 64, 80, 96, 128, 192, 256};
 
 /// A multiple of the columns in cuDNN's tiles of scores. Without a mask of its own, cuDNN's backward pass also computes
@@ -88,6 +88,11 @@ bool is_readable(const Tensor& x) {
   return true;
 }
 
+bool has_row_limits(const Padded& call, const Form& form) {
+  return call.seqlens_q.defined() || call.seqlens_k.defined() ||
+      (form.bias == CudnnBias::distance && call.k_len() % kTile != 0);
+}
+
 /// The lengths of a padded batch as limits for each row.
 struct RowLimits {
   Tensor key_limits;  // float32 [B, Sq]
@@ -95,12 +100,12 @@ struct RowLimits {
 };
 
 RowLimits row_limits(const Padded& call, const Form& form) {
+  if (!has_row_limits(call, form)) {
+    return {};
+  }
   const auto real = call.q.options().dtype(at::kFloat);
   if (!call.seqlens_q.defined() && !call.seqlens_k.defined()) {
-    if (form.bias == CudnnBias::distance && call.k_len() % kTile != 0) {
-      return {at::full({call.batch(), call.q_len()}, static_cast<double>(call.k_len()), real), {}};
-    }
-    return {};
+    return {at::full({call.batch(), call.q_len()}, static_cast<double>(call.k_len()), real), {}};
   }
   const Tensor rows = at::arange(call.q_len(), real.dtype(at::kLong)).unsqueeze(0);
   Tensor limits = at::full({call.batch(), call.q_len()}, call.k_len(), rows.options());
@@ -143,9 +148,8 @@ std::string why_not_cudnn(const Padded& call) {
   if (const std::string& reason = why_no_cudnn_graphs(); !reason.empty()) {
     return reason;
   }
-  const auto* device = at::cuda::getCurrentDeviceProperties();
-  if (device->major != kMajor || device->minor != kMinor) {
-    return "cuDNN was tried with compute capability 9.0 only";
+  if (at::cuda::getCurrentDeviceProperties()->major < kOldestMajor) {
+    return "cuDNN's attention needs compute capability 8.0 or later";
   }
   if (std::find(std::begin(kHeadDims), std::end(kHeadDims), call.head_dim()) == std::end(kHeadDims)) {
     return "the head size is none of 32, 64, 80, 96, 128, 192 and 256";
@@ -156,10 +160,13 @@ std::string why_not_cudnn(const Padded& call) {
   if (call.batch() > kMaxGridY || call.q_heads() > kMaxGridY) {
     return "there are more than 65,535 sequences or heads";
   }
-  if (call.k_len() >= kMaxKeys || !form_of(call).has_value()) {
+  const std::optional<Form> form = form_of(call);
+  if (call.k_len() >= kMaxKeys || !form.has_value()) {
     return "cuDNN takes no such positions of queries";
   }
-  return {};
+  return why_not_used(
+      {call.q.scalar_type(), call.head_dim(), form->bias, form->mask, form->offset != 0, has_row_limits(call, *form),
+       call.q_heads() != call.k_heads(), at::globalContext().deterministicAlgorithms()});
 }
 
 std::tuple<Tensor, Tensor> cudnn_attention(const Padded& call) {

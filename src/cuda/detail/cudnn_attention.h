@@ -7,8 +7,8 @@
 #include <string>
 #include <tuple>
 
-// Attention by cuDNN. Calls are mapped to the forms of graph that were validated: tests/alibi_attention_cuda_test.cpp
-// compares each form with float64, and no other form is built.
+// Attention by cuDNN. Calls are mapped to forms of graph that are validated (cudnn_validation.h);
+// tests/alibi_attention_cuda_test.cpp compares each of them with float64.
 namespace posenc::cuda {
 
 /// The reason why cuDNN cannot compute a call; empty if it can.

@@ -16,6 +16,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <chrono>
 #include <cstring>
 #include <memory>
@@ -39,14 +40,6 @@ using Mode = fe::PointwiseMode_t;
 
 constexpr auto kInt = fe::DataType_t::INT32;
 constexpr auto kReal = fe::DataType_t::FLOAT;
-
-/// The graphs were validated with cuDNN 9.19. Older versions may refuse them or return wrong results.
-constexpr size_t kOldestCudnn = 91900;
-
-/// 91900 is 9.19.0.
-std::string version(size_t number) {
-  return c10::str(number / 10000, '.', number / 100 % 100, '.', number % 100);
-}
 
 /// Limit of the cache, whose plans take up to some megabytes each. Lengths that change with every batch add plans.
 constexpr size_t kMaxPlans = 128;
@@ -251,6 +244,8 @@ SdpaAttributes with_bias_and_mask(SdpaAttributes attributes, fe::graph::Graph& g
   return attributes;
 }
 
+std::atomic<int64_t> plans_built{0};
+
 template <typename AddNodes>
 std::shared_ptr<Plan> build(const CudnnGraph& call, Direction direction, const AddNodes& add_nodes) {
   const auto start = std::chrono::steady_clock::now();
@@ -263,6 +258,7 @@ std::shared_ptr<Plan> build(const CudnnGraph& call, Direction direction, const A
   for (const int64_t uid : plan->uids) {
     TORCH_INTERNAL_ASSERT(uid >= kQ && uid < kUids, "a tensor of no name, ", uid);
   }
+  ++plans_built;
   const std::chrono::duration<double, std::milli> took = std::chrono::steady_clock::now() - start;
   log(LogLevel::debug,
       c10::str(
@@ -306,15 +302,17 @@ void execute(Plan& plan, const CudnnGraph& call, Direction direction, Pointers p
 const std::string& why_no_cudnn_graphs() {
   static const std::string reason = []() -> std::string {
     fe::cudnn_dlhandle = dlopen("libcudnn.so.9", RTLD_NOW | RTLD_LOCAL);
-    if (fe::cudnn_dlhandle == nullptr) {
-      return "libcudnn.so.9 was not found";
-    }
-    const size_t found = fe::detail::get_backend_version();
-    return found >= kOldestCudnn
-        ? std::string()
-        : c10::str("cuDNN is ", version(found), ", expected ", version(kOldestCudnn), " or later");
+    return fe::cudnn_dlhandle == nullptr ? "libcudnn.so.9 was not found" : "";
   }();
   return reason;
+}
+
+int64_t cudnn_plans_built() {
+  return plans_built;
+}
+
+size_t cudnn_version() {
+  return fe::detail::get_backend_version();
 }
 
 std::tuple<Tensor, Tensor> run_cudnn_forward(const CudnnGraph& call) {

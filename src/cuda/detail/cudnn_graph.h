@@ -1,8 +1,12 @@
 #pragma once
 
+#include <posenc/export.h>
+
 #include <ATen/core/Tensor.h>
 
+#include <cstddef>
 #include <cstdint>
+#include <string>
 #include <tuple>
 
 // Fused attention by cuDNN's graph API: the graphs and their plans. Bias and masks are a modifier of the scores.
@@ -34,16 +38,23 @@ struct CudnnGraph {
   double scale;
 };
 
-/// The reason why the cuDNN that LibTorch has loaded cannot run these graphs: it is missing, or older than the version
-/// that the graphs were validated with. Empty if it can.
-const std::string& why_no_cudnn_graphs();
+// Exported for the benchmark, which times graphs without an operator around them.
+
+/// The reason why graphs cannot be run: libcudnn is missing. Empty if they can.
+POSENC_API const std::string& why_no_cudnn_graphs();
+
+/// The version of the cuDNN that LibTorch has loaded: 91900 is 9.19.0. Call it after `why_no_cudnn_graphs`.
+POSENC_API size_t cudnn_version();
+
+/// The number of plans that this process has built.
+POSENC_API int64_t cudnn_plans_built();
 
 /// @return `(out, lse)`: in the layout of q, and float32 `[B, Hq, Sq]`.
-std::tuple<at::Tensor, at::Tensor> run_cudnn_forward(const CudnnGraph& call);
+POSENC_API std::tuple<at::Tensor, at::Tensor> run_cudnn_forward(const CudnnGraph& call);
 
 /// @param lse  as returned by the forward pass; a row with infinity contributes nothing.
 /// @return the gradients of q, k and v. Deterministic if LibTorch's deterministic algorithms are on.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> run_cudnn_backward(
+POSENC_API std::tuple<at::Tensor, at::Tensor, at::Tensor> run_cudnn_backward(
     const CudnnGraph& call,
     const at::Tensor& grad_out,
     const at::Tensor& out,
