@@ -53,15 +53,16 @@ TEST_F(CudnnValidationCuda, FormsThatAreUsedAreRight) {
   }
 }
 
-/// cuDNN computes one row without a causal mask wrong, without an error (seen with 9.19).
+/// With one limit for each sequence cuDNN's results are wrong, without an error (seen with 9.19).
 TEST_F(CudnnValidationCuda, AFormThatCudnnComputesWrongIsFound) {
   const int64_t version = at::detail::getCUDAHooks().versionCuDNN();
   if (version / 100 != 919) {
     GTEST_SKIP() << "seen with cuDNN 9.19 only, this is " << version;
   }
-  CudnnForm form{at::kBFloat16, 128, CudnnBias::distance, CudnnMask::none, false, false, false, false};
-  form.one_row = true;
-  EXPECT_NE(why_wrong(form), "");
+  CudnnForm form{at::kBFloat16, 128, CudnnBias::distance, CudnnMask::none, false, /*key_limits=*/true, false, false};
+  form.limits_of_sequences = true;
+  const std::string reason = why_wrong(form);
+  EXPECT_NE(reason.find("the error of "), std::string::npos) << reason;
 }
 
 /// A ramp is the bias of ALiBi only where a mask hides the keys after a query.

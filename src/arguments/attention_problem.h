@@ -79,18 +79,35 @@ struct AttentionBackwardProblem : AttentionProblem {
 };
 
 /// Results of attention over some of the keys: out `[B, S, H, D]`, lse `[B, H, S]` in the dtype of sums.
-struct AttentionPartRows {
+struct PartRows {
   const void* out;
   HeadStrides out_strides;
   const void* lse;
   RowStrides lse_strides;
 };
 
-/// Two parts, and the results over the keys of both, which are dense and in the dtype of sums.
-struct AttentionPartsProblem {
-  AttentionPartRows first, second;
+/// Two parts, and the results over the keys of both.
+struct MergePartsProblem {
+  PartRows first, second;
   void* out;
+  HeadStrides out_strides;
   void* lse;
+  RowStrides lse_strides;
+  int32_t batch, rows, heads, head_dim;
+};
+
+/// A gradient `[B, S, H, D]`.
+struct SumTerm {
+  const void* data;
+  HeadStrides strides;
+  bool wide;  // of the dtype of sums, if it differs from that of the other terms
+};
+
+struct SumPartsProblem {
+  SumTerm terms[4];
+  int32_t count;
+  void* out;
+  HeadStrides out_strides;
   int32_t batch, rows, heads, head_dim;
 };
 

@@ -20,9 +20,12 @@ namespace {
 using at::Tensor;
 
 /// Number of scores in a block of rows, 32 MiB in float32, which is small beside q, k and v of long sequences. On a GPU
-/// a block has at least `kFewestRows` rows, so that matrix products are efficient. A row is never divided.
+/// a block has at least `kFewestRows` rows, and twice as many where there are few heads, so that matrix products are
+/// efficient. Forward pass, 16 heads of 128 channels, on an H100, with 128, 256 and 512 rows: 1.14, 1.04 and 1.08 ms
+/// with batch 4 and 1,024 tokens, 67, 49 and 40 ms with batch 1 and 16,384 tokens. A row is never divided.
 constexpr int64_t kBlockElements = int64_t{1} << 23;
 constexpr int64_t kFewestRows = 256;
+constexpr int64_t kFewestRowsOfHeads = 8192;  // of all heads together
 
 /// On a CPU a block is 2 MiB, which fits the caches, but has at least `kFewRows` rows. Both passes take 9 to 12 ms
 /// instead of 13 to 17, measured on two cores with four heads of 64 channels and 512 causal tokens.
@@ -91,7 +94,11 @@ int64_t Blocks::rows_of_block() const {
   const int64_t scores_of_row = std::max<int64_t>(1, call_.batch() * call_.q_heads() * call_.k_len());
   const int64_t rows = std::max<int64_t>(1, kBlockElements / scores_of_row);
   return call_.q.is_cpu() ? std::min(rows, std::max(kFewRows, kCachedElements / scores_of_row))
-                          : std::max(rows, kFewestRows);
+                          : std::max(
+                                rows,
+                                std::clamp(
+                                    kFewestRowsOfHeads / std::max<int64_t>(1, call_.batch() * call_.q_heads()),
+                                    kFewestRows, 2 * kFewestRows));
 }
 
 std::pair<int64_t, int64_t> Blocks::visible_keys(int64_t begin, int64_t end) const {

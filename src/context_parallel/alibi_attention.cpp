@@ -1,7 +1,7 @@
 #include <arguments/alibi.h>
 #include <blockwise/slopes_gradient.h>
-#include <context_parallel/merged_rows.h>
 #include <context_parallel/parts.h>
+#include <context_parallel/results.h>
 #include <context_parallel/ring.h>
 #include <ops/alibi_attention.h>
 #include <ops/context_parallel_alibi_attention.h>
@@ -12,7 +12,6 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <array>
@@ -66,14 +65,13 @@ std::tuple<Tensor, Tensor> ring_forward(const ContextParallelOptions& options, c
     for (const Part& part : visible_parts(shard, shard.source(step))) {
       const auto [rows, sums] = dispatch::alibi_attention(
           part.options(), {part.queries_of(q), part.keys_of(k_block), part.keys_of(v_block), part.slopes_of(slopes)});
-      part.for_each_half(rows, sums, slopes, [&](int64_t half, const Tensor& out_of_half, const Tensor& lse_of_half) {
-        halves[half].add(out_of_half, lse_of_half);
+      part.for_each_query_half(rows, [&, &sums = sums](int64_t half, const Tensor& rows_of_half) {
+        halves[half].add(rows_of_half, part.lse_of_half(sums, slopes, half));
       });
     }
   });
   for (int64_t half = 0; half < 2; ++half) {
-    out.narrow(1, half * shard.half_len(), shard.half_len()).copy_(halves[half].out());
-    lse.narrow(-1, half * shard.half_len(), shard.half_len()).copy_(halves[half].lse());
+    halves[half].finish(shard.half(out, 1, half), shard.half(lse, -1, half));
   }
   return {out, lse};
 }
@@ -96,9 +94,6 @@ AttentionGradients ring_backward(
   }
   const bool kv_grad = k_grad || v_grad;
   const auto wide = a.q.options().dtype(arguments::alibi_slopes_dtype(a.q.scalar_type()));
-  Tensor sums_of_q = q_grad ? at::zeros_like(a.q, wide) : Tensor();
-  TravellingBlock sums_of_kv(
-      shard.group, kv_grad ? at::zeros({2, a.k.size(0), a.k.size(1), a.k.size(2), a.k.size(3)}, wide) : Tensor());
   Tensor sums_of_slopes;
   if (slopes_grad) {
     sums_of_slopes =
@@ -112,32 +107,43 @@ AttentionGradients ring_backward(
     const Tensor v_rows = part.keys_of(v_block);
     const Tensor lse_rows = part.lse_of_call(a.lse, a.slopes).contiguous();
     const std::optional<Tensor> slopes = part.slopes_of(a.slopes);
+    AttentionGradients result;
     if (q_grad || kv_grad) {
       std::optional<Tensor> grad_lse_rows;
       if (a.grad_lse.has_value()) {
         grad_lse_rows = part.numbers_of(*a.grad_lse);
       }
-      const auto [dq, dk, dv, none] = dispatch::alibi_attention_backward(
+      result = dispatch::alibi_attention_backward(
           part.options(), {grad_rows, grad_lse_rows, q_rows, k_rows, v_rows, slopes, part.queries_of(a.out), lse_rows},
           /*slopes_grad=*/false);
-      if (q_grad) {
-        part.add_queries(sums_of_q, dq);
-      }
-      if (kv_grad) {
-        // The transfer of the sums has overlapped with the computation of this part.
-        const Tensor& sums = sums_of_kv.here();
-        part.add_keys(sums.select(0, 0), dk);
-        part.add_keys(sums.select(0, 1), dv);
-      }
     }
     if (slopes_grad) {
       part.add_slope_sums(
           sums_of_slopes,
           dispatch::alibi_attention_slope_sums(part.options(), {grad_rows, q_rows, k_rows, v_rows, slopes, lse_rows}));
     }
+    return result;
   };
+  const auto result_like = [](bool wanted, const Tensor& x) { return wanted ? at::empty_like(x) : Tensor(); };
+  const Tensor grad_q = result_like(q_grad, a.q);
+  const Tensor grad_k = result_like(k_grad, a.k);
+  const Tensor grad_v = result_like(v_grad, a.v);
   if (!shard.empty()) {
-    // The last part of the keys of this rank is computed at the end, while the sums of dk and dv come back.
+    using Sums = std::array<GradientSum, 2>;  // of both halves
+    const GradientSum none(a.q.scalar_type());
+    Sums sums_of_q{none, none};
+    Sums sums_of_k{none, none};
+    Sums sums_of_v{none, none};
+    const auto add_to = [](Sums& sums) { return [&sums](int64_t half, const Tensor& rows) { sums[half].add(rows); }; };
+    // Those of keys of other ranks. They follow their keys and are at home after the last step.
+    const Tensor zeros = kv_grad ? at::zeros({2, a.k.size(0), a.k.size(1), a.k.size(2), a.k.size(3)}, wide) : Tensor();
+    TravellingBlock travelling(shard.group, zeros);
+    const auto add_to_travelling = [&](int64_t of) {
+      return [&shard, &travelling, of](int64_t half, const Tensor& rows) {
+        shard.half(travelling.here().select(0, of), 1, half).add_(rows);
+      };
+    };
+    // The last part of the keys of this rank is computed at the end, while those sums come home.
     std::optional<Part> last;
     around(shard, a.k, a.v, [&](int64_t step, const Tensor& k_block, const Tensor& v_block) {
       std::vector<Part> parts = visible_parts(shard, shard.source(step));
@@ -146,23 +152,51 @@ AttentionGradients ring_backward(
         parts.pop_back();
       }
       for (const Part& part : parts) {
-        compute(part, k_block, v_block);
+        const auto [dq, dk, dv, unused] = compute(part, k_block, v_block);
+        if (q_grad) {
+          part.for_each_query_half(dq, add_to(sums_of_q));
+        }
+        if (kv_grad && step == 0) {
+          part.for_each_key_half(dk, add_to(sums_of_k));
+          part.for_each_key_half(dv, add_to(sums_of_v));
+        } else if (kv_grad) {
+          // The transfer of the sums has overlapped with the computation of this part.
+          part.for_each_key_half(dk, add_to_travelling(0));
+          part.for_each_key_half(dv, add_to_travelling(1));
+        }
       }
-      if (kv_grad) {
-        sums_of_kv.depart();  // after the last step the sums are on the rank of their keys
+      if (kv_grad && step > 0) {
+        travelling.depart();
       }
     });
-    compute(*last, a.k, a.v);
+    const auto [dq, dk, dv, unused] = compute(last.value(), a.k, a.v);
+    if (q_grad) {
+      last->for_each_query_half(dq, add_to(sums_of_q));
+    }
+    if (kv_grad) {
+      last->for_each_key_half(dk, add_to(sums_of_k));
+      last->for_each_key_half(dv, add_to(sums_of_v));
+    }
+    for (int64_t half = 0; half < 2; ++half) {
+      const auto finish = [&shard, half](Sums& sums, const Tensor& result) {
+        if (result.defined()) {
+          sums[half].finish(shard.half(result, 1, half));
+        }
+      };
+      if (kv_grad) {
+        sums_of_k[half].add(shard.half(travelling.here().select(0, 0), 1, half));
+        sums_of_v[half].add(shard.half(travelling.here().select(0, 1), 1, half));
+      }
+      finish(sums_of_q, grad_q);
+      finish(sums_of_k, grad_k);
+      finish(sums_of_v, grad_v);
+    }
   }
-  const auto like = [](const Tensor& x, const Tensor& sums) { return at::empty_like(x).copy_(sums); };
   Tensor grad_slopes;
   if (slopes_grad) {
     grad_slopes = blockwise::slopes_gradient(sums_of_slopes, a.grad_lse.value_or(Tensor()), *a.slopes).to(wide.dtype());
   }
-  return {
-      q_grad ? sums_of_q.to(a.q.scalar_type()) : Tensor(),
-      k_grad ? like(a.k, sums_of_kv.here().select(0, 0)) : Tensor(),
-      v_grad ? like(a.v, sums_of_kv.here().select(0, 1)) : Tensor(), grad_slopes};
+  return {grad_q, grad_k, grad_v, grad_slopes};
 }
 
 }  // namespace

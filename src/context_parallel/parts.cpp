@@ -45,10 +45,6 @@ Tensor Part::rows_of(const Tensor& x, Halves halves) const {
   return folded_ ? folded_rows(x) : x.narrow(1, halves.first * half_len_, halves.count * half_len_);
 }
 
-void Part::add_rows(const Tensor& sums, const Tensor& rows, Halves halves) const {
-  sums.narrow(1, halves.first * half_len_, halves.count * half_len_).add_(unfolded_rows(rows));
-}
-
 Tensor Part::unfolded_rows(const Tensor& x) const {
   return folded_ ? x.unflatten(0, {x.size(0) / 2, 2}).flatten(1, 2) : x;
 }
@@ -78,6 +74,11 @@ Tensor Part::lse_of_call(const Tensor& lse, const std::optional<Tensor>& slopes)
       {shifted(sums.narrow(-1, 0, half_len_), slopes, beyond_[0]),
        shifted(sums.narrow(-1, half_len_, half_len_), slopes, beyond_[1])},
       -1);
+}
+
+Tensor Part::lse_of_half(const Tensor& of_call, const std::optional<Tensor>& slopes, int64_t half) const {
+  const int64_t i = half - queries_.first;
+  return shifted(unfolded_numbers(of_call).narrow(-1, i * half_len_, half_len_), slopes, -beyond_[i]);
 }
 
 void Part::add_slope_sums(const Tensor& total, const Tensor& of_call) const {

@@ -24,6 +24,11 @@ struct Shard {
   int64_t half_len() const { return call.q_len / 2; }
   bool empty() const { return call.batch * call.q_len * call.q_heads == 0; }
 
+  /// Half 0 or 1 of the tokens of `x`, which are in dimension `dim`; a view.
+  at::Tensor half(const at::Tensor& x, int64_t dim, int64_t half) const {
+    return x.narrow(dim, half * half_len(), half_len());
+  }
+
   /// The options of a call without positions.
   arguments::SymbolicAttentionOptions options() const;
 
@@ -56,9 +61,16 @@ class Part {
   at::Tensor keys_of(const at::Tensor& x) const { return rows_of(x, keys_); }
   std::optional<at::Tensor> slopes_of(const std::optional<at::Tensor>& slopes) const;
 
-  /// Adds `rows`, a result of the call for its queries or keys, to those rows of `sums`, `[B, S / C, H, D]`.
-  void add_queries(const at::Tensor& sums, const at::Tensor& rows) const { add_rows(sums, rows, queries_); }
-  void add_keys(const at::Tensor& sums, const at::Tensor& rows) const { add_rows(sums, rows, keys_); }
+  /// Calls `body(half, rows)` for each half of the queries, or of the keys, with its rows of `x`, which is of their
+  /// shape in the call. `rows` is `[B, S / 2 C, H, D]`, a view.
+  template <typename Body>
+  void for_each_query_half(const at::Tensor& x, const Body& body) const {
+    for_each_half(unfolded_rows(x), queries_, body);
+  }
+  template <typename Body>
+  void for_each_key_half(const at::Tensor& x, const Body& body) const {
+    for_each_half(unfolded_rows(x), keys_, body);
+  }
 
   /// The log-sum-exp of the sequence's scores, `[B, Hq, S / C]`, as one of the scores of the call.
   at::Tensor lse_of_call(const at::Tensor& lse, const std::optional<at::Tensor>& slopes) const;
@@ -69,26 +81,17 @@ class Part {
   /// Adds the sums of `alibi_attention_slope_sums` of the call to those of all keys, `[4, B, Hq, S / C]`.
   void add_slope_sums(const at::Tensor& total, const at::Tensor& of_call) const;
 
-  /// Calls `body(half, out, lse)` for each half of the queries with its rows of the results of the call:
-  /// `[B, S / 2 C, Hq, D]`, and the log-sum-exp of the sequence's scores, `[B, Hq, S / 2 C]`.
-  template <typename Body>
-  void for_each_half(
-      const at::Tensor& out,
-      const at::Tensor& lse,
-      const std::optional<at::Tensor>& slopes,
-      const Body& body) const {
-    const at::Tensor rows = unfolded_rows(out);
-    const at::Tensor sums = unfolded_numbers(lse);
-    for (int64_t i = 0; i < queries_.count; ++i) {
-      body(
-          queries_.first + i, rows.narrow(1, i * half_len_, half_len_),
-          shifted(sums.narrow(-1, i * half_len_, half_len_), slopes, -beyond_[i]));
-    }
-  }
+  /// The inverse of `lse_of_call` for half `half` of the queries, `[B, Hq, S / 2 C]`.
+  at::Tensor lse_of_half(const at::Tensor& of_call, const std::optional<at::Tensor>& slopes, int64_t half) const;
 
  private:
+  template <typename Body>
+  void for_each_half(const at::Tensor& rows, Halves halves, const Body& body) const {
+    for (int64_t i = 0; i < halves.count; ++i) {
+      body(halves.first + i, rows.narrow(1, i * half_len_, half_len_));
+    }
+  }
   at::Tensor rows_of(const at::Tensor& x, Halves halves) const;
-  void add_rows(const at::Tensor& sums, const at::Tensor& rows, Halves halves) const;
   at::Tensor unfolded_rows(const at::Tensor& x) const;
   at::Tensor unfolded_numbers(const at::Tensor& x) const;
   static at::Tensor shifted(const at::Tensor& lse, const std::optional<at::Tensor>& slopes, int64_t tokens);

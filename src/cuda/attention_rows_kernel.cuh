@@ -7,10 +7,14 @@
 #include <cmath>
 
 // Softmax and its derivative for blocks of rows of scores in memory, the elementwise part of attention in float32 and
-// float64. A thread block computes one row. No torch.
+// float64. A thread block computes one row, unless a kernel says otherwise. No torch.
 namespace posenc::cuda {
 
 constexpr int kAttentionRowThreads = 128;
+
+/// Columns of a thread whose logits stay in registers between the two passes of the softmax. A row of up to 2,048
+/// visible keys is read once.
+constexpr int kRegisterColumns = 16;
 
 __device__ inline float exponential(float x) {
   return expf(x);
@@ -35,7 +39,7 @@ struct Logit {
 template <typename Real>
 struct ScoreRow {
   int query, head, position;
-  int begin, end;  // visible columns
+  int begin, end;  // visible columns, 0 <= begin <= end <= keys
   bool valid;      // whether the lengths of the sequence are valid
   Real scale, slope;
   Real softcap;   // 0: none
@@ -43,15 +47,14 @@ struct ScoreRow {
   int64_t index;  // index of the row in lse
   int first_key;
 
-  __device__ ScoreRow(const AttentionRowsProblem& p, const Positions& positions, const Sequence& sequence) {
-    const int row = static_cast<int>(blockIdx.x);
+  __device__ ScoreRow(const AttentionRowsProblem& p, const Positions& positions, const Sequence& sequence, int row) {
     head = static_cast<int>(blockIdx.y);
     query = p.first_row + row;
     position = positions.of(query);
     valid = sequence.valid;
     const bool alive = valid && query < sequence.q_len;
-    begin = alive ? max(0, positions.first_key(position) - p.first_key) : 0;
-    end = alive ? min(p.keys, positions.end_key(position) - p.first_key) : 0;
+    begin = alive ? min(p.keys, max(0, positions.first_key(position) - p.first_key)) : 0;
+    end = alive ? max(begin, min(p.keys, positions.end_key(position) - p.first_key)) : 0;
     scale = static_cast<Real>(p.scale);
     softcap = static_cast<Real>(p.softcap);
     slope = slope_of<Real>(p, sequence, head);
@@ -93,22 +96,49 @@ __global__ void __launch_bounds__(kAttentionRowThreads)
     attention_softmax_rows_kernel(const __grid_constant__ AttentionRowsProblem problem) {
   __shared__ Real scratch[kWarp];
   const Sequence sequence = padded_sequence(problem, static_cast<int>(blockIdx.z));
-  const ScoreRow<Real> row(problem, Positions(problem, sequence), sequence);
+  const ScoreRow<Real> row(problem, Positions(problem, sequence), sequence, static_cast<int>(blockIdx.x));
   Real* const scores = static_cast<Real*>(problem.scores) + row.first;
   const int thread = static_cast<int>(threadIdx.x);
+  const bool in_registers = row.end - row.begin <= kRegisterColumns * kAttentionRowThreads;
+  const auto column_of = [&](int i) { return row.begin + thread + i * kAttentionRowThreads; };
+  Real logits[kRegisterColumns];
   MaxAndSum<Real> of_thread;
-  for (int column = row.begin + thread; column < row.end; column += kAttentionRowThreads) {
-    of_thread.add(row.logit(scores[column], column).value);
+  if (in_registers) {
+#pragma unroll
+    for (int i = 0; i < kRegisterColumns; ++i) {
+      const int column = column_of(i);
+      logits[i] = column < row.end ? row.logit(scores[column], column).value : static_cast<Real>(-INFINITY);
+      of_thread.add(logits[i]);
+    }
+  } else {
+    for (int column = column_of(0); column < row.end; column += kAttentionRowThreads) {
+      of_thread.add(row.logit(scores[column], column).value);
+    }
   }
   const Real max = reduce_row(of_thread.max, static_cast<Real>(-INFINITY), Maximum(), scratch);
   const Real shift = max == -INFINITY ? Real(0) : max;
   __syncthreads();
   const Real sum = reduce_row(of_thread.sum * exponential(of_thread.max - shift), Real(0), Sum(), scratch);
   const Real lse = !row.valid ? static_cast<Real>(NAN) : sum == 0 ? static_cast<Real>(-INFINITY) : shift + ::log(sum);
-  for (int column = thread; column < problem.keys; column += kAttentionRowThreads) {
-    const bool sees = column >= row.begin && column < row.end;
-    const Real p = sees ? exponential(row.logit(scores[column], column).value - lse) : Real(0);
-    scores[column] = row.valid ? p : lse;
+  const Real hidden = row.valid ? Real(0) : lse;
+  const Real minus = sum == 0 ? Real(0) : lse;  // if all logits are -inf, so is lse
+  if (in_registers) {
+#pragma unroll
+    for (int i = 0; i < kRegisterColumns; ++i) {
+      if (const int column = column_of(i); column < row.end) {
+        scores[column] = exponential(logits[i] - minus);
+      }
+    }
+  } else {
+    for (int column = column_of(0); column < row.end; column += kAttentionRowThreads) {
+      scores[column] = exponential(row.logit(scores[column], column).value - minus);
+    }
+  }
+  for (int column = thread; column < row.begin; column += kAttentionRowThreads) {
+    scores[column] = hidden;
+  }
+  for (int column = row.end + thread; column < problem.keys; column += kAttentionRowThreads) {
+    scores[column] = hidden;
   }
   if (thread == 0) {
     static_cast<Real*>(problem.lse)[row.index] = lse;
@@ -123,7 +153,7 @@ __global__ void __launch_bounds__(kAttentionRowThreads)
     attention_gradient_rows_kernel(const __grid_constant__ AttentionRowsProblem problem) {
   __shared__ double scratch[4 * kWarp];
   const Sequence sequence = padded_sequence(problem, static_cast<int>(blockIdx.z));
-  const ScoreRow<Real> row(problem, Positions(problem, sequence), sequence);
+  const ScoreRow<Real> row(problem, Positions(problem, sequence), sequence, static_cast<int>(blockIdx.x));
   Real* const scores = static_cast<Real*>(problem.scores) + row.first;
   Real* const gradients = static_cast<Real*>(problem.gradients) + row.first;
   const Real lse = static_cast<const Real*>(problem.lse)[row.index];
@@ -182,7 +212,8 @@ __global__ void __launch_bounds__(kAttentionRowThreads)
   }
 }
 
-/// Adds the values that are infinite or NaN to the rows of `out` that see them.
+/// Adds the values that are infinite or NaN to the rows of `out` that see them. A thread block computes every
+/// gridDim.x-th row.
 template <typename Real>
 __global__ void __launch_bounds__(kAttentionRowThreads)
     attention_add_infinities_kernel(const __grid_constant__ AttentionRowsProblem problem) {
@@ -192,17 +223,19 @@ __global__ void __launch_bounds__(kAttentionRowThreads)
     return;
   }
   const Sequence sequence = padded_sequence(problem, static_cast<int>(batch));
-  const ScoreRow<Real> row(problem, Positions(problem, sequence), sequence);
   const Real* const values =
       static_cast<const Real*>(problem.values) + (key_head * problem.k_len + problem.first_key) * problem.head_dim;
-  Real* const out = static_cast<Real*>(problem.out) + row.first / problem.keys * problem.head_dim;
-  for (int channel = static_cast<int>(threadIdx.x); channel < problem.head_dim; channel += kAttentionRowThreads) {
-    Real sum = 0;
-    for (int64_t column = row.begin; column < row.end; ++column) {
-      const Real value = values[column * problem.head_dim + channel];
-      sum += isfinite(value) ? Real(0) : value;
+  for (int index = static_cast<int>(blockIdx.x); index < problem.rows; index += static_cast<int>(gridDim.x)) {
+    const ScoreRow<Real> row(problem, Positions(problem, sequence), sequence, index);
+    Real* const out = static_cast<Real*>(problem.out) + row.first / problem.keys * problem.head_dim;
+    for (int channel = static_cast<int>(threadIdx.x); channel < problem.head_dim; channel += kAttentionRowThreads) {
+      Real sum = 0;
+      for (int64_t column = row.begin; column < row.end; ++column) {
+        const Real value = values[column * problem.head_dim + channel];
+        sum += isfinite(value) ? Real(0) : value;
+      }
+      out[channel] += sum;
     }
-    out[channel] += sum;
   }
 }
 

@@ -34,8 +34,11 @@ bool has_attention_kernels();
 void attention_forward(const AttentionForwardProblem& problem, DType dtype);
 void attention_backward(AttentionBackwardProblem problem, DType dtype);
 
-/// Merges two parts. @param first,second  the dtypes of their outputs: the same, or `first` is that of sums.
-void attention_parts(const AttentionPartsProblem& problem, DType first, DType second);
+/// Merges two parts. @param first,second,out  the dtypes of outputs: `first` and `out` are `second`, or that of sums.
+void merge_parts(const MergePartsProblem& problem, DType first, DType second, DType out);
+
+/// Adds gradients. @param terms,out  dtypes: `out` is that of terms, or that of sums.
+void sum_parts(const SumPartsProblem& problem, DType terms, DType out);
 
 /// For blocks of rows of scores in memory. @param dtype  float32 or float64.
 void attention_softmax_rows(const AttentionRowsProblem& problem, DType dtype);

@@ -86,7 +86,7 @@ PlanKey key_of(
       static_cast<int64_t>(call.q.scalar_type()),
       static_cast<int64_t>(call.bias),
       static_cast<int64_t>(call.mask),
-      call.key_limits.defined() ? 1 : 0,
+      call.key_limits.defined() ? call.key_limits.dim() : 0,
       call.offset,
       scale_bits,
       static_cast<int64_t>(direction),
@@ -161,7 +161,9 @@ class ScoreModifier {
     const int64_t heads = call.q.size(2);
     slopes_ = input(graph, kSlopes, {{1, heads, 1, 1}, {heads, 1, 1, 1}}, kReal);
     if (call.key_limits.defined()) {
-      key_limits_ = input(graph, kKeyLimits, of_rows(call, 1), kReal);
+      const int64_t batch = call.q.size(0);
+      const Layout of_sequences{{batch, 1, 1, 1}, {1, 1, 1, 1}};
+      key_limits_ = input(graph, kKeyLimits, call.key_limits.dim() == 1 ? of_sequences : of_rows(call, 1), kReal);
     }
   }
 

@@ -28,10 +28,11 @@ enum class CudnnMask : uint8_t {
 };
 
 struct CudnnGraph {
-  at::Tensor q, k, v;     // [B, S, H, D], dense channels
-  at::Tensor slopes;      // float32 [Hq], dense; undefined without a bias
-  at::Tensor key_limits;  // float32 [B, Sq]: the number of columns that each row sees, at least 1; undefined: all.
-                          // Undefined without a bias
+  at::Tensor q, k, v;  // [B, S, H, D], dense channels
+  at::Tensor slopes;   // float32 [Hq], dense; undefined without a bias
+  // float32 [B, Sq]: the number of columns that each row sees, at least 1; undefined: all. Undefined without a bias.
+  // [B]: cuDNN 9.19 computes wrong results.
+  at::Tensor key_limits;
   CudnnBias bias;
   CudnnMask mask;
   int64_t offset;

@@ -65,10 +65,8 @@ Problem problem_of(const CudnnForm& form) {
   constexpr int64_t kTokens = 205;   // no multiple of a tile
   constexpr int64_t kMoreKeys = 77;  // before the queries
   constexpr int64_t kTiles = 256;    // keys of a graph of distances without limits: see cudnn_attention.cpp
-  const int64_t q_len = form.one_row ? 1 : kTokens;
   const bool whole_tiles = form.bias == CudnnBias::distance && !form.key_limits;
-  const int64_t k_len = form.mask == CudnnMask::causal_bottom_right ? q_len + kMoreKeys
-      : form.mask == CudnnMask::causal                              ? q_len
+  const int64_t k_len = form.mask == CudnnMask::causal_bottom_right ? kTokens + kMoreKeys
       : whole_tiles                                                 ? kTiles
                                                                     : kTokens;
   const int64_t q_heads = form.grouped ? 2 * kKeyHeads : kKeyHeads;
@@ -80,24 +78,24 @@ Problem problem_of(const CudnnForm& form) {
     return at::randn({kBatch, tokens, heads, form.head_dim}, generator, at::dtype(at::kFloat)).to(device);
   };
   CudnnGraph graph{};
-  graph.q = random(q_len, q_heads);
+  graph.q = random(kTokens, q_heads);
   graph.k = random(k_len, kKeyHeads);
   graph.v = random(k_len, kKeyHeads);
   graph.bias = form.bias;
   graph.mask = form.mask;
   graph.scale = 1 / std::sqrt(static_cast<double>(form.head_dim));
   if (form.offset) {
-    graph.offset = form.mask == CudnnMask::none ? k_len : k_len - q_len;
+    graph.offset = form.mask == CudnnMask::none ? k_len : k_len - kTokens;
   }
   const auto real = at::device(at::kCUDA).dtype(at::kFloat);
   if (form.bias != CudnnBias::none) {
     graph.slopes = at::arange(1, q_heads + 1, real).neg().exp2();
   }
-  const Tensor grad_out = random(q_len, q_heads);
+  const Tensor grad_out = random(kTokens, q_heads);
   arguments::AttentionScores scores;
   scores.scale = graph.scale;
   scores.causal = form.mask != CudnnMask::none;
-  scores.query_offset = scores.causal ? k_len - q_len : graph.offset;
+  scores.query_offset = scores.causal ? k_len - kTokens : graph.offset;
   blockwise::Padded wide(scores);
   wide.q = graph.q.to(at::kFloat);
   wide.k = graph.k.to(at::kFloat);
@@ -105,7 +103,10 @@ Problem problem_of(const CudnnForm& form) {
   wide.slopes = graph.slopes;
   if (form.key_limits) {
     wide.seqlens_k = at::tensor({k_len, k_len / 2}, at::dtype(at::kLong)).to(at::kCUDA);
-    graph.key_limits = wide.seqlens_k.to(at::kFloat).unsqueeze(1).expand({kBatch, q_len}).contiguous();
+    graph.key_limits = wide.seqlens_k.to(at::kFloat);
+    if (!form.limits_of_sequences) {
+      graph.key_limits = graph.key_limits.unsqueeze(1).expand({kBatch, kTokens}).contiguous();
+    }
   }
   return {graph, wide, grad_out};
 }
@@ -124,7 +125,7 @@ struct Verdict {
   std::atomic<bool> known{false};
 };
 
-using Key = std::tuple<int, int, at::ScalarType, int64_t, CudnnBias, CudnnMask, bool, bool, bool, bool, bool>;
+using Key = std::tuple<int, int, at::ScalarType, int64_t, CudnnBias, CudnnMask, bool, bool, bool, bool>;
 
 Verdict& verdict_of(const Key& key) {
   static std::mutex mutex;
@@ -181,7 +182,7 @@ std::string why_not_used(const CudnnForm& form) {
   }
   Verdict& verdict = verdict_of(
       {device->major, device->minor, form.dtype, form.head_dim, form.bias, form.mask, form.offset, form.key_limits,
-       form.grouped, form.deterministic, form.one_row});
+       form.grouped, form.deterministic});
   if (!verdict.known && detail::is_capturing(at::Device(at::kCUDA, at::cuda::current_device()))) {
     return "cuDNN was not tried with this form before a CUDA graph was captured";
   }

@@ -19,11 +19,11 @@ struct CudnnForm {
   int64_t head_dim;
   CudnnBias bias;
   CudnnMask mask;
-  bool offset;         // whether the position of query 0 is not 0
-  bool key_limits;     // whether rows have limits of keys
-  bool grouped;        // fewer key heads than query heads
-  bool deterministic;  // LibTorch's deterministic algorithms
-  bool one_row = false;
+  bool offset;                       // whether the position of query 0 is not 0
+  bool key_limits;                   // whether rows have limits of keys
+  bool grouped;                      // fewer key heads than query heads
+  bool deterministic;                // LibTorch's deterministic algorithms
+  bool limits_of_sequences = false;  // one limit for each sequence, which the library does not use
 };
 
 /// Computes a random problem of two sequences of about 200 tokens by cuDNN and by matrix products in float32, both
