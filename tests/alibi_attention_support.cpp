@@ -255,6 +255,8 @@ ScalarAttention scalar_attention(
     const double rows = static_cast<double>(s.q_len * group);
     std::vector<double> x(static_cast<size_t>(s.k_len));
     std::vector<double> x_error(x.size());
+    std::vector<double> cap(x.size(), 1);  // the derivative of softcap by the scaled score
+    std::vector<double> cap_error(x.size());
     for (int64_t i = 0; i < s.q_len; ++i) {
       const int64_t position = s.offset + i;
       // The row sees keys first to end - 1.
@@ -282,8 +284,20 @@ ScalarAttention scalar_attention(
           }
           const auto index = static_cast<size_t>(j);
           const double bias = slope * static_cast<double>(std::abs(position - j));
-          x[index] = scale * dot - bias;
-          x_error[index] = std::abs(scale) * magnitude * (of_dot + 2 * u) + 3 * u * std::abs(bias);
+          double scaled = scale * dot;
+          double scaled_error = std::abs(scale) * magnitude * (of_dot + 2 * u);
+          if (in.options.softcap().has_value()) {
+            // tanh has an error of at most four units in the last place, 8 u, and a derivative of at most 1. The
+            // derivative of 1 - tanh^2 is at most 1.
+            const double softcap = *in.options.softcap();
+            const double tanh = std::tanh(scaled / softcap);
+            scaled_error += (8 * u + 3 * u) * std::abs(scaled);
+            cap[index] = 1 - tanh * tanh;
+            cap_error[index] = scaled_error / softcap + 16 * u;
+            scaled = softcap * tanh;
+          }
+          x[index] = scaled - bias;
+          x_error[index] = scaled_error + 3 * u * std::abs(bias) + u * std::abs(scaled);
           top = std::max(top, x[index]);
           top_error = std::max(top_error, x_error[index]);
         }
@@ -344,15 +358,18 @@ ScalarAttention scalar_attention(
               p *
                   ((p_error(j) + probability_roundoff + 2 * u) * std::abs(factor) + dp_magnitude * of_dot +
                    delta_error + 3 * u * (std::abs(dp) + std::abs(delta) + std::abs(cotangent)));
+          const double of_score = ds * cap[static_cast<size_t>(j)];
+          const double of_score_error =
+              ds_error * cap[static_cast<size_t>(j)] + (std::abs(ds) + ds_error) * cap_error[static_cast<size_t>(j)];
           double* dkj = dk.at(s.k_begin + j, g);
           double* dvj = dv.at(s.k_begin + j, g);
           double* dkj_error = dk_error.at(s.k_begin + j, g);
           double* dvj_error = dv_error.at(s.k_begin + j, g);
           for (int64_t d = 0; d < channels; ++d) {
-            dqi[d] += scale * ds * kj[d];
-            dqi_error[d] += std::abs(scale * kj[d]) * (ds_error + std::abs(ds) * (n + 3) * u);
-            dkj[d] += scale * ds * qi[d];
-            dkj_error[d] += std::abs(scale * qi[d]) * (ds_error + std::abs(ds) * (rows + 3) * u);
+            dqi[d] += scale * of_score * kj[d];
+            dqi_error[d] += std::abs(scale * kj[d]) * (of_score_error + std::abs(of_score) * (n + 3) * u);
+            dkj[d] += scale * of_score * qi[d];
+            dkj_error[d] += std::abs(scale * qi[d]) * (of_score_error + std::abs(of_score) * (rows + 3) * u);
             dvj[d] += p * goi[d];
             dvj_error[d] += std::abs(goi[d]) * (vanishing + p * (p_error(j) + probability_roundoff + (rows + 1) * u));
           }

@@ -16,7 +16,8 @@ class AlibiAttentionTiles : public ::testing::TestWithParam<std::tuple<Target, A
   AttentionInputs inputs() const { return make_attention_inputs(std::get<1>(GetParam()), std::get<0>(GetParam())); }
 };
 
-/// Blocks have 96 rows; tiles have 256 keys in the forward pass and 128 in the backward pass.
+/// Blocks have 96 rows; tiles have 256 keys in the forward pass and 128 in the backward pass. Up to four queries are
+/// computed in parts of at least 256 keys.
 std::vector<AttentionCase> cases() {
   std::vector<AttentionCase> all;
   const auto add = [&all](const std::string& name, const std::function<void(AttentionCase&)>& change) {
@@ -71,6 +72,72 @@ std::vector<AttentionCase> cases() {
       c.largest_slope = slope;
     });
   }
+  const std::vector<std::pair<std::optional<int64_t>, std::optional<int64_t>>> windows{
+      {0, 0}, {1, std::nullopt}, {std::nullopt, 3}, {95, 64}, {128, 10}};
+  for (const auto& window : windows) {
+    const auto add_window = [&add, &window](
+                                const std::string& name, const std::function<void(AttentionCase&)>& change) {
+      const auto side = [](const std::optional<int64_t>& keys) { return keys ? std::to_string(*keys) : "All"; };
+      add("Window" + side(window.first) + "To" + side(window.second) + name, [&window, &change](AttentionCase& c) {
+        c.window_left = window.first;
+        c.window_right = window.second;
+        c.q_len = c.k_len = 200;
+        change(c);
+      });
+    };
+    add_window("", [](AttentionCase&) {});
+    add_window("OfMoreKeys", [](AttentionCase& c) { c.q_len = 97, c.k_len = 389; });
+    add_window("WithOffset", [](AttentionCase& c) { c.q_len = 131, c.k_len = 270, c.query_offset = 33; });
+    add_window("BeforeTheFirstKey", [](AttentionCase& c) { c.query_offset = -110; });
+    add_window("OfLengthsWithSoftcapAndSlopesOfSequences", [](AttentionCase& c) {
+      c.batch = 3;
+      c.q_len = 133, c.k_len = 261;
+      c.q_heads = 2;
+      c.seqlens_q = {133, 100, 3};
+      c.seqlens_k = {257, 129, 261};
+      c.softcap = 0.75;
+      c.slopes_of_sequences = true;
+    });
+    add_window("OfFewQueries", [](AttentionCase& c) { c.q_len = 3, c.k_len = 700, c.query_offset = 500; });
+  }
+  for (const double softcap : {0.25, 30.0}) {
+    const std::string name = "Softcap" + std::to_string(static_cast<int>(softcap));
+    add(name, [=](AttentionCase& c) { c.q_len = c.k_len = 200, c.softcap = softcap, c.scale = 2; });
+    add(name + "OfUnevenSizes", [=](AttentionCase& c) {
+      c.q_len = 99;
+      c.k_len = 130;
+      c.head_dim = 17;
+      c.softcap = softcap;
+      c.with_slopes = false;
+    });
+    add(name + "OfFewQueries", [=](AttentionCase& c) { c.q_len = 2, c.k_len = 300, c.softcap = softcap; });
+  }
+  add("SlopesOfSequences", [](AttentionCase& c) {
+    c.batch = 3;
+    c.q_len = c.k_len = 140;
+    c.q_heads = 4;
+    c.k_heads = 2;
+    c.slopes_of_sequences = true;
+  });
+  add("PackedSequencesWithSlopesOfSequences", [](AttentionCase& c) {
+    c.cu_seqlens_q = {0, 100, 101, 230};
+    c.cu_seqlens_k = {0, 30, 230, 360};
+    c.q_len = 230;
+    c.k_len = 360;
+    c.window_left = 90;
+    c.slopes_of_sequences = true;
+  });
+  for (const int64_t queries : {1, 2, 3, 4, 5}) {
+    add("GroupsOf" + std::to_string(queries) + "Queries", [=](AttentionCase& c) {
+      c.batch = 2;
+      c.q_len = queries;
+      c.k_len = 1000;
+      c.q_heads = 3;
+      c.head_dim = 21;
+      c.seqlens_q = {queries, std::max<int64_t>(1, queries - 1)};
+      c.seqlens_k = {1000, 30};
+    });
+  }
   return all;
 }
 
@@ -84,7 +151,11 @@ TEST_P(AlibiAttentionTiles, ResultsAreTheSameBitsForEveryNumberOfThreads) {
     const int before = at::get_num_threads();
     at::set_num_threads(threads);
     const auto [out, lse] = attend_with_lse(in);
-    TensorList results = gradients({out, lse}, {in.q, in.k, in.v, in.slopes}, {at::ones_like(out), at::ones_like(lse)});
+    TensorList leaves{in.q, in.k, in.v};
+    if (in.slopes.defined()) {
+      leaves.push_back(in.slopes);
+    }
+    TensorList results = gradients({out, lse}, leaves, {at::ones_like(out), at::ones_like(lse)});
     at::set_num_threads(before);
     results.push_back(out);
     results.push_back(lse);
@@ -161,6 +232,68 @@ TEST_P(AlibiAttentionFarKeys, WithInfiniteValuesReachTheRowsThatSeeThem) {
     const at::Tensor out = attend(in)[0].select(-1, 3).squeeze(-1);
     EXPECT_TRUE(out.slice(0, 5).isinf().all().item<bool>());
     EXPECT_EQ(out.slice(0, 0, 5).isinf().any().item<bool>(), !causal);
+  }
+}
+
+class AlibiAttentionHiddenByWindows : public TargetTest {
+ protected:
+  /// Expects that a value of key `kSpoilt` has no part in results of rows that do not see it: out and the gradient of
+  /// q.
+  void expect_hidden(const AttentionCase& c, int64_t spoilt) const {
+    const AttentionInputs in = make_attention_inputs(c, GetParam());
+    const auto results = [](const AttentionInputs& of) {
+      const AttentionInputs leaves = attention_leaves(of);
+      const at::Tensor out = attend(leaves);
+      return TensorList{out.detach(), gradients({out}, {leaves.q}, {at::ones_like(out)})[0]};
+    };
+    const TensorList expected = results(in);
+    const int64_t offset = c.k_len - c.q_len;
+    // Query i sees the key if -left <= key - i - offset <= right.
+    const int64_t first = c.window_right ? std::clamp<int64_t>(spoilt - *c.window_right - offset, 0, c.q_len) : 0;
+    const int64_t end = c.window_left ? std::clamp<int64_t>(spoilt + *c.window_left + 1 - offset, 0, c.q_len) : c.q_len;
+    for (const double value : {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity()}) {
+      for (const bool in_keys : {false, true}) {
+        SCOPED_TRACE(c10::str(c, ", key ", spoilt, ", ", value, in_keys ? " in k" : " in v"));
+        AttentionInputs of = in;
+        at::Tensor& x = in_keys ? of.k : of.v;
+        x = x.clone();
+        x.select(1, spoilt).fill_(value);
+        const TensorList actual = results(of);
+        for (size_t i = 0; i < actual.size(); ++i) {
+          expect_same_bits(actual[i].slice(1, 0, first), expected[i].slice(1, 0, first));
+          expect_same_bits(actual[i].slice(1, end), expected[i].slice(1, end));
+        }
+        if (!in_keys && first < end) {
+          EXPECT_FALSE(actual[0].slice(1, first, end).isfinite().any().item<bool>());
+        }
+      }
+    }
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(Cpu, AlibiAttentionHiddenByWindows, ::testing::ValuesIn(targets(at::kCPU)), target_name);
+
+TEST_P(AlibiAttentionHiddenByWindows, ValuesReachNoRow) {
+  AttentionCase c;
+  c.batch = 1;
+  c.q_heads = 2;
+  c.head_dim = 16;
+  for (const std::optional<double> softcap : {std::optional<double>(), std::optional<double>(5)}) {
+    for (const auto& [left, right] : std::vector<std::pair<std::optional<int64_t>, std::optional<int64_t>>>{
+             {20, 3}, {150, 0}, {std::nullopt, 70}, {60, std::nullopt}}) {
+      c.softcap = softcap;
+      c.window_left = left;
+      c.window_right = right;
+      c.q_len = 210;
+      c.k_len = 300;
+      for (const int64_t key : {127, 299}) {
+        expect_hidden(c, key);
+      }
+      c.q_len = 3;
+      for (const int64_t key : {298, 299}) {
+        expect_hidden(c, key);
+      }
+    }
   }
 }
 

@@ -59,7 +59,7 @@ std::vector<Real> exponentials(const cpu::TileKernels<Real>& kernels, std::vecto
   const auto width = static_cast<int>((numbers + kernels.panel - 1) / kernels.panel * kernels.panel);
   x.resize(width);
   std::vector<Real> dp(x.size());
-  kernels.gradient_row({x.data(), {0, width}, width, 1, 0, 0}, {dp.data(), 0, 0});
+  kernels.gradient_row({x.data(), {0, width}, width, 1, 0, 0}, {dp.data(), 0, 0, nullptr});
   x.resize(numbers);
   return x;
 }
@@ -85,6 +85,66 @@ TEST_P(AttentionTileKernels, ExponentialIsWithinTwoUnitsInTheLastPlace) {
       const long double unit = std::ldexp(1.0L, std::ilogb(expected)) * std::numeric_limits<Real>::epsilon();
       wrong += std::abs(actual[i] - expected) <= 2 * unit ? 0 : 1;
       ASSERT_LT(wrong, 1) << "exp(" << x[i] << ") is " << actual[i] << ", expected " << expected;
+    }
+  });
+}
+
+/// Softcap of 1 of a score: the maximum of a row of one key.
+template <typename Real>
+Real hyperbolic_tangent(const cpu::TileKernels<Real>& kernels, Real x) {
+  std::vector<Real> scores(kernels.panel);
+  std::vector<Real> out(kernels.panel);
+  scores[0] = x;
+  cpu::SoftmaxRow<Real> row{-std::numeric_limits<Real>::infinity(), 0, out.data(), kernels.panel};
+  kernels.softmax_row({scores.data(), {0, 1}, kernels.panel, 1, 0, 0, /*softcap=*/1}, row);
+  return row.maximum;
+}
+
+TEST_P(AttentionTileKernels, HyperbolicTangentIsWithinFourUnitsInTheLastPlace) {
+  for_each_type([](const auto& kernels, auto zero) {
+    using Real = decltype(zero);
+    constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
+    for (int i = -30000; i <= 30000; ++i) {
+      const auto x = static_cast<Real>(std::copysign(std::exp2(std::abs(i) / 1000.0 - 25), i));  // 2^-25 to 2^5
+      const long double expected = std::tanh(static_cast<long double>(x));
+      const long double unit = std::ldexp(1.0L, std::ilogb(expected)) * std::numeric_limits<Real>::epsilon();
+      ASSERT_LE(std::abs(hyperbolic_tangent(kernels, x) - expected), 4 * unit) << "tanh(" << x << ")";
+    }
+    EXPECT_EQ(hyperbolic_tangent(kernels, Real(0)), 0);
+    EXPECT_EQ(hyperbolic_tangent(kernels, kInfinity), 1);
+    EXPECT_EQ(hyperbolic_tangent(kernels, -kInfinity), -1);
+  });
+}
+
+TEST_P(AttentionTileKernels, GradientIsMultipliedByTheDerivativeOfSoftcap) {
+  for_each_type([](const auto& kernels, auto zero) {
+    using Real = decltype(zero);
+    constexpr Real kSoftcap = 3;
+    constexpr Real kScale = 2;
+    constexpr Real kLse = 4;
+    const int width = kernels.panel;
+    const Range visible{1, width - 2};
+    std::vector<Real> scores(width);
+    for (int j = 0; j < width; ++j) {
+      scores[j] = static_cast<Real>(j - 5) / 4;
+    }
+    scores[0] = scores[width - 1] = std::numeric_limits<Real>::quiet_NaN();  // hidden
+    const std::vector<Real> before = scores;
+    std::vector<Real> dp(width, 1);
+    std::vector<Real> factors(width);
+    const cpu::TileRow<Real> row{scores.data(), visible, width, kScale, 0, 0, kSoftcap};
+    const cpu::GradientRow<Real> gradient{dp.data(), kLse, /*shift=*/0, factors.data()};
+    kernels.gradient_row(row, gradient);
+    const std::vector<Real> of_logits = dp;
+    kernels.through_softcap(row, gradient);
+    for (int j = 0; j < width; ++j) {
+      const bool is_visible = j >= visible.begin && j < visible.end;
+      const double tanh = std::tanh(static_cast<double>(kScale * before[j] / kSoftcap));
+      const double p = is_visible ? std::exp(kSoftcap * tanh - kLse) : 0.0;
+      const double bound = 32 * std::numeric_limits<Real>::epsilon();
+      EXPECT_NEAR(scores[j], p, bound);
+      EXPECT_NEAR(of_logits[j], p, bound);
+      EXPECT_NEAR(dp[j], is_visible ? p * (1 - tanh * tanh) : 0.0, bound);
     }
   });
 }
@@ -151,6 +211,41 @@ TEST_P(AttentionTileKernels, ProductIsExactForEveryNumberOfRows) {
               {a.data(), a_row, a_depth, b.data(), kDepth * kernels.panel, c.data(), columns, rows, kPanels, kDepth,
                accumulate, nullptr, nullptr});
           ASSERT_EQ(c, expected) << rows << " rows";
+        }
+      }
+    }
+  });
+}
+
+TEST_P(AttentionTileKernels, ProductsWithRowsAreExactForEverySize) {
+  std::mt19937 generator(0);
+  for_each_type([&](const auto& kernels, auto zero) {
+    using Real = decltype(zero);
+    for (const int channels : {1, 3, 8, 21, 64, 100}) {
+      for (const int count : {1, 2, 5, 33}) {
+        for (int queries = 1; queries <= 9; ++queries) {
+          const int stride = channels + 7;
+          const auto q = random_eighths<Real>(queries * channels, generator);
+          const auto rows = random_eighths<Real>(count * stride, generator);
+          std::vector<Real> scores(queries * count);
+          kernels.multiply_rows(
+              {q.data(), channels, queries, rows.data(), stride, count, channels, scores.data(), count});
+          const auto weights = random_eighths<Real>(queries * count, generator);
+          auto sums = random_eighths<Real>(queries * channels, generator);
+          auto expected = sums;
+          for (int i = 0; i < queries; ++i) {
+            for (int j = 0; j < count; ++j) {
+              Real score = 0;
+              for (int c = 0; c < channels; ++c) {
+                score += q[i * channels + c] * rows[j * stride + c];
+                expected[i * channels + c] += weights[i * count + j] * rows[j * stride + c];
+              }
+              ASSERT_EQ(scores[i * count + j], score) << queries << " x " << count << " x " << channels;
+            }
+          }
+          kernels.add_rows(
+              {weights.data(), count, queries, rows.data(), stride, count, channels, sums.data(), channels});
+          ASSERT_EQ(sums, expected) << queries << " x " << count << " x " << channels;
         }
       }
     }

@@ -11,33 +11,11 @@ namespace {
 
 using at::Tensor;
 
-/// Whether the kernels compute a batch. The others are computed in matrix products of blocks of rows.
-bool has_kernel(const blockwise::Padded& batch) {
-  const bool windows = batch.window_left.has_value() || batch.window_right.has_value();
-  const bool slopes_of_heads = !batch.slopes.defined() || batch.slopes.dim() == 1;
-  return slopes_of_heads && !windows && !batch.softcap.has_value();
-}
-
-std::tuple<Tensor, Tensor> compute_forward(const blockwise::Padded& batch) {
-  return has_kernel(batch) ? cpu::attention(batch) : blockwise::blockwise(batch);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> compute_backward(
-    const blockwise::Padded& batch,
-    const Tensor& grad_out,
-    const Tensor& grad_lse,
-    const Tensor& out,
-    const Tensor& lse,
-    bool slopes_grad) {
-  return (has_kernel(batch) ? cpu::attention_backward : blockwise::blockwise_backward)(
-      batch, grad_out, grad_lse, out, lse, slopes_grad);
-}
-
 std::tuple<Tensor, Tensor> alibi_attention_cpu(
     const ConcreteAttentionOptions& options,
     const AttentionTensors& inputs) {
   const auto call = arguments::check_attention("posenc::alibi_attention", inputs, options);
-  return blockwise::forward(call, inputs, compute_forward);
+  return blockwise::forward(call, inputs, cpu::attention);
 }
 
 AttentionGradients alibi_attention_backward_cpu(
@@ -45,7 +23,7 @@ AttentionGradients alibi_attention_backward_cpu(
     const AttentionBackwardArguments& arguments,
     bool slopes_grad) {
   const auto call = arguments::check_attention_backward("posenc::alibi_attention_backward", arguments, options);
-  return blockwise::backward(call, arguments, slopes_grad, compute_backward);
+  return blockwise::backward(call, arguments, slopes_grad, cpu::attention_backward);
 }
 
 Tensor alibi_attention_slope_sums_cpu(

@@ -105,6 +105,7 @@ class Backward {
           grad_panels(kBlockRows * of.wide_channels_),
           scores(kBlockRows * kRowStride),
           dp(kBlockRows * kRowStride),
+          factors(kRowStride),
           dq(kBlockRows * of.wide_channels_),
           k_columns(of.part_keys_ * of.channels_),
           v_columns(of.part_keys_ * of.channels_),
@@ -116,6 +117,7 @@ class Backward {
     Buffer<Real> rows;  // of q, or of keys while they are packed
     Buffer<Real> q_panels, grad, grad_panels;
     Buffer<Real> scores, dp;  // [kBlockRows, kRowStride]
+    Buffer<Real> factors;     // of one row
     Buffer<Real> dq;
     Buffer<Real> k_columns, v_columns;  // [part_keys / panel, D, panel]
     Buffer<Real> k_rows;                // [wide_channels / panel, part_keys, panel], finite
@@ -176,6 +178,9 @@ class Backward {
 
   /// Adds the gradients of a block of rows and the keys `keys`, which contain those that the block sees.
   void add_block(const RowBlock& block, const Part& part, Range keys, const Scratch& scratch) {
+    if (keys.empty() && parts_ > 1) {
+      return;  // the parts of the gradient of q are zeros
+    }
     const int panel = kernels_.panel;
     Real* dq = scratch.dq.get();
     std::fill(dq, dq + block.rows * wide_channels_, Real(0));
@@ -197,7 +202,7 @@ class Backward {
         const Real most = std::abs(scale) * scratch.k_norms.get()[offset / kTileKeys];
         int64_t reaches[kBlockRows];
         for (int i = 0; i < block.rows; ++i) {
-          reaches[i] = reach(most * norms[i], gradients[i].lse, slopes_.slope(block.head));
+          reaches[i] = reach(most * norms[i], gradients[i].lse, slopes_.slope(block.batch, block.head));
         }
         const int64_t begin = part_begin + offset;
         const Tile tile(block, begin, std::min<int64_t>(begin + kTileKeys, keys.end), panel, reaches);
@@ -239,7 +244,8 @@ class Backward {
       const Real product = dot(grad + i * channels_, scratch.rows.get() + i * channels_, channels_);
       const Real lse = lse_[index] == -std::numeric_limits<Real>::infinity() ? Real(0) : lse_[index];
       gradients[i] = {
-          scratch.dp.get() + i * kRowStride, lse, grad_lse_ == nullptr ? product : product - grad_lse_[index]};
+          scratch.dp.get() + i * kRowStride, lse, grad_lse_ == nullptr ? product : product - grad_lse_[index],
+          scratch.factors.get()};
     }
   }
 
@@ -266,13 +272,17 @@ class Backward {
         {scratch.grad.get(), channels_, 1, v, channels_ * panel, dp, kRowStride, block.rows, panels, depth,
          /*accumulate=*/false, tile.limits(), nullptr});
     const auto scale = static_cast<Real>(call_.scale);
-    const Real slope = slopes_.slope(block.head);
+    const auto softcap = static_cast<Real>(call_.softcap.value_or(0));
+    const Real slope = slopes_.slope(block.batch, block.head);
     for (int i = 0; i < block.rows; ++i) {
       const auto position = static_cast<Real>(tile.position + i);
-      const TileRow<Real> row{scores + i * kRowStride, tile.visible[i], tile.width, scale, slope, position};
+      const TileRow<Real> row{scores + i * kRowStride, tile.visible[i], tile.width, scale, slope, position, softcap};
       kernels_.gradient_row(row, gradients[i]);
       if (grad_slopes_.defined()) {
         kernels_.slope_terms(row, gradients[i], terms[i]);
+      }
+      if (call_.softcap.has_value()) {
+        kernels_.through_softcap(row, gradients[i]);
       }
     }
     kernels_.product(
@@ -314,27 +324,30 @@ class Backward {
   /// It is not here, because `out` is rounded to the dtype of q. That error times a distance of thousands is larger
   /// than the gradient. Subtracting the mean distance of the row from the distances removes it.
   void sum_slope_terms() {
-    Real* result = grad_slopes_.template mutable_data_ptr<Real>();
-    for (int64_t head = 0; head < call_.q_heads(); ++head) {
-      double total = 0;
-      for (int64_t b = 0; b < call_.batch(); ++b) {
-        for (int64_t i = 0; i < call_.q_len(); ++i) {
-          const int64_t row = row_index(b, head, i);
-          SlopeTerms terms;
-          for (int64_t part = 0; part < parts_; ++part) {
-            const SlopeTerms& of_part = slope_terms_[part * rows_ + row];
-            terms.ds += of_part.ds;
-            terms.ds_distance += of_part.ds_distance;
-            terms.p_distance += of_part.p_distance;
-          }
-          total += terms.ds_distance - terms.p_distance * terms.ds;
-          if (grad_lse_ != nullptr) {
-            total += static_cast<double>(grad_lse_[row]) * terms.p_distance;
-          }
-        }
+    const at::Tensor sums = at::empty({call_.batch(), call_.q_heads()}, grad_slopes_.options().dtype(at::kDouble));
+    auto* result = sums.mutable_data_ptr<double>();
+    for (int64_t b = 0; b < call_.batch(); ++b) {
+      for (int64_t head = 0; head < call_.q_heads(); ++head) {
+        *result++ = -sum_slope_terms(b, head);
       }
-      result[head] = static_cast<Real>(-total);
     }
+    grad_slopes_.copy_(grad_slopes_.dim() == 1 ? sums.sum(0) : sums);
+  }
+
+  double sum_slope_terms(int64_t batch, int64_t head) const {
+    double total = 0;
+    for (int64_t i = 0; i < call_.q_len(); ++i) {
+      const int64_t row = row_index(batch, head, i);
+      SlopeTerms terms;
+      for (int64_t part = 0; part < parts_; ++part) {
+        terms += slope_terms_[part * rows_ + row];
+      }
+      total += terms.ds_distance - terms.p_distance * terms.ds;
+      if (grad_lse_ != nullptr) {
+        total += static_cast<double>(grad_lse_[row]) * terms.p_distance;
+      }
+    }
+    return total;
   }
 
   const blockwise::Padded& call_;
@@ -366,7 +379,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_backward(
   const at::Tensor grad_q = at::empty_like(call.q);
   const at::Tensor grad_k = at::empty_like(call.k);
   const at::Tensor grad_v = at::empty_like(call.v);
-  const at::Tensor grad_slopes = slopes_grad ? at::zeros({call.q_heads()}, lse.options()) : at::Tensor();
+  const at::Tensor grad_slopes = slopes_grad ? at::zeros(call.slopes.sizes(), lse.options()) : at::Tensor();
   if (call.batch() * call.k_heads() > 0) {
     for_dtype(call.q.scalar_type(), [&](auto type) {
       using T = typename decltype(type)::type;

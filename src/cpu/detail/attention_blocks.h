@@ -45,7 +45,8 @@ class Visibility {
   explicit Visibility(const blockwise::Padded& call)
       : q_len_(call.q_len()),
         k_len_(call.k_len()),
-        causal_(call.causal),
+        window_left_(call.window_left),
+        window_right_(call.causal ? 0 : call.window_right),
         query_offset_(call.query_offset),
         seqlens_q_(call.seqlens_q.defined() ? call.seqlens_q.contiguous() : at::Tensor()),
         seqlens_k_(call.seqlens_k.defined() ? call.seqlens_k.contiguous() : at::Tensor()) {}
@@ -59,8 +60,11 @@ class Visibility {
     if (row >= queries(batch)) {
       return {0, 0};
     }
-    const int64_t end = causal_ ? std::clamp<int64_t>(position(batch, row) + 1, 0, keys(batch)) : keys(batch);
-    return {0, static_cast<int32_t>(end)};
+    const int64_t at = position(batch, row);
+    const auto key = [last = keys(batch)](int64_t k) { return static_cast<int32_t>(std::clamp<int64_t>(k, 0, last)); };
+    return {
+        window_left_.has_value() ? key(at - *window_left_) : 0,
+        key(window_right_.has_value() ? at + *window_right_ + 1 : keys(batch))};
   }
 
  private:
@@ -72,7 +76,7 @@ class Visibility {
   }
 
   int64_t q_len_, k_len_;
-  bool causal_;
+  std::optional<int64_t> window_left_, window_right_;  // nullopt: all keys; a causal mask is a right window of 0
   std::optional<int64_t> query_offset_;
   at::Tensor seqlens_q_, seqlens_k_;
 };
@@ -173,19 +177,24 @@ int64_t reach(Real most, Real shift, Real slope) {
   return slope > 0 && distance < static_cast<Real>(kAll) ? static_cast<int64_t>(std::max(distance, Real(-1))) : kAll;
 }
 
-/// The slopes of all heads in `Real`; 0 if the call has none.
+/// The slopes `[Hq]` or `[B, Hq]` in `Real`; 0 if the call has none.
 template <typename Real>
 class Slopes {
  public:
-  explicit Slopes(const blockwise::Padded& call)
-      : slopes_(
-            call.slopes.defined() ? call.slopes.to(c10::CppTypeToScalarType<Real>::value).contiguous() : at::Tensor()) {
+  explicit Slopes(const blockwise::Padded& call) {
+    if (call.slopes.defined()) {
+      slopes_ = call.slopes.to(c10::CppTypeToScalarType<Real>::value).contiguous();
+      batch_stride_ = slopes_.dim() == 1 ? 0 : slopes_.size(1);
+    }
   }
 
-  Real slope(int64_t head) const { return slopes_.defined() ? slopes_.const_data_ptr<Real>()[head] : Real(0); }
+  Real slope(int64_t batch, int64_t head) const {
+    return slopes_.defined() ? slopes_.const_data_ptr<Real>()[batch * batch_stride_ + head] : Real(0);
+  }
 
  private:
   at::Tensor slopes_;
+  int64_t batch_stride_ = 0;
 };
 
 /// Number of query rows of a block: at most `kBlockRows`, a multiple of the rows of a product, and about equal for all.

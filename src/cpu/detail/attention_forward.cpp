@@ -1,6 +1,7 @@
 #include <arguments/alibi.h>
 #include <cpu/detail/attention.h>
 #include <cpu/detail/attention_blocks.h>
+#include <cpu/detail/attention_few_queries.h>
 #include <cpu/detail/attention_rows.h>
 #include <cpu/detail/dispatch.h>
 
@@ -18,9 +19,6 @@ constexpr int64_t kTileKeys = 256;
 
 /// Keys that are packed in one task.
 constexpr int64_t kPackedKeys = 128;
-
-/// Up to this number of queries keys and values are read where they are: packing takes longer than their products.
-constexpr int64_t kFewRows = 4;
 
 template <typename T>
 class Forward {
@@ -40,9 +38,8 @@ class Forward {
         channels_(call.head_dim()),
         wide_channels_(round_up(channels_, kernels_.panel)),
         wide_keys_(round_up(call.k_len(), kPackedKeys)),
-        is_packed_(call.q_len() > kFewRows),
-        k_columns_(is_packed_ ? call.batch() * call.k_heads() * wide_keys_ * channels_ : 0),
-        v_rows_(is_packed_ ? call.batch() * call.k_heads() * wide_keys_ * wide_channels_ : 0),
+        k_columns_(call.batch() * call.k_heads() * wide_keys_ * channels_),
+        v_rows_(call.batch() * call.k_heads() * wide_keys_ * wide_channels_),
         k_norms_(call.batch() * call.k_heads() * (wide_keys_ / kPackedKeys)),
         v_is_finite_(k_norms_.size(), 1) {}
 
@@ -50,11 +47,7 @@ class Forward {
     const int64_t chunks = wide_keys_ / kPackedKeys;
     for_each_task(call_.batch() * call_.k_heads() * chunks, [&] {
       return [this, chunks, rows = std::make_shared<Buffer<Real>>(kPackedKeys * channels_)](int64_t task) {
-        if (is_packed_) {
-          pack(task / chunks, task % chunks, rows->get());
-        } else {
-          inspect(task / chunks, task % chunks, rows->get());
-        }
+        pack(task / chunks, task % chunks, rows->get());
       };
     });
     const int64_t step = rows_of_block(call_.q_len());
@@ -72,12 +65,9 @@ class Forward {
  private:
   struct Scratch {
     explicit Scratch(const Forward& of)
-        : q(kBlockRows * of.channels_),
-          scores(kBlockRows * kRowStride),
-          sums(kBlockRows * of.wide_channels_),
-          row(of.channels_) {}
+        : q(kBlockRows * of.channels_), scores(kBlockRows * kRowStride), sums(kBlockRows * of.wide_channels_) {}
 
-    Buffer<Real> q, scores, sums, row;
+    Buffer<Real> q, scores, sums;
   };
 
   static constexpr int64_t kRowStride = kTileKeys + kRowPadding;
@@ -86,24 +76,8 @@ class Forward {
     return batch * call_.k_heads() + q_head / (call_.q_heads() / call_.k_heads());
   }
 
-  /// Finds the largest norm of `kPackedKeys` keys of one head, and whether the values are finite, where they are.
-  void inspect(int64_t head, int64_t chunk, Real* row) {
-    const int64_t begin = chunk * kPackedKeys;
-    const int64_t end = std::min(begin + kPackedKeys, call_.k_len());
-    const int64_t index = head * (wide_keys_ / kPackedKeys) + chunk;
-    const int64_t b = head / call_.k_heads();
-    const int64_t h = head % call_.k_heads();
-    Real largest = 0;
-    for (int64_t key = begin; key < end; ++key) {
-      largest = std::max(largest, largest_norm(in_real(k_.row(b, key, h), k_.channel, row), 1, channels_));
-      if (!is_finite(in_real(v_.row(b, key, h), v_.channel, row), channels_)) {
-        v_is_finite_[index] = 0;
-      }
-    }
-    k_norms_[index] = largest;
-  }
-
-  /// Packs `kPackedKeys` keys and values of one head, with what `inspect` finds.
+  /// Packs `kPackedKeys` keys and values of one head, and finds the largest norm of the keys and whether the values are
+  /// finite.
   void pack(int64_t head, int64_t chunk, Real* rows) {
     const int64_t begin = chunk * kPackedKeys;
     const int64_t keys = std::min(kPackedKeys, call_.k_len() - begin);
@@ -172,7 +146,8 @@ class Forward {
       SoftmaxRow<Real>* rows) {
     const int64_t head = key_head(block.batch, block.head);
     const auto scale = static_cast<Real>(call_.scale);
-    const Real slope = slopes_.slope(block.head);
+    const auto softcap = static_cast<Real>(call_.softcap.value_or(0));
+    const Real slope = slopes_.slope(block.batch, block.head);
     const Real most = std::abs(scale) * k_norm(head, keys.begin, keys.end);
     int64_t reaches[kBlockRows];
     for (int i = 0; i < block.rows; ++i) {
@@ -182,21 +157,13 @@ class Forward {
     if (tile.is_empty) {
       return;
     }
-    if (is_packed_) {
-      multiply_keys(block, tile, scratch);
-    } else {
-      multiply_keys_where_they_are(block, tile, scratch);
-    }
+    multiply_keys(block, tile, scratch);
     for (int i = 0; i < block.rows; ++i) {
       const auto position = static_cast<Real>(tile.position + i);
       Real* scores = scratch.scores.get() + i * kRowStride;
-      kernels_.softmax_row({scores, tile.visible[i], tile.width, scale, slope, position}, rows[i]);
+      kernels_.softmax_row({scores, tile.visible[i], tile.width, scale, slope, position, softcap}, rows[i]);
     }
-    if (is_packed_) {
-      add_values(block, tile, scratch);
-    } else {
-      add_values_where_they_are(block, tile, scratch);
-    }
+    add_values(block, tile, scratch);
   }
 
   void multiply_keys(const RowBlock& block, const Tile& tile, const Scratch& scratch) {
@@ -213,48 +180,6 @@ class Forward {
         {scratch.scores.get(), kRowStride, 1, v, wide_keys_ * kernels_.panel, scratch.sums.get(), wide_channels_,
          block.rows, static_cast<int>(wide_channels_ / kernels_.panel), tile.width, /*accumulate=*/true, nullptr,
          tile.limits()});
-  }
-
-  void multiply_keys_where_they_are(const RowBlock& block, const Tile& tile, const Scratch& scratch) {
-    for (int i = 0; i < block.rows; ++i) {
-      for (int32_t key = tile.visible[i].begin; key < tile.visible[i].end; ++key) {
-        scratch.scores.get()[i * kRowStride + key] =
-            dot(scratch.q.get() + i * channels_, row_of_key(k_, block, tile.begin + key, scratch), channels_);
-      }
-    }
-  }
-
-  void add_values_where_they_are(const RowBlock& block, const Tile& tile, const Scratch& scratch) {
-    const int64_t chunks = key_head(block.batch, block.head) * (wide_keys_ / kPackedKeys);
-    for (int i = 0; i < block.rows; ++i) {
-      for (int32_t key = tile.visible[i].begin; key < tile.visible[i].end; ++key) {
-        const Real* value = row_of_key(v_, block, tile.begin + key, scratch);
-        if (v_is_finite_[chunks + (tile.begin + key) / kPackedKeys] == 0) {
-          std::copy_n(value, channels_, scratch.row.get());
-          make_finite(scratch.row.get(), 1, channels_);
-          value = scratch.row.get();
-        }
-        add_multiple(
-            scratch.scores.get()[i * kRowStride + key], value, channels_, scratch.sums.get() + i * wide_channels_);
-      }
-    }
-  }
-
-  /// The row of a key or value, valid until the next call.
-  const Real* row_of_key(const HeadRows<const T>& x, const RowBlock& block, int64_t key, const Scratch& scratch) const {
-    const T* row = x.row(block.batch, key, block.head / (call_.q_heads() / call_.k_heads()));
-    return in_real(row, x.channel, scratch.row.get());
-  }
-
-  /// A row in `Real`: itself, or a copy in `copy`.
-  const Real* in_real(const T* row, int64_t stride, Real* copy) const {
-    if constexpr (std::is_same_v<T, Real>) {
-      if (stride == 1) {
-        return row;
-      }
-    }
-    read_row(row, stride, channels_, copy);
-    return copy;
   }
 
   void finish(const RowBlock& block, int i, const SoftmaxRow<Real>& row) {
@@ -279,14 +204,10 @@ class Forward {
       if (v_is_finite_[head * chunks + chunk] != 0) {
         continue;
       }
-      const int64_t end = std::min<int64_t>((chunk + 1) * kPackedKeys, visible.end);
-      for (int64_t key = std::max<int64_t>(chunk * kPackedKeys, visible.begin); key < end; ++key) {
-        const T* value = v_.row(block.batch, key, head % call_.k_heads());
-        for (int64_t c = 0; c < channels_; ++c) {
-          const auto x = static_cast<Real>(value[c * v_.channel]);
-          row.out[c] += x - x == 0 ? Real(0) : x;
-        }
-      }
+      const auto begin = static_cast<int32_t>(chunk * kPackedKeys);
+      const auto end = static_cast<int32_t>(std::min<int64_t>((chunk + 1) * kPackedKeys, visible.end));
+      add_not_finite(
+          v_, block.batch, head % call_.k_heads(), {std::max(begin, visible.begin), end}, channels_, row.out);
     }
   }
 
@@ -298,7 +219,6 @@ class Forward {
   Slopes<Real> slopes_;
   const TileKernels<Real>& kernels_;
   int64_t channels_, wide_channels_, wide_keys_;  // rounded up to panels, and to packed keys
-  bool is_packed_;                                // keys and values
   Buffer<Real> k_columns_;                        // [B, Hk, wide_keys / panel, D, panel]
   Buffer<Real> v_rows_;                           // [B, Hk, wide_channels / panel, wide_keys, panel]
   std::vector<Real> k_norms_;                     // [B, Hk, wide_keys / kPackedKeys], the largest of these keys
@@ -312,7 +232,9 @@ std::tuple<at::Tensor, at::Tensor> attention(const blockwise::Padded& call) {
   at::Tensor lse = at::empty(
       {call.batch(), call.q_heads(), call.q_len()},
       call.q.options().dtype(arguments::alibi_slopes_dtype(call.q.scalar_type())));
-  if (lse.numel() > 0) {
+  if (lse.numel() > 0 && call.q_len() <= kFewQueries) {
+    attention_of_few_queries(call, out, lse);
+  } else if (lse.numel() > 0) {
     for_dtype(call.q.scalar_type(), [&](auto type) { Forward<typename decltype(type)::type>(call, out, lse).run(); });
   }
   return {out, lse};

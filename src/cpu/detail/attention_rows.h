@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cpu/detail/attention_tiles.h>
 #include <cpu/detail/clones.h>
 #include <cpu/detail/lanes.h>
 
@@ -152,6 +153,18 @@ bool make_finite(Real* rows, int64_t count, int64_t channels) {
     }
   }
   return changed;
+}
+
+/// Adds the elements of rows `visible` of a head that are NaN or infinite to `sums`, `[channels]`.
+template <typename T, typename Real>
+void add_not_finite(const HeadRows<T>& x, int64_t batch, int64_t head, Range visible, int64_t channels, Real* sums) {
+  for (int64_t i = visible.begin; i < visible.end; ++i) {
+    const T* row = x.row(batch, i, head);
+    for (int64_t c = 0; c < channels; ++c) {
+      const auto value = static_cast<Real>(row[c * x.channel]);
+      sums[c] += value - value == 0 ? Real(0) : value;
+    }
+  }
 }
 
 /// Rows `[count, channels]` as panels of channels, `[panels, panel_stride / panel, panel]`, zeros past the channels.

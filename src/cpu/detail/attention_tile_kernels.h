@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cpu/detail/attention_row_kernels.h>
 #include <cpu/detail/attention_tiles.h>
 #include <cpu/detail/exp.h>
 #include <cpu/detail/simd.h>
@@ -140,14 +141,18 @@ POSENC_ALWAYS_INLINE void zero_outside(Range whole, Real* values, int width) {
   fill(values + whole.end, values + width, Real(0));
 }
 
-/// The scaled scores with the bias. A score of -infinity stays -infinity.
+/// The scaled scores with the bias.
 /// @param offsets  of the keys from the position of the query
-template <typename S>
+template <typename S, bool kCapped>
 POSENC_ALWAYS_INLINE typename S::Vector logits(
     const TileRow<typename S::Scalar>& row,
     const typename S::Vector& scores,
     const typename S::Vector& offsets) {
-  return scores * row.scale - S::abs(offsets) * row.slope;
+  if constexpr (kCapped) {
+    return hyperbolic_tangent<S>(scores * (row.scale / row.softcap)) * row.softcap - S::abs(offsets) * row.slope;
+  } else {
+    return scores * row.scale - S::abs(offsets) * row.slope;
+  }
 }
 
 /// The offsets of keys `j` to `j + kLanes - 1` from the position of the query.
@@ -156,7 +161,7 @@ POSENC_ALWAYS_INLINE typename S::Vector offsets_at(int j, typename S::Scalar pos
   return S::iota() + (static_cast<typename S::Scalar>(j) - position);
 }
 
-template <typename S>
+template <typename S, bool kCapped>
 POSENC_ALWAYS_INLINE void softmax_row(const TileRow<typename S::Scalar> row, SoftmaxRow<typename S::Scalar>& state) {
   using Real = typename S::Scalar;
   using Vector = typename S::Vector;
@@ -169,7 +174,7 @@ POSENC_ALWAYS_INLINE void softmax_row(const TileRow<typename S::Scalar> row, Sof
   Vector highest = S::all(kHidden);
   Vector offsets = offsets_at<S>(whole.begin, row.position);
   for (int j = whole.begin; j < whole.end; j += S::kLanes) {
-    const Vector x = logits<S>(row, S::load(row.scores + j), offsets);
+    const Vector x = logits<S, kCapped>(row, S::load(row.scores + j), offsets);
     offsets += Real(S::kLanes);
     S::store(row.scores + j, x);
     highest = x > highest ? x : highest;
@@ -213,7 +218,7 @@ POSENC_ALWAYS_INLINE void softmax_row(const TileRow<typename S::Scalar> row, Sof
   }
 }
 
-template <typename S>
+template <typename S, bool kCapped>
 POSENC_ALWAYS_INLINE void gradient_row(
     const TileRow<typename S::Scalar> row,
     const GradientRow<typename S::Scalar> gradient) {
@@ -227,13 +232,21 @@ POSENC_ALWAYS_INLINE void gradient_row(
   const Range whole = whole_vectors<S>(row.visible);
   Vector offsets = offsets_at<S>(whole.begin, row.position);
   for (int j = whole.begin; j < whole.end; j += S::kLanes) {
-    const Vector p = exponential<S>(logits<S>(row, S::load(row.scores + j), offsets) - gradient.lse);
+    const Vector scores = S::load(row.scores + j);
+    const Vector p = exponential<S>(logits<S, kCapped>(row, scores, offsets) - gradient.lse);
+    if constexpr (kCapped) {
+      const Vector tanh = hyperbolic_tangent<S>(scores * (row.scale / row.softcap));
+      S::store(gradient.factors + j, (Real(1) - tanh) * (Real(1) + tanh));
+    }
     offsets += Real(S::kLanes);
     S::store(row.scores + j, p);
     S::store(gradient.dp + j, p * (S::load(gradient.dp + j) - gradient.shift));
   }
   fill_hidden(whole, row.visible, row.scores, Real(0));
   fill_hidden(whole, row.visible, gradient.dp, Real(0));
+  if constexpr (kCapped) {
+    fill_hidden(whole, row.visible, gradient.factors, Real(0));
+  }
   zero_outside(whole, row.scores, row.width);
   zero_outside(whole, gradient.dp, row.width);
 }
@@ -266,22 +279,39 @@ POSENC_ALWAYS_INLINE void slope_terms(
   terms.p_distance += Wide::sum(p_distance);
 }
 
+template <typename S>
+POSENC_ALWAYS_INLINE void through_softcap(
+    const TileRow<typename S::Scalar> row,
+    const GradientRow<typename S::Scalar> gradient) {
+  const Range whole = whole_vectors<S>(row.visible);
+  for (int j = whole.begin; j < whole.end; j += S::kLanes) {
+    S::store(gradient.dp + j, S::load(gradient.dp + j) * S::load(gradient.factors + j));
+  }
+}
+
 /// The kernels with vectors of `kBytes` bytes. The sums of `product_block` take two registers for each of `kRows` rows.
 template <typename Real, int kBytes, int kRows>
 struct TileKernelsOf {
   using S = Simd<Real, kBytes>;
 
   static void run_product(const Product<Real>& p) { product<S, kRows>(p); }
-  static void run_softmax_row(const TileRow<Real>& row, SoftmaxRow<Real>& state) { softmax_row<S>(row, state); }
+  static void run_multiply_rows(const RowsProduct<Real>& p) { multiply_rows<S>(p); }
+  static void run_add_rows(const RowsProduct<Real>& p) { add_rows<S>(p); }
+  static void run_softmax_row(const TileRow<Real>& row, SoftmaxRow<Real>& state) {
+    row.softcap == 0 ? softmax_row<S, false>(row, state) : softmax_row<S, true>(row, state);
+  }
   static void run_gradient_row(const TileRow<Real>& row, const GradientRow<Real>& gradient) {
-    gradient_row<S>(row, gradient);
+    row.softcap == 0 ? gradient_row<S, false>(row, gradient) : gradient_row<S, true>(row, gradient);
   }
   static void run_slope_terms(const TileRow<Real>& row, const GradientRow<Real>& gradient, SlopeTerms& terms) {
     slope_terms<S>(row, gradient, terms);
   }
+  static void run_through_softcap(const TileRow<Real>& row, const GradientRow<Real>& gradient) {
+    through_softcap<S>(row, gradient);
+  }
 
-  static constexpr TileKernels<Real> kernels{
-      2 * S::kLanes, run_product, run_softmax_row, run_gradient_row, run_slope_terms};
+  static constexpr TileKernels<Real> kernels{2 * S::kLanes,   run_product,      run_multiply_rows, run_add_rows,
+                                             run_softmax_row, run_gradient_row, run_slope_terms,   run_through_softcap};
 };
 
 }  // namespace posenc::cpu

@@ -32,6 +32,19 @@ struct Product {
   const Range* depths;   // for each row, the range of k in which `a` is not zero; null: all
 };
 
+/// A product of few rows `a` with keys or values where they are, which are not in panels.
+template <typename Real>
+struct RowsProduct {
+  const Real* a;  // queries `[a_rows, channels]` or scores `[a_rows, count]`
+  int64_t a_row;
+  int a_rows;
+  const Real* rows;  // keys or values, `[count, channels]`
+  int64_t row;
+  int count, channels;
+  Real* result;  // scores `[a_rows, count]` or sums `[a_rows, channels]`
+  int64_t result_row;
+};
+
 /// A row of scores of one tile.
 template <typename Real>
 struct TileRow {
@@ -40,7 +53,8 @@ struct TileRow {
   int width;      // a multiple of the panel
   Real scale;
   Real slope;
-  Real position;  // of the query, relative to the first key of the tile
+  Real position;     // of the query, relative to the first key of the tile
+  Real softcap = 0;  // 0: none
 };
 
 /// Running results of a row in the online softmax.
@@ -56,7 +70,8 @@ template <typename Real>
 struct GradientRow {
   Real* dp;  // `grad_out . v` of `width` keys
   Real lse;
-  Real shift;  // `rowsum(grad_out * out) - grad_lse`
+  Real shift;     // `rowsum(grad_out * out) - grad_lse`
+  Real* factors;  // derivatives of softcap by the scaled scores of `width` keys; not used without softcap
 };
 
 /// Sums over the keys of a row, from which the gradient of its slope is computed.
@@ -64,6 +79,12 @@ struct SlopeTerms {
   double ds = 0;           // sum of dS
   double ds_distance = 0;  // sum of dS * distance
   double p_distance = 0;   // sum of P * distance
+
+  void operator+=(const SlopeTerms& other) {
+    ds += other.ds;
+    ds_distance += other.ds_distance;
+    p_distance += other.p_distance;
+  }
 };
 
 template <typename Real>
@@ -72,15 +93,25 @@ struct TileKernels {
 
   void (*product)(const Product<Real>&);
 
-  /// Replaces scores by `exp(scale * score - slope * distance - maximum)`, 0 for hidden keys. Updates the running
-  /// results to a new maximum and multiplies `out` accordingly.
+  /// Writes the scores of keys, `a rows^T`.
+  void (*multiply_rows)(const RowsProduct<Real>&);
+
+  /// Adds values multiplied by scores, `a rows`, to the sums.
+  void (*add_rows)(const RowsProduct<Real>&);
+
+  /// Replaces scores by `exp(softcap(scale * score) - slope * distance - maximum)`, 0 for hidden keys. Updates the
+  /// running results to a new maximum and multiplies `out` accordingly.
   void (*softmax_row)(const TileRow<Real>&, SoftmaxRow<Real>&);
 
-  /// Replaces scores by the probabilities P, and `dp` by `dS = P (dP - shift)`; both are 0 for hidden keys.
+  /// Replaces scores by the probabilities P, and `dp` by the gradients of the logits, `dS = P (dP - shift)`; both are 0
+  /// for hidden keys. Writes `factors`.
   void (*gradient_row)(const TileRow<Real>&, const GradientRow<Real>&);
 
   /// Adds the terms of the gradient of the slope, after `gradient_row`.
   void (*slope_terms)(const TileRow<Real>&, const GradientRow<Real>&, SlopeTerms&);
+
+  /// Multiplies the gradients of the logits, `dp`, by `factors`: the gradients of the scaled scores.
+  void (*through_softcap)(const TileRow<Real>&, const GradientRow<Real>&);
 };
 
 // The kernels for float and double, compiled for one instruction set each. The argument selects float or double by its

@@ -44,12 +44,16 @@ struct Simd {
     return (Vector)((Integers)x & kMagnitude);
   }
 
+  /// The sum of all lanes, by halves.
   POSENC_ALWAYS_INLINE static Real sum(const Vector& x) {
-    Real result = 0;
-    for (int i = 0; i < kLanes; ++i) {
-      result += x[i];
+    if constexpr (kLanes == 2) {
+      return x[0] + x[1];
+    } else {
+      using Half = Simd<Real, kBytes / 2>;
+      typename Half::Vector halves[2];
+      std::memcpy(halves, &x, sizeof(x));
+      return Half::sum(halves[0] + halves[1]);
     }
-    return result;
   }
 
   POSENC_ALWAYS_INLINE static Real max(const Vector& x) {
