@@ -64,6 +64,16 @@ std::vector<Real> exponentials(const cpu::TileKernels<Real>& kernels, std::vecto
   return x;
 }
 
+/// Random numbers that are multiples of 1/8 below 1, so that sums of a few hundred products are exact.
+template <typename Real>
+std::vector<Real> random_eighths(size_t size, std::mt19937& generator) {
+  std::vector<Real> result(size);
+  for (Real& x : result) {
+    x = static_cast<Real>(static_cast<int>(generator() % 15) - 7) / 8;
+  }
+  return result;
+}
+
 TEST_P(AttentionTileKernels, ExponentialIsWithinTwoUnitsInTheLastPlace) {
   for_each_type([](const auto& kernels, auto zero) {
     using Real = decltype(zero);
@@ -85,6 +95,35 @@ TEST_P(AttentionTileKernels, ExponentialIsWithinTwoUnitsInTheLastPlace) {
       const long double unit = std::ldexp(1.0L, std::ilogb(expected)) * std::numeric_limits<Real>::epsilon();
       wrong += std::abs(actual[i] - expected) <= 2 * unit ? 0 : 1;
       ASSERT_LT(wrong, 1) << "exp(" << x[i] << ") is " << actual[i] << ", expected " << expected;
+    }
+  });
+}
+
+TEST_P(AttentionTileKernels, ExponentialsOfEveryNumberOfElements) {
+  std::mt19937 generator(0);
+  for_each_type([&](const auto& kernels, auto zero) {
+    using Real = decltype(zero);
+    constexpr Real kShift = 2;
+    for (int count = 0; count <= 150; ++count) {
+      std::vector<Real> x = random_eighths<Real>(count + 1, generator);
+      if (count > 2) {
+        x[count / 2] = -std::numeric_limits<Real>::infinity();
+        x[count / 3] = -1000;
+      }
+      const std::vector<Real> before = x;
+      const Real sum = kernels.exponentials(x.data(), kShift, count);
+      double expected = 0;
+      for (int j = 0; j < count; ++j) {
+        const double y = std::exp(static_cast<double>(before[j] - kShift));
+        EXPECT_NEAR(x[j], y, 2 * std::numeric_limits<Real>::epsilon());
+        expected += y;
+      }
+      EXPECT_EQ(x[count], before[count]);  // not written
+      EXPECT_NEAR(sum, expected, (count + 4) * std::numeric_limits<Real>::epsilon() * expected);
+      if (count > 0) {
+        x[count - 1] = std::numeric_limits<Real>::quiet_NaN();
+        EXPECT_TRUE(std::isnan(kernels.exponentials(x.data(), kShift, count)));
+      }
     }
   });
 }
@@ -169,16 +208,6 @@ TEST_P(AttentionTileKernels, ExponentialBelowAndAboveTheRange) {
       EXPECT_TRUE(std::isnan(x));
     }
   });
-}
-
-/// Random numbers that are multiples of 1/8 below 1, so that sums of a few hundred products are exact.
-template <typename Real>
-std::vector<Real> random_eighths(size_t size, std::mt19937& generator) {
-  std::vector<Real> result(size);
-  for (Real& x : result) {
-    x = static_cast<Real>(static_cast<int>(generator() % 15) - 7) / 8;
-  }
-  return result;
 }
 
 TEST_P(AttentionTileKernels, ProductIsExactForEveryNumberOfRows) {

@@ -1,4 +1,5 @@
 #include <arguments/alibi.h>
+#include <cpu/detail/attention_tiles.h>
 #include <cpu/detail/clones.h>
 #include <cpu/detail/dispatch.h>
 #include <cpu/detail/score_rows.h>
@@ -7,7 +8,6 @@
 #include <torch/library.h>
 
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -15,32 +15,6 @@ namespace posenc {
 namespace {
 
 using cpu::kLanes;
-
-/// exp(x) for x <= 0 with an error of 2 units in the last place, in operations that the compiler can vectorise (Cody
-/// and Waite's reduction by ln 2, then the polynomial of Cephes' expf). Zero below the normal range; NaN stays NaN.
-inline float exp_of_negative(float x) {
-  constexpr float kLog2E = 1.44269504088896341F;
-  constexpr float kRound = 12582912.0F;  // 1.5 * 2^23: adding it rounds a small number to an integer
-  const float n = (x * kLog2E + kRound) - kRound;
-  const float r = (x - n * 0.693359375F) - n * -2.12194440e-4F;
-  float p = 1.9875691500e-4F;
-  p = p * r + 1.3981999507e-3F;
-  p = p * r + 8.3334519073e-3F;
-  p = p * r + 4.1665795894e-2F;
-  p = p * r + 1.6666665459e-1F;
-  p = p * r + 5.0000001201e-1F;
-  p = (p * r) * r + r + 1.0F;
-  const bool vanishes = x < -87.0F;
-  const int32_t exponent = static_cast<int32_t>(vanishes || n != n ? 0.0F : n) + 127;
-  const int32_t bits = exponent << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof(power));
-  return vanishes ? 0.0F : p * power;
-}
-
-inline double exp_of_negative(double x) {
-  return std::exp(x);
-}
 
 /// Writes the logits of the first `count` keys to `logits`. With `Dense` the stride is 1.
 template <typename T, bool Dense>
@@ -76,22 +50,17 @@ POSENC_CPU_CLONES Real maximum(const Real* logits, int32_t count) {
 }
 
 /// Replaces logits with `exp(logit - shift)` and returns the sum.
-template <typename Real>
-POSENC_CPU_CLONES Real exponentials(Real* logits, Real shift, int32_t count) {
+float exponentials(float* logits, float shift, int32_t count) {
+  return cpu::tile_kernels<float>().exponentials(logits, shift, count);
+}
+
+double exponentials(double* logits, double shift, int32_t count) {
+  double sum = 0;
   for (int32_t j = 0; j < count; ++j) {
-    logits[j] = exp_of_negative(logits[j] - shift);
+    logits[j] = std::exp(logits[j] - shift);
+    sum += logits[j];
   }
-  cpu::Lanes<Real, kLanes> lanes(0);
-  int32_t j = 0;
-  for (; count - j >= kLanes; j += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      lanes.values[lane] += logits[j + lane];
-    }
-  }
-  for (int lane = 0; j < count; ++j, ++lane) {
-    lanes.values[lane] += logits[j];
-  }
-  return lanes.sum();
+  return sum;
 }
 
 template <typename T, bool Dense>

@@ -218,6 +218,37 @@ POSENC_ALWAYS_INLINE void softmax_row(const TileRow<typename S::Scalar> row, Sof
   }
 }
 
+template <typename S>
+POSENC_ALWAYS_INLINE typename S::Scalar exponentials(typename S::Scalar* x, typename S::Scalar shift, int count) {
+  using Real = typename S::Scalar;
+  using Vector = typename S::Vector;
+  constexpr int kVectors = 4;
+  constexpr int kStep = kVectors * S::kLanes;
+  Vector sums[kVectors] = {};
+  int j = 0;
+  for (; j + kStep <= count; j += kStep) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      const Vector y = exponential<S>(S::load(x + j + i * S::kLanes) - shift);
+      S::store(x + j + i * S::kLanes, y);
+      sums[i] += y;
+    }
+  }
+  for (; j < count; j += S::kLanes) {
+    Real rest[S::kLanes];
+    const int size = min(S::kLanes, count - j);
+    for (int i = 0; i < S::kLanes; ++i) {
+      rest[i] = i < size ? x[j + i] - shift : -std::numeric_limits<Real>::infinity();
+    }
+    const Vector y = exponential<S>(S::load(rest));
+    for (int i = 0; i < size; ++i) {
+      x[j + i] = y[i];
+    }
+    sums[0] += y;
+  }
+  return S::sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
 template <typename S, bool kCapped>
 POSENC_ALWAYS_INLINE void gradient_row(
     const TileRow<typename S::Scalar> row,
@@ -294,6 +325,7 @@ template <typename Real, int kBytes, int kRows>
 struct TileKernelsOf {
   using S = Simd<Real, kBytes>;
 
+  static Real run_exponentials(Real* x, Real shift, int count) { return exponentials<S>(x, shift, count); }
   static void run_product(const Product<Real>& p) { product<S, kRows>(p); }
   static void run_multiply_rows(const RowsProduct<Real>& p) { multiply_rows<S>(p); }
   static void run_add_rows(const RowsProduct<Real>& p) { add_rows<S>(p); }
@@ -310,8 +342,9 @@ struct TileKernelsOf {
     through_softcap<S>(row, gradient);
   }
 
-  static constexpr TileKernels<Real> kernels{2 * S::kLanes,   run_product,      run_multiply_rows, run_add_rows,
-                                             run_softmax_row, run_gradient_row, run_slope_terms,   run_through_softcap};
+  static constexpr TileKernels<Real> kernels{2 * S::kLanes,     run_exponentials, run_product,
+                                             run_multiply_rows, run_add_rows,     run_softmax_row,
+                                             run_gradient_row,  run_slope_terms,  run_through_softcap};
 };
 
 }  // namespace posenc::cpu

@@ -91,6 +91,9 @@ template <typename Real>
 struct TileKernels {
   int panel;
 
+  /// Replaces `count` numbers by `exp(x - shift)`, and returns their sum. Also for `alibi_softmax`.
+  Real (*exponentials)(Real* x, Real shift, int count);
+
   void (*product)(const Product<Real>&);
 
   /// Writes the scores of keys, `a rows^T`.
