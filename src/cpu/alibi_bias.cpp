@@ -8,25 +8,59 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <memory>
 
 namespace posenc {
 namespace {
 
+/// Writes `count` entries of a row, of which the query sees the first `seen`: key 0 is `position` before the query.
 template <typename T>
-POSENC_CPU_CLONES void bias_row(T* out, cpu::arithmetic_t<T> slope, int32_t position, int32_t count) {
+POSENC_CPU_CLONES void bias_row(T* out, cpu::arithmetic_t<T> slope, int32_t position, int32_t seen, int32_t count) {
   using Real = cpu::arithmetic_t<T>;
   POSENC_INDEPENDENT
-  for (int32_t j = 0; j < count; ++j) {
+  for (int32_t j = 0; j < seen; ++j) {
     out[j] = static_cast<T>(-slope * static_cast<Real>(AlibiShape::distance(position, j)));
+  }
+  for (int32_t j = seen; j < count; ++j) {
+    out[j] = -std::numeric_limits<T>::infinity();
   }
 }
 
-template <typename T>
-POSENC_CPU_CLONES void hidden_row(T* out, int64_t count) {
-  for (int64_t j = 0; j < count; ++j) {
-    out[j] = -std::numeric_limits<T>::infinity();
+/// `bias_row` in float32 or float64, for distances that are exact in `Real`. They are counted in `Real`, because
+/// converting them takes as long as storing the results: 0.8 to 1.0 of the speed of a fill instead of 0.6 to 0.8,
+/// measured with 8 heads of 256 and 512 tokens on one core. The hidden keys begin at a whole block, so that their
+/// stores are aligned.
+template <typename Real>
+POSENC_CPU_CLONES void exact_bias_row(Real* __restrict out, Real slope, int32_t position, int32_t seen, int32_t count) {
+  constexpr int32_t kLanes = 32;  // as in score_rows.h
+  constexpr Real kHidden = -std::numeric_limits<Real>::infinity();
+  Real offsets[kLanes];  // of the keys from the query
+  for (int32_t lane = 0; lane < kLanes; ++lane) {
+    offsets[lane] = static_cast<Real>(lane - position);
+  }
+  int32_t j = 0;
+  for (; seen - j >= kLanes; j += kLanes) {
+    for (int32_t lane = 0; lane < kLanes; ++lane) {
+      out[j + lane] = -slope * std::abs(offsets[lane]);
+    }
+    for (int32_t lane = 0; lane < kLanes; ++lane) {
+      offsets[lane] += Real(kLanes);
+    }
+  }
+  if (j < seen && count - j >= kLanes) {
+    const auto last = static_cast<Real>(seen - 1 - position);
+    for (int32_t lane = 0; lane < kLanes; ++lane) {
+      out[j + lane] = offsets[lane] <= last ? -slope * std::abs(offsets[lane]) : kHidden;
+    }
+    j += kLanes;
+  }
+  for (; j < seen; ++j) {
+    out[j] = -slope * static_cast<Real>(AlibiShape::distance(position, j));
+  }
+  for (; j < count; ++j) {
+    out[j] = kHidden;
   }
 }
 
@@ -35,8 +69,17 @@ template <typename T>
 void write_row(const AlibiAddProblem& problem, int64_t head, int64_t position, int64_t count, T* out) {
   const int64_t seen = problem.shape.causal ? std::clamp<int64_t>(position + 1, 0, count) : count;
   const auto slope = problem.slopes.slope<cpu::arithmetic_t<T>>(head);
-  bias_row<T>(out, slope, static_cast<int32_t>(position), static_cast<int32_t>(seen));
-  hidden_row(out + seen, count - seen);
+  const auto row = [&](auto write) {
+    write(out, slope, static_cast<int32_t>(position), static_cast<int32_t>(seen), static_cast<int32_t>(count));
+  };
+  if constexpr (sizeof(T) >= sizeof(float)) {
+    constexpr int64_t kExact = int64_t{1} << std::numeric_limits<T>::digits;
+    if (position < kExact && count - position < kExact) {
+      row(exact_bias_row<T>);
+      return;
+    }
+  }
+  row(bias_row<T>);
 }
 
 /// Writes rows `begin` to `end - 1` of one head. The bias depends on `query - key` only, so each row is a part of one
