@@ -122,7 +122,7 @@ class Backward {
     Buffer<Real> k_columns, v_columns;  // [part_keys / panel, D, panel]
     Buffer<Real> k_rows;                // [wide_channels / panel, part_keys, panel], finite
     Buffer<Real> dk, dv;                // [part_keys, wide_channels]
-    Buffer<Real> k_norms;               // the largest norm of the keys of each tile
+    Buffer<Real> k_norms;               // the largest norm of the keys of each tile; zeros without slopes
   };
 
   static constexpr int64_t kRowStride = kTileKeys + kRowPadding;
@@ -169,7 +169,8 @@ class Backward {
       panels_of_rows(rows, count, channels_, panel, scratch.v_columns.get() + offset * channels_);
       read_rows(k_, part.batch, part.k_head, begin, count, channels_, rows);
       panels_of_rows(rows, count, channels_, panel, scratch.k_columns.get() + offset * channels_);
-      scratch.k_norms.get()[offset / kTileKeys] = largest_norm(rows, count, channels_);
+      scratch.k_norms.get()[offset / kTileKeys] =
+          call_.slopes.defined() ? largest_norm(rows, count, channels_) : Real(0);
       make_finite(rows, count, channels_);
       std::fill(rows + count * channels_, rows + kTileKeys * channels_, Real(0));
       panels_of_channels(rows, kTileKeys, channels_, panel, part_keys_ * panel, scratch.k_rows.get() + offset * panel);
@@ -192,7 +193,7 @@ class Backward {
       Real* q = scratch.rows.get();
       read_rows(q_, block.batch, block.head, block.begin, block.rows, channels_, q);
       for (int i = 0; i < block.rows; ++i) {
-        norms[i] = largest_norm(q + i * channels_, 1, channels_);
+        norms[i] = call_.slopes.defined() ? largest_norm(q + i * channels_, 1, channels_) : Real(0);
       }
       panels_of_channels(q, block.rows, channels_, panel, kBlockRows * panel, scratch.q_panels.get());
       const auto scale = static_cast<Real>(call_.scale);

@@ -85,7 +85,9 @@ class Forward {
     const int64_t h = head % call_.k_heads();
     read_rows(k_, b, h, begin, keys, channels_, rows);
     panels_of_rows(rows, keys, channels_, kernels_.panel, k_columns_.get() + (head * wide_keys_ + begin) * channels_);
-    k_norms_[head * (wide_keys_ / kPackedKeys) + chunk] = largest_norm(rows, keys, channels_);
+    if (call_.slopes.defined()) {
+      k_norms_[head * (wide_keys_ / kPackedKeys) + chunk] = largest_norm(rows, keys, channels_);
+    }
     read_rows(v_, b, h, begin, keys, channels_, rows);
     if (make_finite(rows, keys, channels_)) {
       v_is_finite_[head * (wide_keys_ / kPackedKeys) + chunk] = 0;
@@ -108,7 +110,7 @@ class Forward {
     read_rows(q_, block.batch, block.head, block.begin, block.rows, channels_, q);
     Real norms[kBlockRows];
     for (int i = 0; i < block.rows; ++i) {
-      norms[i] = largest_norm(q + i * channels_, 1, channels_);
+      norms[i] = call_.slopes.defined() ? largest_norm(q + i * channels_, 1, channels_) : Real(0);
     }
     if (!block.keys.empty()) {
       // From the nearest keys outwards: the further ones often have no part in the result.
@@ -221,8 +223,8 @@ class Forward {
   int64_t channels_, wide_channels_, wide_keys_;  // rounded up to panels, and to packed keys
   Buffer<Real> k_columns_;                        // [B, Hk, wide_keys / panel, D, panel]
   Buffer<Real> v_rows_;                           // [B, Hk, wide_channels / panel, wide_keys, panel]
-  std::vector<Real> k_norms_;                     // [B, Hk, wide_keys / kPackedKeys], the largest of these keys
-  std::vector<char> v_is_finite_;                 // [B, Hk, wide_keys / kPackedKeys]
+  std::vector<Real> k_norms_;      // [B, Hk, wide_keys / kPackedKeys], the largest of these keys; zeros without slopes
+  std::vector<char> v_is_finite_;  // [B, Hk, wide_keys / kPackedKeys]
 };
 
 }  // namespace
