@@ -93,16 +93,6 @@ class Blocks {
   /// All values, `[B * Hk, Sk, D]`.
   const at::Tensor& v() const { return v_; }
 
-  /// The values that are infinite or NaN, for `add_visible_infinities`. Undefined if `finite_v` replaces nothing.
-  ///
-  /// - without a mask: their sum over all keys, `[B * Hk, 1, D]`;
-  /// - with a causal mask or a right window: their sums over keys 0 to j, `[B * Hk, Sk, D]`;
-  /// - with a left window: numbers of +infinity, -infinity and NaN among keys 0 to j, int32 `[3, B * Hk, Sk, D]`.
-  at::Tensor infinities() const;
-
-  /// Adds the part of `infinities` that the rows see to `out`, the product of probabilities and `finite_v`.
-  void add_visible_infinities(const at::Tensor& infinities, const at::Tensor& out, const Block& block) const;
-
   /// Matrices `[B * Hk, G * rows, keys]` as scores `[B, Hq, rows, keys]`, and back; views.
   at::Tensor as_scores(const at::Tensor& matrices, const Block& block) const;
   at::Tensor as_matrices(const at::Tensor& scores, const Block& block) const;

@@ -1,5 +1,5 @@
-#include <blockwise/blockwise.h>
 #include <blockwise/call.h>
+#include <blockwise/slope_sums.h>
 #include <cpu/detail/attention.h>
 #include <ops/alibi_attention.h>
 #include <ops/dispatch.h>

@@ -14,7 +14,7 @@ namespace posenc::cuda {
 /// The reason why cuDNN cannot compute a call; empty if it can.
 std::string why_not_cudnn(const blockwise::Padded& call);
 
-/// `blockwise::blockwise` for calls that cuDNN can compute.
+/// `rows_attention` for calls that cuDNN can compute.
 std::tuple<at::Tensor, at::Tensor> cudnn_attention(const blockwise::Padded& call);
 
 /// `x`, of the shape of q, as it is if cuDNN can read its rows, else a dense copy: the gradient of sum() has strides
