@@ -235,6 +235,30 @@ TEST_P(AlibiAttentionFarKeys, WithInfiniteValuesReachTheRowsThatSeeThem) {
   }
 }
 
+/// Distances are relative to the nearest key: a query far behind all keys has the result of one at the last key.
+TEST_P(AlibiAttentionFarKeys, OfAFarQueryHaveTheProbabilitiesOfTheNearestPosition) {
+  for (const int64_t queries : {1, 130}) {
+    AttentionCase c;
+    c.q_len = queries;
+    c.k_len = 140;
+    AttentionInputs in = make_attention_inputs(c, GetParam());
+    for (const int64_t offset : {int64_t{1} << 20, (int64_t{1} << 30) + 1, -(int64_t{1} << 30) - 1}) {
+      in.options.query_offset(offset);
+      const at::Tensor far = attend(in);
+      for (const int64_t row : {int64_t{0}, queries - 1}) {
+        AttentionInputs near = in;
+        near.q = in.q.narrow(1, row, 1);
+        near.options.query_offset(offset > 0 ? c.k_len - 1 : 0);
+        const at::Tensor expected = attend(near).to(at::kDouble);
+        EXPECT_TRUE(at::allclose(
+            far.narrow(1, row, 1).to(at::kDouble), expected, 4 * unit_roundoff(dtype()),
+            200 * unit_roundoff(table_dtype(dtype()))))
+            << "row " << row << ", offset " << offset;
+      }
+    }
+  }
+}
+
 class AlibiAttentionHiddenByWindows : public TargetTest {
  protected:
   /// Expects that a value of key `kSpoilt` has no part in results of rows that do not see it: out and the gradient of

@@ -240,10 +240,13 @@ class Backward {
     panels_of_channels(
         grad, block.rows, channels_, kernels_.panel, kBlockRows * kernels_.panel, scratch.grad_panels.get());
     read_rows(out_, block.batch, block.head, block.begin, block.rows, channels_, scratch.rows.get());
+    const Real slope = slopes_.slope(block.batch, block.head);
     for (int i = 0; i < block.rows; ++i) {
       const int64_t index = row_index(block.batch, block.head, block.begin + i);
       const Real product = dot(grad + i * channels_, scratch.rows.get() + i * channels_, channels_);
-      const Real lse = lse_[index] == -std::numeric_limits<Real>::infinity() ? Real(0) : lse_[index];
+      const Real lse = lse_[index] == -std::numeric_limits<Real>::infinity()
+          ? Real(0)
+          : lse_[index] + nearest_bias(slope, visibility_.distance(block.batch, block.begin + i));
       gradients[i] = {
           scratch.dp.get() + i * kRowStride, lse, grad_lse_ == nullptr ? product : product - grad_lse_[index],
           scratch.factors.get()};
@@ -276,7 +279,7 @@ class Backward {
     const auto softcap = static_cast<Real>(call_.softcap.value_or(0));
     const Real slope = slopes_.slope(block.batch, block.head);
     for (int i = 0; i < block.rows; ++i) {
-      const auto position = static_cast<Real>(tile.position + i);
+      const auto position = static_cast<Real>(tile.nearest[i]);
       const TileRow<Real> row{scores + i * kRowStride, tile.visible[i], tile.width, scale, slope, position, softcap};
       kernels_.gradient_row(row, gradients[i]);
       if (grad_slopes_.defined()) {
@@ -345,7 +348,9 @@ class Backward {
       }
       total += terms.ds_distance - terms.p_distance * terms.ds;
       if (grad_lse_ != nullptr) {
-        total += static_cast<double>(grad_lse_[row]) * terms.p_distance;
+        const bool sees_keys = lse_[row] != -std::numeric_limits<Real>::infinity();
+        const auto nearest = static_cast<double>(sees_keys ? visibility_.distance(batch, i) : 0);
+        total += static_cast<double>(grad_lse_[row]) * (nearest + terms.p_distance);
       }
     }
     return total;

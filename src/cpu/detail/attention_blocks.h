@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
 #include <limits>
 #include <optional>
 #include <type_traits>
@@ -56,6 +57,17 @@ class Visibility {
     return row + (query_offset_.has_value() ? *query_offset_ : keys(batch) - queries(batch));
   }
 
+  /// The key that is nearest to the position of query `row`. Distances in the kernels are relative to it, so that they
+  /// are exact for a query that is far from all keys.
+  int64_t nearest_key(int64_t batch, int64_t row) const {
+    return std::clamp<int64_t>(position(batch, row), 0, std::max<int64_t>(0, keys(batch) - 1));
+  }
+
+  /// The distance of that key from the query.
+  int64_t distance(int64_t batch, int64_t row) const {
+    return std::abs(position(batch, row) - nearest_key(batch, row));
+  }
+
   Range visible(int64_t batch, int64_t row) const {
     if (row >= queries(batch)) {
       return {0, 0};
@@ -85,18 +97,14 @@ class Visibility {
 struct RowBlock {
   int64_t batch, head, begin;
   int rows;
-  int64_t position;  // of the first row, relative to key 0
+  int64_t nearest[kBlockRows];  // for each row, the key that is nearest to it
   Range visible[kBlockRows];
   Range keys;  // contains the keys that the rows see
 
   RowBlock(const Visibility& visibility, int64_t in_batch, int64_t in_head, int64_t first, int64_t count)
-      : batch(in_batch),
-        head(in_head),
-        begin(first),
-        rows(static_cast<int>(count)),
-        position(visibility.position(batch, begin)),
-        keys{kNone, 0} {
+      : batch(in_batch), head(in_head), begin(first), rows(static_cast<int>(count)), keys{kNone, 0} {
     for (int i = 0; i < rows; ++i) {
+      nearest[i] = visibility.nearest_key(batch, begin + i);
       visible[i] = visibility.visible(batch, begin + i);
       if (!visible[i].empty()) {
         keys = {std::min(keys.begin, visible[i].begin), std::max(keys.end, visible[i].end)};
@@ -111,24 +119,21 @@ struct RowBlock {
 /// The part of a block in the tile of keys `begin` to `begin + keys - 1`.
 struct Tile {
   int64_t begin;
-  int keys, width;            // width: rounded up to whole panels
-  int64_t position;           // of the first row, relative to the tile
-  Range visible[kBlockRows];  // for each row, relative to the tile
-  bool is_empty = true;       // no row sees a key
-  bool is_dense = true;       // all rows see all keys, and the keys are whole panels
+  int keys, width;              // width: rounded up to whole panels
+  int64_t nearest[kBlockRows];  // for each row, its nearest key, relative to the tile
+  Range visible[kBlockRows];    // for each row, relative to the tile
+  bool is_empty = true;         // no row sees a key
+  bool is_dense = true;         // all rows see all keys, and the keys are whole panels
 
   /// @param reaches  for each row, the distance beyond which keys have no part in the result
   Tile(const RowBlock& block, int64_t first, int64_t end, int panel, const int64_t* reaches)
-      : begin(first),
-        keys(static_cast<int>(end - first)),
-        width(static_cast<int>(round_up(keys, panel))),
-        position(block.position - first) {
+      : begin(first), keys(static_cast<int>(end - first)), width(static_cast<int>(round_up(keys, panel))) {
     const auto relative = [&](int64_t key) { return static_cast<int32_t>(std::clamp<int64_t>(key, 0, keys)); };
     for (int i = 0; i < block.rows; ++i) {
-      const int64_t nearest = position + i;
+      nearest[i] = block.nearest[i] - begin;
       visible[i] = {
-          relative(std::max(block.visible[i].begin - begin, nearest - reaches[i])),
-          relative(std::min(block.visible[i].end - begin, nearest + reaches[i] + 1))};
+          relative(std::max(block.visible[i].begin - begin, nearest[i] - reaches[i])),
+          relative(std::min(block.visible[i].end - begin, nearest[i] + reaches[i] + 1))};
       is_empty = is_empty && visible[i].empty();
       is_dense = is_dense && visible[i].begin == 0 && visible[i].end == width;
     }
@@ -164,8 +169,9 @@ struct Tile {
   }
 };
 
-/// The largest distance of a key whose probability is not 0 in a row. With `|q . k| <= |q| |k|`, the logit of a key at
-/// distance d is at most `most - slope d`. Its exponential relative to `shift` is 0 below the range of `exponential`.
+/// The largest distance from the nearest key of a key whose probability is not 0 in a row. With `|q . k| <= |q| |k|`,
+/// the logit of a key at distance d is at most `most - slope d`. Its exponential relative to `shift` is 0 below the
+/// range of `exponential`.
 /// @param most  `|scale| |q| |k|` for the largest `|k|`; NaN or infinity: all keys
 /// @param shift  at most the log-sum-exp of the row
 template <typename Real>
@@ -196,6 +202,13 @@ class Slopes {
   at::Tensor slopes_;
   int64_t batch_stride_ = 0;
 };
+
+/// The magnitude of the bias of the nearest key of a query, which the logits in the kernels lack.
+/// @param distance  of this key
+template <typename Real>
+Real nearest_bias(Real slope, int64_t distance) {
+  return distance == 0 ? Real(0) : slope * static_cast<Real>(distance);  // not NaN for an infinite slope
+}
 
 /// Number of query rows of a block: at most `kBlockRows`, a multiple of the rows of a product, and about equal for all.
 inline int64_t rows_of_block(int64_t q_len) {

@@ -141,7 +141,7 @@ class FewQueries {
       const int64_t query = i % call_.q_len();
       const Range visible = visibility_.visible(part.batch, query);
       const auto relative = [&](int32_t key) { return std::clamp(key - keys.begin, 0, count); };
-      const auto position = static_cast<Real>(visibility_.position(part.batch, query) - keys.begin);
+      const auto position = static_cast<Real>(visibility_.nearest_key(part.batch, query) - keys.begin);
       kernels_.softmax_row(
           {scores + i * kRowStride,
            {relative(visible.begin), relative(visible.end)},
@@ -200,8 +200,9 @@ class FewQueries {
       add_infinities(head, visibility_.visible(batch, query), sums);
     }
     write_row(sums, vanishes ? Real(0) : 1 / sum, out_.channel, channels_, out_.row(batch, query, of_q));
-    lse_[(batch * call_.q_heads() + of_q) * call_.q_len() + query] =
-        vanishes ? -std::numeric_limits<Real>::infinity() : maximum + std::log(sum);
+    lse_[(batch * call_.q_heads() + of_q) * call_.q_len() + query] = vanishes
+        ? -std::numeric_limits<Real>::infinity()
+        : maximum + std::log(sum) - nearest_bias(slopes_.slope(batch, of_q), visibility_.distance(batch, query));
   }
 
   /// Adds the visible values that are NaN or infinite, which were replaced by zeros.

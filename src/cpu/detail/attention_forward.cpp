@@ -116,8 +116,7 @@ class Forward {
       // From the nearest keys outwards: the further ones often have no part in the result.
       const int64_t first = block.keys.begin / kernels_.panel * kernels_.panel;
       const int64_t tiles = (block.keys.end - first + kTileKeys - 1) / kTileKeys;
-      const int64_t nearest =
-          std::clamp<int64_t>(block.position + block.rows - 1, block.keys.begin, block.keys.end - 1);
+      const int64_t nearest = std::clamp<int64_t>(block.nearest[block.rows - 1], block.keys.begin, block.keys.end - 1);
       const int64_t start = (nearest - first) / kTileKeys;
       for (int64_t i = 0; i < tiles; ++i) {
         const int64_t begin = first + (i <= start ? start - i : i) * kTileKeys;
@@ -161,7 +160,7 @@ class Forward {
     }
     multiply_keys(block, tile, scratch);
     for (int i = 0; i < block.rows; ++i) {
-      const auto position = static_cast<Real>(tile.position + i);
+      const auto position = static_cast<Real>(tile.nearest[i]);
       Real* scores = scratch.scores.get() + i * kRowStride;
       kernels_.softmax_row({scores, tile.visible[i], tile.width, scale, slope, position, softcap}, rows[i]);
     }
@@ -192,8 +191,10 @@ class Forward {
     }
     write_row(
         row.out, vanishes ? Real(0) : 1 / row.sum, out_.channel, channels_, out_.row(block.batch, query, block.head));
-    lse_[(block.batch * call_.q_heads() + block.head) * call_.q_len() + query] =
-        vanishes ? -std::numeric_limits<Real>::infinity() : row.maximum + std::log(row.sum);
+    lse_[(block.batch * call_.q_heads() + block.head) * call_.q_len() + query] = vanishes
+        ? -std::numeric_limits<Real>::infinity()
+        : row.maximum + std::log(row.sum) -
+            nearest_bias(slopes_.slope(block.batch, block.head), visibility_.distance(block.batch, query));
   }
 
   /// Adds the values that are NaN or infinite, which are packed as zeros, to the rows that see them. They would reach

@@ -53,7 +53,7 @@ struct TileRow {
   int width;      // a multiple of the panel
   Real scale;
   Real slope;
-  Real position;     // of the query, relative to the first key of the tile
+  Real position;     // to which distances are relative, in keys from the first key of the tile
   Real softcap = 0;  // 0: none
 };
 
