@@ -60,6 +60,13 @@ at::Tensor bias_of(const AlibiInputs& in, at::ScalarType dtype);
 at::Tensor add_of(const AlibiInputs& in);
 at::Tensor softmax_of(const AlibiInputs& in);
 
+/// Fixture of tests of the operators that run with every dtype.
+class Alibi : public TargetTest {
+ protected:
+  AlibiInputs inputs(const AlibiCase& c = AlibiCase()) const { return make_alibi_inputs(c, GetParam()); }
+  at::Tensor on_device(const at::Tensor& tensor) const { return tensor.to(device()); }
+};
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Expected values, float64 on the CPU
 
