@@ -11,152 +11,6 @@ namespace {
 /// Tolerance of slope gradients, relative to the sum of their absolute terms: rounding of the terms, but not of sums.
 constexpr double kSlopeTolerance = 1e-6;
 
-/// One small call for each option.
-std::vector<AlibiCase> small_cases() {
-  std::vector<AlibiCase> cases;
-  const auto add = [&cases](const std::string& name, const std::function<void(AlibiCase&)>& change) {
-    AlibiCase c;
-    c.name = name;
-    c.heads = 2;
-    c.q_len = 3;
-    c.k_len = 4;
-    change(c);
-    cases.push_back(c);
-  };
-  add("Plain", [](AlibiCase&) {});
-  add("Causal", [](AlibiCase& c) { c.causal = true; });
-  add("Masked", [](AlibiCase& c) { c.masked = true; });
-  add("AllFlags", [](AlibiCase& c) {
-    c.causal = c.masked = true;
-    c.scale = 0.5;
-    c.query_offset = 2;
-  });
-  add("RowsWithNothingVisible", [](AlibiCase& c) {
-    c.causal = true;
-    c.query_offset = -1;
-  });
-  add("MoreQueriesThanKeys", [](AlibiCase& c) { c.q_len = 5, c.k_len = 2; });
-  add("NegativeScale", [](AlibiCase& c) { c.scale = -1.5; });
-  add("ThreeDimensions", [](AlibiCase& c) { c.batched = false, c.masked = true; });
-  add("Strided", [](AlibiCase& c) {
-    c.strides = Strides::reversed;
-    c.every_other_slope = true;
-  });
-  add("OneKey", [](AlibiCase& c) { c.k_len = 1; });
-  return cases;
-}
-
-/// Zeros in place of the infinities of keys that causality hides, whose products with a cotangent are infinite or NaN.
-at::Tensor without_infinities(const at::Tensor& y) {
-  return y.masked_fill(y.detach().isinf(), 0);
-}
-
-Differentiable bias_function(const AlibiInputs& in) {
-  return [in](const TensorList& arguments) -> TensorList {
-    AlibiInputs moved = in;
-    moved.slopes = arguments[0];
-    return {without_infinities(bias_of(moved, at::kDouble))};
-  };
-}
-
-Differentiable add_function(const AlibiInputs& in) {
-  return [in](const TensorList& arguments) -> TensorList {
-    AlibiInputs moved = in;
-    moved.scores = arguments[0];
-    moved.slopes = arguments[1];
-    return {without_infinities(add_of(moved))};
-  };
-}
-
-Differentiable softmax_function(const AlibiInputs& in) {
-  return [in](const TensorList& arguments) -> TensorList {
-    AlibiInputs moved = in;
-    moved.scores = arguments[0];
-    moved.slopes = arguments[1];
-    return {softmax_of(moved)};
-  };
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Central differences in float64
-
-class AlibiDifferences : public ::testing::TestWithParam<std::tuple<at::DeviceType, AlibiCase>> {
- protected:
-  void SetUp() override {
-    require_device(std::get<0>(GetParam()));
-    if (IsSkipped() || HasFatalFailure()) {
-      return;
-    }
-    narrow_ = make_alibi_inputs(std::get<1>(GetParam()), {std::get<0>(GetParam()), at::kDouble});
-    wide_ = narrow_;
-    wide_.slopes = narrow_.slopes.to(at::kDouble);
-  }
-
-  /// float64 scores with float32 and with float64 slopes.
-  AlibiInputs narrow_;
-  AlibiInputs wide_;
-};
-
-TEST_P(AlibiDifferences, GradientOfTheBias) {
-  for (const AlibiInputs& inputs : {narrow_, wide_}) {
-    const AlibiInputs in = with_alibi_grad(inputs, false, true);
-    gradcheck(bias_function(in), {in.slopes});
-  }
-}
-
-TEST_P(AlibiDifferences, GradientsOfTheSum) {
-  for (const AlibiInputs& inputs : {narrow_, wide_}) {
-    for (const auto& [scores, slopes] : {std::pair(true, true), std::pair(true, false), std::pair(false, true)}) {
-      const AlibiInputs in = with_alibi_grad(inputs, scores, slopes);
-      gradcheck(add_function(in), {in.scores, in.slopes});
-    }
-  }
-}
-
-TEST_P(AlibiDifferences, GradientsOfTheSoftmax) {
-  for (const AlibiInputs& inputs : {narrow_, wide_}) {
-    for (const auto& [scores, slopes] : {std::pair(true, true), std::pair(true, false), std::pair(false, true)}) {
-      const AlibiInputs in = with_alibi_grad(inputs, scores, slopes);
-      gradcheck(softmax_function(in), {in.scores, in.slopes}, kSmooth);
-    }
-  }
-}
-
-TEST_P(AlibiDifferences, SecondDerivativesOfTheBias) {
-  const AlibiInputs in = with_alibi_grad(wide_, false, true);
-  gradgradcheck(bias_function(in), {in.slopes});
-}
-
-TEST_P(AlibiDifferences, SecondDerivativesOfTheSum) {
-  const AlibiInputs in = with_alibi_grad(wide_, true, true);
-  gradgradcheck(add_function(in), {in.scores, in.slopes});
-}
-
-TEST_P(AlibiDifferences, SecondDerivativesOfTheSoftmax) {
-  for (const auto& [scores, slopes] : {std::pair(true, true), std::pair(true, false), std::pair(false, true)}) {
-    const AlibiInputs in = with_alibi_grad(wide_, scores, slopes);
-    gradgradcheck(softmax_function(in), {in.scores, in.slopes}, kSmooth);
-  }
-}
-
-std::string case_name(const ::testing::TestParamInfo<std::tuple<at::DeviceType, AlibiCase>>& info) {
-  return std::get<1>(info.param).name;
-}
-
-INSTANTIATE_TEST_SUITE_P(
-    Cpu,
-    AlibiDifferences,
-    ::testing::Combine(::testing::Values(at::kCPU), ::testing::ValuesIn(small_cases())),
-    case_name);
-INSTANTIATE_TEST_SUITE_P(
-    Cuda,
-    AlibiDifferences,
-    ::testing::Combine(::testing::Values(at::kCUDA), ::testing::ValuesIn(small_cases())),
-    case_name);
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Every dtype
-
 class AlibiAutograd : public TargetTest {
  protected:
   /// Arguments with scores and slopes that require grad as given.
@@ -219,7 +73,7 @@ TEST_P(AlibiAutograd, HiddenGradientsMayBeAnything) {
 }
 
 TEST_P(AlibiAutograd, SlopeGradientOfTheBiasMatchesTheScalarLoop) {
-  for (AlibiCase c : small_cases()) {
+  for (AlibiCase c : small_alibi_cases()) {
     SCOPED_TRACE(::testing::Message() << c);
     c.batched = false;
     AlibiInputs in = leaves(c, false);
@@ -235,7 +89,7 @@ TEST_P(AlibiAutograd, SlopeGradientOfTheBiasMatchesTheScalarLoop) {
 }
 
 TEST_P(AlibiAutograd, SlopeGradientOfTheSumMatchesTheScalarLoop) {
-  for (AlibiCase c : small_cases()) {
+  for (AlibiCase c : small_alibi_cases()) {
     for (const int64_t keys : {c.k_len, int64_t{16}, int64_t{67}}) {
       SCOPED_TRACE(::testing::Message() << c << ", keys " << keys);
       c.k_len = keys;
@@ -252,7 +106,7 @@ TEST_P(AlibiAutograd, SlopeGradientOfTheSumMatchesTheScalarLoop) {
 }
 
 TEST_P(AlibiAutograd, SoftmaxGradientsMatchTheScalarLoop) {
-  for (AlibiCase c : small_cases()) {
+  for (AlibiCase c : small_alibi_cases()) {
     for (const int64_t keys : {c.k_len, int64_t{16}, int64_t{67}}) {
       SCOPED_TRACE(::testing::Message() << c << ", keys " << keys);
       c.k_len = keys;

@@ -27,6 +27,40 @@ std::ostream& operator<<(std::ostream& stream, const AlibiCase& c) {
   return stream;
 }
 
+std::vector<AlibiCase> small_alibi_cases() {
+  std::vector<AlibiCase> cases;
+  const auto add = [&cases](const std::string& name, const std::function<void(AlibiCase&)>& change) {
+    AlibiCase c;
+    c.name = name;
+    c.heads = 2;
+    c.q_len = 3;
+    c.k_len = 4;
+    change(c);
+    cases.push_back(c);
+  };
+  add("Plain", [](AlibiCase&) {});
+  add("Causal", [](AlibiCase& c) { c.causal = true; });
+  add("Masked", [](AlibiCase& c) { c.masked = true; });
+  add("AllFlags", [](AlibiCase& c) {
+    c.causal = c.masked = true;
+    c.scale = 0.5;
+    c.query_offset = 2;
+  });
+  add("RowsWithNothingVisible", [](AlibiCase& c) {
+    c.causal = true;
+    c.query_offset = -1;
+  });
+  add("MoreQueriesThanKeys", [](AlibiCase& c) { c.q_len = 5, c.k_len = 2; });
+  add("NegativeScale", [](AlibiCase& c) { c.scale = -1.5; });
+  add("ThreeDimensions", [](AlibiCase& c) { c.batched = false, c.masked = true; });
+  add("Strided", [](AlibiCase& c) {
+    c.strides = Strides::reversed;
+    c.every_other_slope = true;
+  });
+  add("OneKey", [](AlibiCase& c) { c.k_len = 1; });
+  return cases;
+}
+
 at::Tensor random_mask(int64_t batch, int64_t k_len, at::DeviceType device, MaskStrides strides) {
   const auto draw = [device](at::IntArrayRef sizes) { return at::randint(3, sizes, at::kLong).eq(0).to(device); };
   switch (strides) {

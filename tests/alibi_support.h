@@ -49,6 +49,9 @@ struct AlibiInputs {
 /// between 0 and 1: adding the steps of central differences to them is exact.
 AlibiInputs make_alibi_inputs(const AlibiCase& c, const Target& target);
 
+/// One small call for each option.
+std::vector<AlibiCase> small_alibi_cases();
+
 /// A random bool mask `[batch, k_len]` that masks about a third of the keys.
 at::Tensor random_mask(int64_t batch, int64_t k_len, at::DeviceType device, MaskStrides strides = MaskStrides::dense);
 
