@@ -252,6 +252,9 @@ TEST_P(LearnableFrequenciesMixedDevices, AreAnError) {
   expect_error([&] { rope->rotate(x); }, {"learnable frequencies", "cuda", "cpu", "move the module"});
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// CUDA graphs
+
 #if POSENC_CUDA
 
 class LearnableFrequenciesCudaGraph : public ::testing::Test {

@@ -253,6 +253,9 @@ TEST_P(RotaryScalingDevicePositions, NeedTheLengthFromTheCaller) {
   EXPECT_NO_THROW(rope->rotate(x, p));
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Accuracy at large positions
+
 class RotaryEmbeddingAccuracy : public TargetTest {};
 
 INSTANTIATE_TEST_SUITE_P(Cpu, RotaryEmbeddingAccuracy, ::testing::ValuesIn(targets(at::kCPU)), target_name);
