@@ -1,106 +1,19 @@
 #include "gradcheck.h"
-#include "support.h"
+#include "rotary_embedding_qkv_support.h"
 
 #include <posenc/reference.h>
 #include <posenc/rotary_embedding.h>
 
 #include <ATen/ATen.h>
 
-#if POSENC_CUDA
-#include "cuda_support.h"
-#endif
-
 namespace posenc::test {
 namespace {
-
-using Parts = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-
-/// Arguments of `rotary_embedding_qkv`. q and k of `in` are not used.
-struct Packed {
-  RotaryInputs in;
-  at::Tensor qkv;
-  int64_t q_heads;
-  int64_t kv_heads;
-  bool stacked;
-};
-
-/// Arguments for `c`. `stacked`: qkv is `[.., 3, H, D]` with H = q_heads; otherwise `[.., (Hq + 2 Hkv) * D]`.
-Packed make_packed(const RotaryCase& c, bool stacked, const Target& target, Strides strides = Strides::dense) {
-  const int64_t kv_heads = stacked ? c.q_heads : c.k_heads;
-  // Both forms are consecutive heads of q, k and v, so `strides` applies to [.., heads, channels].
-  const at::Tensor heads = random_tensor(c.sizes(c.q_heads + 2 * kv_heads), target, strides);
-  const at::Tensor qkv = stacked  ? heads.unflatten(-2, {3, c.q_heads})
-      : strides == Strides::dense ? heads.flatten(-2)
-                                  : random_tensor(heads.sizes(), target, strides).flatten(-2);
-  return {make_inputs(c, target), qkv, c.q_heads, kv_heads, stacked};
-}
-
-Parts split(const Packed& p, const at::Tensor& qkv) {
-  const RotaryInputs& in = p.in;
-  return posenc::rotary_embedding_qkv(
-      qkv, p.q_heads, p.kv_heads, in.cos, in.sin, in.positions, in.interleaved, in.conjugate, in.pair_axes);
-}
-
-at::Tensor pack(const Packed& p, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
-  const RotaryInputs& in = p.in;
-  return posenc::rotary_embedding_pack(
-      q, k, v, in.cos, in.sin, in.positions, p.stacked, in.interleaved, in.conjugate, in.pair_axes);
-}
-
-Packed backwards(const Packed& p) {
-  Packed back = p;
-  back.in = backwards(p.in);
-  return back;
-}
-
-/// q, k and v as views of `qkv`, by narrowing the heads.
-Parts views(const Packed& p, const at::Tensor& qkv) {
-  const at::Tensor heads = p.stacked ? qkv.flatten(-3, -2) : qkv.unflatten(-1, {p.q_heads + 2 * p.kv_heads, -1});
-  return {
-      heads.narrow(-2, 0, p.q_heads), heads.narrow(-2, p.q_heads, p.kv_heads),
-      heads.narrow(-2, p.q_heads + p.kv_heads, p.kv_heads)};
-}
-
-at::Tensor joined(const Packed& p, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
-  const at::Tensor heads = at::cat({q, k, v}, -2);
-  return p.stacked ? heads.unflatten(-2, {3, p.q_heads}) : heads.flatten(-2);
-}
-
-std::vector<RotaryCase> cases() {
-  std::vector<RotaryCase> cases;
-  const auto add = [&cases](const std::string& name, const std::function<void(RotaryCase&)>& change) {
-    RotaryCase c;
-    c.name = name;
-    c.tokens = 3;
-    change(c);
-    cases.push_back(c);
-  };
-  add("Default", [](RotaryCase&) {});
-  add("Conjugate", [](RotaryCase& c) { c.conjugate = true; });
-  add("Interleaved", [](RotaryCase& c) { c.interleaved = true; });
-  add("Partial", [](RotaryCase& c) { c.head_dim = 24; });
-  add("PartialInterleaved", [](RotaryCase& c) { c.head_dim = 40, c.interleaved = true; });
-  add("OddHead", [](RotaryCase& c) { c.head_dim = 7, c.rotary_dim = 6, c.interleaved = true; });
-  add("OnePair", [](RotaryCase& c) { c.head_dim = c.rotary_dim = 2; });
-  add("Head128", [](RotaryCase& c) { c.head_dim = c.rotary_dim = 128, c.tokens = 5; });
-  add("Head72", [](RotaryCase& c) { c.head_dim = c.rotary_dim = 72; });
-  add("Packed", [](RotaryCase& c) { c.packed = true; });
-  add("PackedPositions", [](RotaryCase& c) { c.packed = true, c.positions = PositionShape::per_token; });
-  add("Positions", [](RotaryCase& c) { c.positions = PositionShape::per_batch, c.position_dtype = at::kInt; });
-  add("Axes", [](RotaryCase& c) { c.positions = PositionShape::per_batch, c.axes = 3; });
-  add("AxesCycledPartial", [](RotaryCase& c) {
-    c.positions = PositionShape::per_batch, c.axes = 3, c.pair_axes = PairAxes::cycled, c.head_dim = 24;
-  });
-  add("TablesPerToken", [](RotaryCase& c) { c.tables = TableShape::per_token; });
-  add("OneKeyHead", [](RotaryCase& c) { c.q_heads = 7, c.k_heads = 1; });
-  return cases;
-}
 
 class RotaryEmbeddingQkv : public TargetTest {
  protected:
   /// Runs `body` for every case, in both forms of the projection.
   void for_each(const std::function<void(const Packed&)>& body) const {
-    for (const RotaryCase& c : cases()) {
+    for (const RotaryCase& c : packed_cases()) {
       for (const bool stacked : {false, true}) {
         SCOPED_TRACE(::testing::Message() << c << (stacked ? ", stacked" : ""));
         body(make_packed(c, stacked, GetParam()));
@@ -385,7 +298,7 @@ TEST_P(RotaryEmbeddingQkvCalls, PartsThatDoNotFitAreErrors) {
 }
 
 TEST(RotaryEmbeddingQkvMeta, OutputsHaveTheShapesOfTheCpu) {
-  for (const RotaryCase& c : cases()) {
+  for (const RotaryCase& c : packed_cases()) {
     for (const bool stacked : {false, true}) {
       SCOPED_TRACE(::testing::Message() << c);
       const Packed meta = make_packed(c, stacked, {at::kMeta, at::kFloat});
@@ -405,101 +318,6 @@ TEST(RotaryEmbeddingQkvMeta, OutputsHaveTheShapesOfTheCpu) {
   const Packed p = make_packed(RotaryCase(), false, {at::kMeta, at::kFloat});
   expect_error([&] { posenc::rotary_embedding_qkv(p.qkv, 3, 2, p.in.cos, p.in.sin); }, {"multiple of num_q_heads"});
 }
-
-// ---------------------------------------------------------------------------------------------------------------------
-// CUDA
-
-#if POSENC_CUDA
-
-class RotaryEmbeddingQkvCuda : public ::testing::Test {
- protected:
-  void SetUp() override { require_device(at::kCUDA); }
-};
-
-TEST_F(RotaryEmbeddingQkvCuda, ForwardAndBackwardAreOneKernelEachAndReplay) {
-  require_caching_allocator();
-  if (IsSkipped()) {
-    return;
-  }
-  for (const bool stacked : {false, true}) {
-    const Packed p = make_packed(RotaryCase(), stacked, {at::kCUDA, at::kBFloat16});
-    const at::Tensor qkv = p.qkv.detach().requires_grad_();
-    EXPECT_EQ(recorded_nodes([&] { split(p, qkv); }), (NodeCounts{{cudaGraphNodeTypeKernel, 1}}));
-    const Parts shapes = split(p, p.qkv);  // of a tensor without grad: a graph would bind qkv to this stream
-    const TensorList grads{
-        at::randn_like(std::get<0>(shapes)), at::randn_like(std::get<1>(shapes)), at::randn_like(std::get<2>(shapes))};
-    at::Tensor found;
-    const auto run = [&] {
-      const auto [q, k, v] = split(p, qkv);
-      found = gradients({q, k, v}, {qkv}, grads)[0];
-    };
-    EXPECT_EQ(recorded_nodes(run), (NodeCounts{{cudaGraphNodeTypeKernel, 2}}));
-    at::cuda::CUDAGraph graph;
-    capture(graph, run);
-    grads[0].neg_();
-    grads[2].mul_(2);
-    c10::cuda::device_synchronize();
-    graph.replay();
-    c10::cuda::device_synchronize();
-    const at::Tensor replayed = found.clone();
-    run();
-    expect_same_bits(replayed, found);
-  }
-}
-
-TEST_F(RotaryEmbeddingQkvCuda, MoreThan65535SequencesWork) {
-  RotaryCase c;
-  c.batch = 70'000;
-  c.tokens = c.q_heads = c.k_heads = 1;
-  c.head_dim = c.rotary_dim = 4;
-  for (const int64_t axes : {0, 2}) {
-    c.positions = PositionShape::per_batch;
-    c.axes = axes;
-    const Packed p = make_packed(c, false, {at::kCUDA, at::kFloat});
-    const auto [q, k, v] = split(p, p.qkv);
-    const auto [q_in, k_in, v_in] = views(p, p.qkv);
-    expect_close_to_rounding(q, p.in, q_in);
-    expect_close_to_rounding(k, p.in, k_in);
-    expect_same_bits(v, v_in);
-    expect_same_bits(pack(backwards(p), q, k, v).narrow(-1, 8, 4), v_in.flatten(-2));
-  }
-}
-
-TEST_F(RotaryEmbeddingQkvCuda, MoreThanTwoToThe31ElementsWork) {
-  if (const std::string reason = too_large(16); !reason.empty()) {
-    GTEST_SKIP() << reason;
-  }
-  constexpr int64_t heads = 4;
-  constexpr int64_t head_dim = 128;
-  constexpr int64_t tokens = (int64_t{1} << 31) / (3 * heads * head_dim) + 5;
-  const auto options = at::TensorOptions(at::kBFloat16).device(at::kCUDA);
-  Packed p{{}, at::empty({tokens, 3 * heads * head_dim}, options), heads, heads, false};
-  ASSERT_GT(p.qkv.numel(), int64_t{1} << 31);
-  p.qkv.normal_();
-  p.in.cos = at::randn({1009, head_dim / 2}).to(at::kCUDA);
-  p.in.sin = at::randn({1009, head_dim / 2}).to(at::kCUDA);
-  const at::Tensor positions = at::arange(tokens, options.dtype(at::kLong)).remainder(1009);
-  p.in.positions = positions;
-  const auto expect_part = [&](const RotaryInputs& in, const at::Tensor& actual, const at::Tensor& from) {
-    for (const int64_t begin : {int64_t{0}, tokens / 2 - 8, tokens - 16}) {
-      RotaryInputs part = in;
-      part.positions = positions.narrow(0, begin, 16);
-      expect_close_to_rounding(actual.narrow(0, begin, 16), part, from.narrow(0, begin, 16));
-    }
-  };
-  const auto [q, k, v] = split(p, p.qkv);
-  const auto [q_in, k_in, v_in] = views(p, p.qkv);
-  expect_part(p.in, q, q_in);
-  expect_part(p.in, k, k_in);
-  EXPECT_TRUE(at::equal(v, v_in));
-  const at::Tensor packed = pack(backwards(p), q, k, v);
-  const auto [q_back, k_back, v_back] = views(p, packed);
-  expect_part(backwards(p.in), q_back, q);
-  expect_part(backwards(p.in), k_back, k);
-  EXPECT_TRUE(at::equal(v_back, v));
-}
-
-#endif
 
 }  // namespace
 }  // namespace posenc::test
