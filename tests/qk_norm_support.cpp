@@ -1,5 +1,7 @@
 #include "qk_norm_support.h"
 
+#include "gradcheck.h"
+
 #include <posenc/qk_norm_rotary_embedding.h>
 #include <posenc/reference.h>
 
@@ -136,6 +138,35 @@ ExpectedGradients scalar_qk_norm_gradients(
   return {
       {dx, dx_magnitude * of_head * (1 + unit_roundoff(x.scalar_type())) + narrowing(dx, x.scalar_type())},
       {dw, dw_magnitude * of_sum * (1 + unit_roundoff(weight.scalar_type())) + narrowing(dw, weight.scalar_type())}};
+}
+
+void expect_qk_norm_results(const QKNormInputs& in, const at::Tensor& grad_q, const at::Tensor& grad_k) {
+  const QKNormInputs leaves = with_leaves(in, /*tables=*/false);
+  const auto [q, k] = qk_norm_rotate(leaves);
+  const RotaryInputs& r = in.rotary;
+  {
+    SCOPED_TRACE("q");
+    EXPECT_EQ(q.scalar_type(), r.q.scalar_type());
+    expect_within(q, scalar_qk_norm(in, r.q, in.q_weight));
+  }
+  {
+    SCOPED_TRACE("k");
+    EXPECT_EQ(k.scalar_type(), r.k.scalar_type());
+    expect_within(k, scalar_qk_norm(in, r.k, in.k_weight));
+  }
+  const TensorList found =
+      gradients({q, k}, {leaves.rotary.q, leaves.rotary.k, leaves.q_weight, leaves.k_weight}, {grad_q, grad_k});
+  const ExpectedGradients of_q = scalar_qk_norm_gradients(in, r.q, in.q_weight, grad_q);
+  const ExpectedGradients of_k = scalar_qk_norm_gradients(in, r.k, in.k_weight, grad_k);
+  const auto check = [](const char* name, const at::Tensor& actual, const Expected& expected, const at::Tensor& of) {
+    SCOPED_TRACE(name);
+    EXPECT_EQ(actual.scalar_type(), of.scalar_type());
+    expect_within(actual, expected);
+  };
+  check("gradient of q", found[0], of_q.input, r.q);
+  check("gradient of k", found[1], of_k.input, r.k);
+  check("gradient of q_weight", found[2], of_q.weight, in.q_weight);
+  check("gradient of k_weight", found[3], of_k.weight, in.k_weight);
 }
 
 }  // namespace posenc::test

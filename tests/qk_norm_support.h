@@ -53,4 +53,7 @@ inline void expect_within(const at::Tensor& actual, const Expected& expected) {
   expect_within(actual, expected.value, expected.bound);
 }
 
+/// Expects results, and gradients for `grad_q` and `grad_k`, to equal those of the scalar loops.
+void expect_qk_norm_results(const QKNormInputs& in, const at::Tensor& grad_q, const at::Tensor& grad_k);
+
 }  // namespace posenc::test
