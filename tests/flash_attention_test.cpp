@@ -148,7 +148,8 @@ class FlashAttention : public TargetTest {
   AttentionCase output_call(const std::vector<Lengths>& lengths) const {
     const bool capped = drawn_bool();
     const int64_t heads = capped ? 4 : 6;
-    AttentionCase c = call(/*batch=*/4, heads, drawn_of<int64_t>({heads, 1, 2}), lengths_of(lengths));
+    const auto k_heads = drawn_of<int64_t>({heads, 1, 2});
+    AttentionCase c = call(/*batch=*/4, heads, k_heads, lengths_of(lengths));
     if (capped) {
       c.softcap = 50;
     }
@@ -167,7 +168,8 @@ INSTANTIATE_TEST_SUITE_P(Cuda, FlashAttention, ::testing::ValuesIn(half_precisio
 /// test_flash_attn_output.
 TEST_P(FlashAttention, Output) {
   for_each_call(200, [&] {
-    draw_and_compare(output_call(kLengths), {2, 3}, drawn_bool() ? Storage::kv_packed : Storage::separate);
+    const AttentionCase c = output_call(kLengths);
+    draw_and_compare(c, {2, 3}, drawn_bool() ? Storage::kv_packed : Storage::separate);
   });
 }
 
@@ -253,7 +255,8 @@ TEST_P(FlashAttention, OfACache) {
   const std::vector<Lengths> lengths{{1, 128},   {1, 339},    {3, 1024},       {64, 800},        {64, 256}, {3, 799},
                                      {64, 2048}, {16, 20000}, {1, 128 * 1024}, {16, 128 * 1024}, {128, 128}};
   for_each_call(60, [&] {
-    AttentionCase c = call(/*batch=*/2, /*q_heads=*/6, drawn_of<int64_t>({6, 1, 3}), lengths_of(lengths));
+    const auto k_heads = drawn_of<int64_t>({6, 1, 3});
+    AttentionCase c = call(/*batch=*/2, /*q_heads=*/6, k_heads, lengths_of(lengths));
     draw_slopes_and_masks(c);
     c.seqlens_q.assign(2, c.q_len);
     c.seqlens_k = {drawn(1, c.k_len + 1), drawn(1, c.k_len + 1)};
