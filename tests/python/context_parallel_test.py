@@ -83,15 +83,17 @@ def bounds(case, ranks):
 
     The output is rounded to its dtype, as is the partial output of each block and, in fused kernels, the probabilities.
     Gradients also see the rounding of the output and of the gradient of the scores. These roundings are independent:
-    2 or 3 of them bound the error. Sums of `terms` terms in the wider dtype come on top. The gradient of a slope sums
-    terms as large as the distances, most of which cancel, on tensor cores too.
+    2 or 3 of them bound the error. Sums in the wider dtype over the keys and the channels come on top; the gradient of
+    the scores is a difference of two sums over the channels. The gradient of a slope sums terms as large as the
+    distances, most of which cancel, on tensor cores too.
     """
     narrow = case.dtype in (torch.float16, torch.bfloat16)
     roundoff = torch.finfo(case.dtype).eps / 2 if narrow else 0
-    terms = case.seq_len(ranks) + case.head_dim
-    of_sums = terms * torch.finfo(torch.float64 if case.dtype == torch.float64 else torch.float32).eps / 2
-    of_slopes = 0.01 if narrow and case.head_dim >= 32 else case.seq_len(ranks) * of_sums
-    return [of_sums + roundoff * times for times in (2, 3, 3, 3)] + [of_slopes]
+    of_term = torch.finfo(torch.float64 if case.dtype == torch.float64 else torch.float32).eps / 2
+    of_out = (case.seq_len(ranks) + case.head_dim) * of_term
+    of_gradients = (case.seq_len(ranks) + 2 * case.head_dim) * of_term
+    of_slopes = 0.01 if narrow and case.head_dim >= 32 else case.seq_len(ranks) * of_gradients
+    return [of_out + 2 * roundoff] + 3 * [of_gradients + 3 * roundoff] + [of_slopes]
 
 
 # --- Functions that run in the processes ------------------------------------------------------------------------------
