@@ -136,12 +136,19 @@ AttentionGradients ring_backward(
     Sums sums_of_v{none, none};
     const auto add_to = [](Sums& sums) { return [&sums](int64_t half, const Tensor& rows) { sums[half].add(rows); }; };
     // Those of keys of other ranks. They follow their keys and are at home after the last step.
-    const Tensor zeros = kv_grad ? at::zeros({2, a.k.size(0), a.k.size(1), a.k.size(2), a.k.size(3)}, wide) : Tensor();
-    TravellingBlock travelling(shard.group, zeros);
-    const auto add_to_travelling = [&](int64_t of) {
-      return [&shard, &travelling, of](int64_t half, const Tensor& rows) {
-        shard.half(travelling.here().select(0, of), 1, half).add_(rows);
-      };
+    TravellingBlock travelling(
+        shard.group, kv_grad ? at::empty({2, a.k.size(0), a.k.size(1), a.k.size(2), a.k.size(3)}, wide) : Tensor());
+    std::array<bool, 2> is_empty{true, true};  // of halves, before anything was added to them
+    const auto add_to_travelling = [&](const Tensor& sums, const Part& part, const Tensor& dk, const Tensor& dv) {
+      part.for_each_key_half(dk, [&](int64_t half, const Tensor& rows) {
+        const Tensor sum = shard.half(sums.select(0, 0), 1, half);
+        is_empty[half] ? sum.copy_(rows) : sum.add_(rows);
+      });
+      part.for_each_key_half(dv, [&](int64_t half, const Tensor& rows) {
+        const Tensor sum = shard.half(sums.select(0, 1), 1, half);
+        is_empty[half] ? sum.copy_(rows) : sum.add_(rows);
+        is_empty[half] = false;
+      });
     };
     // The last part of the keys of this rank is computed at the end, while those sums come home.
     std::optional<Part> last;
@@ -161,11 +168,16 @@ AttentionGradients ring_backward(
           part.for_each_key_half(dv, add_to(sums_of_v));
         } else if (kv_grad) {
           // The transfer of the sums has overlapped with the computation of this part.
-          part.for_each_key_half(dk, add_to_travelling(0));
-          part.for_each_key_half(dv, add_to_travelling(1));
+          add_to_travelling(travelling.here(), part, dk, dv);
         }
       }
       if (kv_grad && step > 0) {
+        for (int64_t half = 0; half < 2; ++half) {
+          if (is_empty[half]) {
+            shard.half(travelling.here(), 2, half).zero_();
+            is_empty[half] = false;
+          }
+        }
         travelling.depart();
       }
     });

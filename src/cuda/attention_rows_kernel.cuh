@@ -99,41 +99,53 @@ __global__ void __launch_bounds__(kAttentionRowThreads)
   const ScoreRow<Real> row(problem, Positions(problem, sequence), sequence, static_cast<int>(blockIdx.x));
   Real* const scores = static_cast<Real*>(problem.scores) + row.first;
   const int thread = static_cast<int>(threadIdx.x);
-  const bool in_registers = row.end - row.begin <= kRegisterColumns * kAttentionRowThreads;
   const auto column_of = [&](int i) { return row.begin + thread + i * kAttentionRowThreads; };
-  Real logits[kRegisterColumns];
-  MaxAndSum<Real> of_thread;
-  if (in_registers) {
-#pragma unroll
-    for (int i = 0; i < kRegisterColumns; ++i) {
-      const int column = column_of(i);
-      logits[i] = column < row.end ? row.logit(scores[column], column).value : static_cast<Real>(-INFINITY);
-      of_thread.add(logits[i]);
-    }
-  } else {
-    for (int column = column_of(0); column < row.end; column += kAttentionRowThreads) {
-      of_thread.add(row.logit(scores[column], column).value);
-    }
-  }
-  const Real max = reduce_row(of_thread.max, static_cast<Real>(-INFINITY), Maximum(), scratch);
-  const Real shift = max == -INFINITY ? Real(0) : max;
-  __syncthreads();
-  const Real sum = reduce_row(of_thread.sum * exponential(of_thread.max - shift), Real(0), Sum(), scratch);
-  const Real lse = !row.valid ? static_cast<Real>(NAN) : sum == 0 ? static_cast<Real>(-INFINITY) : shift + ::log(sum);
-  const Real hidden = row.valid ? Real(0) : lse;
-  const Real minus = sum == 0 ? Real(0) : lse;  // if all logits are -inf, so is lse
-  if (in_registers) {
+  Real max = -INFINITY;
+  Real sum = 0;
+  Real shift = 0;
+  if (row.end - row.begin <= kRegisterColumns * kAttentionRowThreads) {
+    Real values[kRegisterColumns];  // logits, then their exponentials
 #pragma unroll
     for (int i = 0; i < kRegisterColumns; ++i) {
       if (const int column = column_of(i); column < row.end) {
-        scores[column] = exponential(logits[i] - minus);
+        values[i] = row.logit(scores[column], column).value;
+        max = values[i] > max ? values[i] : max;
+      }
+    }
+    max = reduce_row(max, static_cast<Real>(-INFINITY), Maximum(), scratch);
+    shift = max == -INFINITY ? Real(0) : max;
+#pragma unroll
+    for (int i = 0; i < kRegisterColumns; ++i) {
+      if (column_of(i) < row.end) {
+        values[i] = exponential(values[i] - shift);
+        sum += values[i];
+      }
+    }
+    __syncthreads();
+    sum = reduce_row(sum, Real(0), Sum(), scratch);
+    const Real scale = sum == 0 ? Real(0) : 1 / sum;
+#pragma unroll
+    for (int i = 0; i < kRegisterColumns; ++i) {
+      if (const int column = column_of(i); column < row.end) {
+        scores[column] = values[i] * scale;
       }
     }
   } else {
+    MaxAndSum<Real> of_thread;
+    for (int column = column_of(0); column < row.end; column += kAttentionRowThreads) {
+      of_thread.add(row.logit(scores[column], column).value);
+    }
+    max = reduce_row(of_thread.max, static_cast<Real>(-INFINITY), Maximum(), scratch);
+    shift = max == -INFINITY ? Real(0) : max;
+    __syncthreads();
+    sum = reduce_row(of_thread.sum * exponential(of_thread.max - shift), Real(0), Sum(), scratch);
+    const Real minus = sum == 0 ? Real(0) : shift + ::log(sum);
     for (int column = column_of(0); column < row.end; column += kAttentionRowThreads) {
       scores[column] = exponential(row.logit(scores[column], column).value - minus);
     }
   }
+  const Real lse = !row.valid ? static_cast<Real>(NAN) : sum == 0 ? static_cast<Real>(-INFINITY) : shift + ::log(sum);
+  const Real hidden = row.valid ? Real(0) : lse;
   for (int column = thread; column < row.begin; column += kAttentionRowThreads) {
     scores[column] = hidden;
   }
