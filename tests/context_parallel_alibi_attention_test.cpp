@@ -214,6 +214,22 @@ TEST(ContextParallelAlibiAttention, RowsWithScoresOfMinusInfinityAloneAreZero) {
   });
 }
 
+/// No call of attention is made then, and nothing is sent.
+TEST(ContextParallelAlibiAttention, WithoutQueryHeadsTheGradientsOfKeysAreZero) {
+  for_each_rank(2, at::kCPU, [](const Group& group) {
+    AttentionInputs in = make_attention_inputs(shard(), {at::kCPU, at::kFloat});
+    in.q = in.q.narrow(2, 0, 0);
+    in.slopes = in.slopes.narrow(0, 0, 0);
+    in = attention_leaves(in);
+    const at::Tensor out = context_parallel_alibi_attention(in.q, in.k, in.v, in.slopes, group);
+    const TensorList results = gradients({out}, {in.q, in.k, in.v, in.slopes}, {at::zeros_like(out)});
+    EXPECT_EQ(results[0].sizes(), in.q.sizes());
+    EXPECT_TRUE(results[1].equal(at::zeros_like(in.k)));
+    EXPECT_TRUE(results[2].equal(at::zeros_like(in.v)));
+    EXPECT_EQ(results[3].sizes(), in.slopes.sizes());
+  });
+}
+
 TEST(ContextParallelAlibiAttention, RefusesAGroupThatIsNone) {
   const AttentionInputs in = make_attention_inputs(shard(), {at::kCPU, at::kFloat});
   expect_error(
