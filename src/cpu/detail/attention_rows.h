@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <memory>
@@ -20,15 +21,18 @@ namespace posenc::cpu {
 template <typename Real>
 class Buffer {
  public:
-  explicit Buffer(int64_t elements) : memory_(new char[elements * sizeof(Real) + kAlignment]) {
-    const auto address = reinterpret_cast<std::uintptr_t>(memory_.get());
-    data_ = reinterpret_cast<Real*>((address + kAlignment - 1) / kAlignment * kAlignment);
+  explicit Buffer(int64_t elements) {
+    const std::size_t bytes = elements * sizeof(Real);
+    std::size_t space = bytes + kAlignment;
+    memory_.reset(new char[space]);  // make_unique would fill it with zeros
+    void* address = memory_.get();
+    data_ = static_cast<Real*>(std::align(kAlignment, bytes, address, space));
   }
 
   Real* get() const { return data_; }
 
  private:
-  static constexpr std::uintptr_t kAlignment = 64;
+  static constexpr std::size_t kAlignment = 64;
   std::unique_ptr<char[]> memory_;
   Real* data_;
 };
@@ -124,11 +128,17 @@ Real largest_norm(const Real* rows, int64_t count, int64_t channels) {
   for (int64_t i = 0; i < count; ++i) {
     const Real square = dot(rows + i * channels, rows + i * channels, channels);
     largest = square <= largest ? largest : square;
-    if (square != square) {
+    if (std::isnan(square)) {
       return std::numeric_limits<Real>::infinity();
     }
   }
   return std::sqrt(largest);
+}
+
+/// Whether a number is neither NaN nor infinite, in instructions that the compiler vectorises.
+template <typename Real>
+bool is_finite(Real x) {
+  return std::abs(x) <= std::numeric_limits<Real>::max();
 }
 
 /// Whether a row has no NaN and no infinity.
@@ -136,7 +146,7 @@ template <typename Real>
 POSENC_CPU_CLONES bool is_finite(const Real* row, int64_t channels) {
   int64_t others = 0;
   for (int64_t c = 0; c < channels; ++c) {
-    others += row[c] - row[c] == 0 ? 0 : 1;
+    others += is_finite(row[c]) ? 0 : 1;
   }
   return others == 0;
 }
@@ -148,7 +158,7 @@ bool make_finite(Real* rows, int64_t count, int64_t channels) {
   for (int64_t i = 0; i < count; ++i) {
     Real* row = rows + i * channels;
     if (!is_finite(row, channels)) {
-      std::replace_if(row, row + channels, [](Real x) { return !(x - x == 0); }, Real(0));
+      std::replace_if(row, row + channels, [](Real x) { return !is_finite(x); }, Real(0));
       changed = true;
     }
   }
@@ -162,7 +172,7 @@ void add_not_finite(const HeadRows<T>& x, int64_t batch, int64_t head, Range vis
     const T* row = x.row(batch, i, head);
     for (int64_t c = 0; c < channels; ++c) {
       const auto value = static_cast<Real>(row[c * x.channel]);
-      sums[c] += value - value == 0 ? Real(0) : value;
+      sums[c] += is_finite(value) ? Real(0) : value;
     }
   }
 }
