@@ -40,25 +40,13 @@ std::string logged(const std::function<void()>& action) {
   return text;
 }
 
-double relative_error(const at::Tensor& actual, const at::Tensor& expected) {
-  const at::Tensor a = actual.detach().to(at::kDouble);
-  const at::Tensor e = expected.detach().to(at::kDouble);
-  return ((a - e).norm() / e.norm()).item<double>();
-}
-
 TensorList everything(const AttentionInputs& inputs, const at::Tensor& grad) {
   const AttentionInputs in = attention_leaves(inputs);
   return with_gradients(attend_with_lse(in), in, grad);
 }
 
 TensorList everything_in_float64(const AttentionInputs& inputs, const at::Tensor& grad) {
-  AttentionInputs wide = inputs;
-  for (at::Tensor* tensor : {&wide.q, &wide.k, &wide.v, &wide.slopes}) {
-    if (tensor->defined()) {
-      *tensor = tensor->to(at::kDouble);
-    }
-  }
-  wide = attention_leaves(wide);
+  const AttentionInputs wide = attention_leaves(in_float64(inputs));
   return with_gradients(reference_attention(wide), wide, grad.to(at::kDouble));
 }
 

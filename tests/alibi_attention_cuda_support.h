@@ -17,9 +17,6 @@ std::string logged(const std::function<void()>& action);
 inline constexpr const char* kNotFused = "in blocks of matrix products";
 inline constexpr const char* kTiled = "by the kernels of this library";
 
-/// `|actual - expected| / |expected|` in the Euclidean norm.
-double relative_error(const at::Tensor& actual, const at::Tensor& expected);
-
 /// out and lse, and the gradients of q, k, v and slopes for `grad`, the gradient of out in its dtype.
 TensorList everything(const AttentionInputs& inputs, const at::Tensor& grad);
 

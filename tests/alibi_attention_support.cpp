@@ -83,6 +83,22 @@ AttentionInputs make_attention_inputs(const AttentionCase& c, const Target& targ
   return in;
 }
 
+AttentionInputs in_float64(const AttentionInputs& in) {
+  AttentionInputs wide = in;
+  for (at::Tensor* tensor : {&wide.q, &wide.k, &wide.v, &wide.slopes}) {
+    if (tensor->defined()) {
+      *tensor = tensor->to(at::kDouble);
+    }
+  }
+  return wide;
+}
+
+double relative_error(const at::Tensor& actual, const at::Tensor& expected) {
+  const at::Tensor a = actual.detach().to(at::kDouble);
+  const at::Tensor e = expected.detach().to(at::kDouble);
+  return ((a - e).norm() / e.norm()).item<double>();
+}
+
 AttentionInputs attention_leaves(const AttentionInputs& in) {
   AttentionInputs leaves = in;
   for (at::Tensor* tensor : {&leaves.q, &leaves.k, &leaves.v, &leaves.slopes}) {

@@ -47,6 +47,12 @@ struct AttentionInputs {
 /// `largest_slope`.
 AttentionInputs make_attention_inputs(const AttentionCase& c, const Target& target);
 
+/// The same arguments with q, k, v and slopes in float64.
+AttentionInputs in_float64(const AttentionInputs& in);
+
+/// `|actual - expected| / |expected|` in the Euclidean norm, in float64.
+double relative_error(const at::Tensor& actual, const at::Tensor& expected);
+
 /// The same arguments with detached q, k, v and slopes that require grad.
 AttentionInputs attention_leaves(const AttentionInputs& in);
 

@@ -221,10 +221,7 @@ TEST_F(AlibiAttentionTiledCuda, SumsForTheSlopesAreThoseOfFloat64) {
     c.query_offset = offset;
     c.largest_slope = offset == 100'000 ? 0x1p-12 : 0.5;
     const AttentionInputs in = make_attention_inputs(c, {at::kCUDA, at::kBFloat16});
-    AttentionInputs wide = in;
-    for (at::Tensor* tensor : {&wide.q, &wide.k, &wide.v, &wide.slopes}) {
-      *tensor = tensor->to(at::kDouble);
-    }
+    const AttentionInputs wide = in_float64(in);
     const at::Tensor lse = std::get<1>(attend_with_lse(wide)).add(1);
     const at::Tensor grad = at::randn(in.q.sizes(), at::kFloat).to(in.q.options());
     const at::Tensor actual = slope_sums(in, grad, lse.to(at::kFloat));

@@ -177,20 +177,14 @@ TEST_P(ContextParallelThreads, SumInTheDtypeOfSums) {
   for (const at::ScalarType dtype : {at::kHalf, at::kBFloat16, at::kFloat}) {
     const AttentionInputs narrow = make_attention_inputs(ring_case(ranks, causal), {at::kCPU, dtype});
     const at::Tensor grad = at::randn(narrow.q.sizes(), at::kFloat).to(dtype);
-    AttentionInputs wide = narrow;
-    for (at::Tensor* x : {&wide.q, &wide.k, &wide.v, &wide.slopes}) {
-      *x = x->to(at::kDouble);
-    }
-    wide = attention_leaves(wide);
+    const AttentionInputs wide = attention_leaves(in_float64(narrow));
     const TensorList expected = everything(wide, attend(wide), grad.to(at::kDouble));
     const TensorList actual = everything_of_ring(narrow, grad, ranks, causal);
     // Sums of float32 are of dozens of terms.
     const double u = unit_roundoff(dtype) * (dtype == at::kFloat ? 8 : 1);
     const double bounds[] = {0.8 * u, 2 * u, 2 * u, 2 * u, 0.01};
     for (size_t i = 0; i < actual.size(); ++i) {
-      const double error =
-          ((actual[i].to(at::kDouble) - expected[i].detach()).norm() / expected[i].norm()).item<double>();
-      EXPECT_LE(error, bounds[i]) << "result " << i << ", " << dtype;
+      EXPECT_LE(relative_error(actual[i], expected[i]), bounds[i]) << "result " << i << ", " << dtype;
     }
   }
 }

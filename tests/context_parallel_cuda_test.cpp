@@ -87,11 +87,7 @@ TEST_P(ContextParallelCuda, EqualsTheWholeInFloat64) {
   for (const at::ScalarType dtype : {at::kHalf, at::kBFloat16, at::kFloat}) {
     const AttentionInputs narrow = make_attention_inputs(c, {at::kCUDA, dtype});
     const at::Tensor grad = at::randn(narrow.q.sizes(), narrow.q.options().dtype(at::kFloat)).to(dtype);
-    AttentionInputs wide = narrow;
-    for (at::Tensor* x : {&wide.q, &wide.k, &wide.v, &wide.slopes}) {
-      *x = x->to(at::kDouble);
-    }
-    wide = attention_leaves(wide);
+    const AttentionInputs wide = attention_leaves(in_float64(narrow));
     const at::Tensor out = attend(wide);
     TensorList expected = gradients({out}, {wide.q, wide.k, wide.v, wide.slopes}, {grad.to(at::kDouble)});
     expected.insert(expected.begin(), out);
@@ -100,9 +96,7 @@ TEST_P(ContextParallelCuda, EqualsTheWholeInFloat64) {
     const double u = unit_roundoff(dtype) * (dtype == at::kFloat ? 32 : 1);
     const double bounds[] = {1.5 * u, 3 * u, 3 * u, 3 * u, 0.01};
     for (size_t i = 0; i < actual.size(); ++i) {
-      const double error =
-          ((actual[i].to(at::kDouble) - expected[i].detach()).norm() / expected[i].norm()).item<double>();
-      EXPECT_LE(error, bounds[i]) << "result " << i << ", " << dtype;
+      EXPECT_LE(relative_error(actual[i], expected[i]), bounds[i]) << "result " << i << ", " << dtype;
     }
   }
 }

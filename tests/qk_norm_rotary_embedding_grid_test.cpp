@@ -1,4 +1,5 @@
 #include "qk_norm_support.h"
+#include "rotary_embedding_support.h"
 
 #include <ATen/ATen.h>
 
@@ -99,9 +100,7 @@ std::vector<RotaryCase> grid() {
   return cases;
 }
 
-using GridParam = std::tuple<Target, RotaryCase, bool>;
-
-class QKNormRotaryEmbeddingGrid : public ::testing::TestWithParam<GridParam> {
+class QKNormRotaryEmbeddingGrid : public ::testing::TestWithParam<RotaryGridParam> {
  protected:
   void SetUp() override { require_device(std::get<0>(GetParam()).device); }
 };
@@ -122,21 +121,16 @@ TEST_P(QKNormRotaryEmbeddingGrid, ResultsAndGradientsMatchTheScalarLoops) {
   }
 }
 
-std::string grid_name(const ::testing::TestParamInfo<GridParam>& info) {
-  return std::string(at::toString(std::get<0>(info.param).dtype)) + (std::get<2>(info.param) ? "Interleaved" : "Half") +
-      "Pairing" + std::get<1>(info.param).name;
-}
-
 INSTANTIATE_TEST_SUITE_P(
     Cpu,
     QKNormRotaryEmbeddingGrid,
     ::testing::Combine(::testing::ValuesIn(targets(at::kCPU)), ::testing::ValuesIn(grid()), ::testing::Bool()),
-    grid_name);
+    rotary_grid_name);
 INSTANTIATE_TEST_SUITE_P(
     Cuda,
     QKNormRotaryEmbeddingGrid,
     ::testing::Combine(::testing::ValuesIn(targets(at::kCUDA)), ::testing::ValuesIn(grid()), ::testing::Bool()),
-    grid_name);
+    rotary_grid_name);
 
 }  // namespace
 }  // namespace posenc::test

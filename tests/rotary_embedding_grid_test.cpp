@@ -1,4 +1,4 @@
-#include "support.h"
+#include "rotary_embedding_support.h"
 
 #include <ATen/ATen.h>
 
@@ -138,9 +138,7 @@ std::vector<RotaryCase> grid() {
   return cases;
 }
 
-using GridParam = std::tuple<Target, RotaryCase, bool>;
-
-class RotaryEmbeddingGrid : public ::testing::TestWithParam<GridParam> {
+class RotaryEmbeddingGrid : public ::testing::TestWithParam<RotaryGridParam> {
  protected:
   void SetUp() override {
     require_device(target().device);
@@ -179,21 +177,16 @@ TEST_P(RotaryEmbeddingGrid, PairMatchesTheReferenceInFloat64) {
   }
 }
 
-std::string grid_name(const ::testing::TestParamInfo<GridParam>& info) {
-  return std::string(at::toString(std::get<0>(info.param).dtype)) + (std::get<2>(info.param) ? "Interleaved" : "Half") +
-      "Pairing" + std::get<1>(info.param).name;
-}
-
 INSTANTIATE_TEST_SUITE_P(
     Cpu,
     RotaryEmbeddingGrid,
     ::testing::Combine(::testing::ValuesIn(targets(at::kCPU)), ::testing::ValuesIn(grid()), ::testing::Bool()),
-    grid_name);
+    rotary_grid_name);
 INSTANTIATE_TEST_SUITE_P(
     Cuda,
     RotaryEmbeddingGrid,
     ::testing::Combine(::testing::ValuesIn(targets(at::kCUDA)), ::testing::ValuesIn(grid()), ::testing::Bool()),
-    grid_name);
+    rotary_grid_name);
 
 }  // namespace
 }  // namespace posenc::test

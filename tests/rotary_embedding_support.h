@@ -6,7 +6,7 @@
 
 #include <ATen/ATen.h>
 
-/// Shared by the tests of rotary_embedding.
+/// Shared by the tests of rotary_embedding and qk_norm_rotary_embedding.
 namespace posenc::test {
 
 /// Fixture of tests that run with every dtype.
@@ -23,5 +23,13 @@ class RotaryEmbedding : public TargetTest {
 
   at::Tensor positions(const std::vector<int64_t>& values) const { return at::tensor(values, at::kLong).to(device()); }
 };
+
+/// A call in a grid of tests: dtype and device, the case, and whether pairs are interleaved.
+using RotaryGridParam = std::tuple<Target, RotaryCase, bool>;
+
+inline std::string rotary_grid_name(const ::testing::TestParamInfo<RotaryGridParam>& info) {
+  return std::string(at::toString(std::get<0>(info.param).dtype)) + (std::get<2>(info.param) ? "Interleaved" : "Half") +
+      "Pairing" + std::get<1>(info.param).name;
+}
 
 }  // namespace posenc::test
