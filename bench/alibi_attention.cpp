@@ -118,17 +118,6 @@ Call make_without_slopes(const Configuration& c, const at::Tensor& /*slopes*/) {
   };
 }
 
-at::Tensor library_attention(
-    const at::Tensor& q,
-    const at::Tensor& k,
-    const at::Tensor& v,
-    const std::optional<at::Tensor>& bias,
-    bool causal) {
-  return at::scaled_dot_product_attention(
-             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias, /*dropout_p=*/0, causal)
-      .transpose(1, 2);
-}
-
 /// The bias `[1, H, S, S]`, -infinity where a causal mask hides the key.
 at::Tensor bias_of(const Configuration& c, const at::Tensor& slopes) {
   return alibi_bias(slopes, c.sequence, c.sequence, c.causal, c.dtype).unsqueeze(0);

@@ -89,6 +89,17 @@ std::vector<EagerAlibi> eager_alibi_biases(at::ScalarType dtype) {
   return formulations;
 }
 
+at::Tensor library_attention(
+    const at::Tensor& q,
+    const at::Tensor& k,
+    const at::Tensor& v,
+    const std::optional<at::Tensor>& bias,
+    bool causal) {
+  return at::scaled_dot_product_attention(
+             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias, /*dropout_p=*/0, causal)
+      .transpose(1, 2);
+}
+
 std::vector<EagerAlibiSoftmax> eager_alibi_softmaxes() {
   return {{"masked_fill", make_masked_fill}, {"added_mask", make_added_mask}, {"scaled_add", make_scaled_add}};
 }

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -31,6 +32,15 @@ struct EagerAlibi {
 /// The usual formulations of the symmetric bias for scores of `dtype`. None keeps the bias `[H, S, S]` between calls:
 /// that costs memory and excludes learnable slopes.
 std::vector<EagerAlibi> eager_alibi_biases(at::ScalarType dtype);
+
+/// LibTorch's `scaled_dot_product_attention` of q, k, v `[B, S, H, D]`, with the result in their layout.
+/// @param bias  broadcasts with `[B, H, Sq, Sk]`; nullopt: none.
+at::Tensor library_attention(
+    const at::Tensor& q,
+    const at::Tensor& k,
+    const at::Tensor& v,
+    const std::optional<at::Tensor>& bias,
+    bool causal);
 
 /// `softmax(scale * scores + bias + mask)` over the keys (last dimension) of scores `[B, H, S, S]`.
 using EagerSoftmax = std::function<at::Tensor(const at::Tensor& scores, const at::Tensor& slopes, double scale)>;
