@@ -103,8 +103,11 @@ struct SumTerm {
   bool wide;  // of the dtype of sums, if it differs from that of the other terms
 };
 
+/// The most gradients that one kernel adds.
+constexpr int32_t kMostSumTerms = 4;
+
 struct SumPartsProblem {
-  SumTerm terms[4];
+  SumTerm terms[kMostSumTerms];
   int32_t count;
   void* out;
   HeadStrides out_strides;

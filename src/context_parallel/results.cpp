@@ -1,4 +1,5 @@
 #include <arguments/alibi.h>
+#include <arguments/attention_problem.h>
 #include <blockwise/blocks.h>
 #include <context_parallel/results.h>
 #if POSENC_CUDA
@@ -13,12 +14,6 @@ namespace posenc::context_parallel {
 namespace {
 
 using at::Tensor;
-
-/// The most terms that are kept before they are added, of one kernel.
-constexpr size_t kMostTerms = 4;
-#if POSENC_CUDA
-static_assert(kMostTerms == cuda::kMostTerms);
-#endif
 
 /// Writes the results over the keys of parts 1 and 2.
 void merge(
@@ -83,7 +78,7 @@ void MergedRows::finish(const Tensor& out, const Tensor& lse) const {
 }
 
 void GradientSum::add(const Tensor& term) {
-  if (terms_.size() == kMostTerms) {
+  if (terms_.size() == kMostSumTerms) {  // as many as one kernel adds
     const Tensor total = at::empty(term.sizes(), term.options().dtype(arguments::alibi_slopes_dtype(dtype_)));
     sum(terms_, dtype_, total);
     terms_ = {total};

@@ -60,7 +60,7 @@ void sum_attention_parts(at::ArrayRef<Tensor> terms, at::ScalarType dtype, const
   const c10::cuda::CUDAGuard device(result.device());
   SumPartsProblem p{};
   set_sizes(p, result);
-  TORCH_INTERNAL_ASSERT(terms.size() <= kMostTerms, terms.size(), " terms");
+  TORCH_INTERNAL_ASSERT(terms.size() <= kMostSumTerms, terms.size(), " terms");
   for (const Tensor& term : terms) {
     p.terms[p.count++] = {term.const_data_ptr(), dense_strides(term), term.scalar_type() != dtype};
   }

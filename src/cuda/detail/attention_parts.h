@@ -12,15 +12,14 @@ struct AttentionPart {
   at::Tensor lse;  // [B, H, S] in the dtype of sums; -inf: the row sees none of the keys
 };
 
-/// Writes the results over the keys of both parts.
-/// @param second  `out` has the dtype of q; in the others it has this dtype or that of sums.
+/// Writes the results over the keys of both parts to the tensors of `result`.
+/// @param second  its `out` has the dtype of q. That of `first` and of `result` is either the dtype of q or the dtype
+/// of
+///     sums: float64 for float64, float32 for all others.
 void merge_attention_parts(const AttentionPart& first, const AttentionPart& second, const AttentionPart& result);
 
-/// The most terms of `sum_attention_parts`.
-constexpr size_t kMostTerms = 4;
-
 /// Writes the sum of gradients to `result`, rounded once.
-/// @param terms  `[B, S, H, D]`, of `dtype` or the dtype of sums, as is `result`.
+/// @param terms  at most `kMostSumTerms`, `[B, S, H, D]`, each of `dtype` or of the dtype of sums, as is `result`.
 void sum_attention_parts(at::ArrayRef<at::Tensor> terms, at::ScalarType dtype, const at::Tensor& result);
 
 }  // namespace posenc::cuda
