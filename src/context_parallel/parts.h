@@ -32,7 +32,8 @@ struct Shard {
   /// The options of a call without positions.
   arguments::SymbolicAttentionOptions options() const;
 
-  /// The rank whose keys this rank holds after `step` shifts around the ring.
+  /// The rank whose k and v this rank computes with in step `step`, 0 to C - 1. In step 0 they are its own. After each
+  /// step every rank sends the k and v that it holds to the next rank, and receives those of the previous rank.
   int64_t source(int64_t step) const { return (rank() - step + ranks()) % ranks(); }
 };
 
@@ -45,9 +46,12 @@ struct Halves {
 /// plus a number for each half of the queries, so one call can serve both halves.
 class Part {
  public:
-  /// @param beyond  for each half of the queries, the tokens to add to the distances of the call. They are not
-  ///     negative. Where all keys are on one side of a query, they change each score of its row by the same number,
-  ///     `-slope * beyond`: the log-sum-exp of the row changes, and its probabilities do not.
+  /// @param query_offset  position of the first query of the call relative to its first key, in tokens. All keys of the
+  ///     call are before all queries or after all of them, except in `diagonal`.
+  /// @param beyond  for each half of the queries, the distance in the sequence minus the distance in the call, in
+  ///     tokens, not negative. It is the same for all keys of a row. The scores of the sequence are therefore those of
+  ///     the call minus `slope * beyond`: the softmax of the row is the same, and its log-sum-exp is smaller by
+  ///     `slope * beyond`.
   Part(const Shard& shard, Halves queries, Halves keys, int64_t query_offset, std::array<int64_t, 2> beyond);
 
   /// The call of each half of the queries with the same half of the keys of one rank. Halves are sequences of the

@@ -205,7 +205,8 @@ class FewQueries {
         : maximum + std::log(sum) - nearest_bias(slopes_.slope(batch, of_q), visibility_.distance(batch, query));
   }
 
-  /// Adds the visible values that are NaN or infinite, which were replaced by zeros.
+  /// Adds those elements of the visible rows of v, `[D]` each, that are NaN or infinite to the output row `sums`. The
+  /// products with probabilities have zeros in their place, because a hidden one would give 0 * NaN = NaN.
   void add_infinities(int64_t head, Range visible, Real* sums) const {
     bool all_finite = true;
     for (int64_t part = 0; part < parts_; ++part) {

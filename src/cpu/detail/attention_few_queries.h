@@ -8,7 +8,9 @@
 
 namespace posenc::cpu {
 
-/// Up to this number of queries keys and values are read where they are: packing takes longer than their products.
+/// The largest number of queries, Sq, that `attention_of_few_queries` computes. The path for more queries first copies
+/// k and v, `[B, Sk, Hk, D]`, to panels in which a vector has one channel of several keys, which does not pay for so
+/// few rows: Sq 4, Sk 4,096, 8 heads of 64 channels take 2.7 ms here and took 16 ms there (float32, one thread, AVX2).
 constexpr int64_t kFewQueries = 4;
 
 /// `attention` of few queries, as in decoding. The query heads of a key head share its keys, and the keys are divided
